@@ -1,0 +1,1 @@
+"""The engine that every cache method runs on, and KVMerger itself."""

@@ -1,0 +1,169 @@
+"""The hook into transformers, and the attention kernels behind it.
+
+A model whose attention implementation is `kvmerge` calls `_attend` in each layer with its queries and
+keys after RoPE. The call is handed on to the *session* that was passed to the model's forward, which
+keeps the cache. Everything that depends on the names inside transformers or torch is in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+NAME = "kvmerge"
+SESSION = "kvmerge_session"
+"""Keyword of the model's forward that carries the session down to the attention function."""
+
+
+class Session(Protocol):
+    """What owns the cache during a forward pass."""
+
+    def attend(
+        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        """Attend with the new tokens of one layer and take their keys and values over.
+
+        Args:
+            queries: `(batch, heads, n, head_dim)` of the new tokens.
+            keys: `(batch, kv_heads, n, head_dim)` of the new tokens.
+            values: `(batch, kv_heads, n, head_dim)` of the new tokens.
+
+        Returns:
+            `(batch, heads, n, head_dim)`.
+        """
+        ...
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    session: Session | None = kwargs.get(SESSION)
+    if session is None:
+        raise RuntimeError(
+            f"attention implementation {NAME!r} was called outside a session; "
+            "use `kvmerge.attention.hooked(model)` and pass a session to the model's forward."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = session.attend(int(module.layer_idx), query, key, value, scale)  # type: ignore[arg-type]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(**_: Any) -> None:
+    """Sessions know which tokens each row may see; without this, a padding mask would be dropped."""
+    return None
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextlib.contextmanager
+def hooked(model: PreTrainedModel) -> Iterator[None]:
+    """Route the model's attention to sessions inside the block, and restore it afterwards."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
+def forward(
+    model: PreTrainedModel,
+    session: Session,
+    input_ids: Tensor,
+    positions: Tensor,
+    logits_to_keep: int = 0,
+) -> Tensor:
+    """One forward pass of a hooked model, cache-free on transformers' side.
+
+    Args:
+        input_ids: `(batch, n)`.
+        positions: `(batch, n)` true positions in the text: the length of a compressed cache says
+            nothing about them.
+        logits_to_keep: logits of only the last tokens; 0 means all.
+
+    Returns:
+        `(batch, n or logits_to_keep, vocabulary)` logits.
+    """
+    return model(
+        input_ids=input_ids,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=logits_to_keep,
+        **{SESSION: session},
+    ).logits
+
+
+def prefill_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of a whole prompt, with the log-sum-exp of its rows where the kernel gives it.
+
+    Args:
+        queries: `(1, heads, T, head_dim)`.
+        keys: `(1, kv_heads, T, head_dim)`; not repeated for the heads of a group.
+        values: `(1, kv_heads, T, head_dim)`.
+
+    Returns:
+        output `(1, heads, T, head_dim)`; lse `(1, heads, T)` float32 natural log, or None.
+    """
+    heads, kv_heads = queries.shape[1], keys.shape[1]
+    if queries.device.type == "cpu":
+        group = heads // kv_heads
+        # KV heads go to the batch axis, so that a group shares its keys by a stride of 0.
+        packed = queries[0].unflatten(0, (kv_heads, group))
+        shared = [state[0].unsqueeze(1).expand(-1, group, -1, -1) for state in (keys, values)]
+        # No public call returns the log-sum-exp on the CPU.
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            packed, *shared, 0.0, True, scale=scale
+        )
+        return out.flatten(0, 1).unsqueeze(0), lse.flatten(0, 1).unsqueeze(0)
+    out = scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
+    )
+    return out, None
+
+
+def cached_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention of `n` new tokens over a cache whose last `n` entries are their own.
+
+    Args:
+        queries: `(rows, heads, n, head_dim)`.
+        keys: `(rows, kv_heads, length, head_dim)`, a view into a larger buffer is fine.
+        values: `(rows, kv_heads, length, head_dim)`.
+        bias: `(rows, kv_heads, length)` added to the logits, or None.
+
+    Returns:
+        `(rows, heads, n, head_dim)`.
+    """
+    rows, heads, n_new, head_dim = queries.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    # The query heads of a group become rows of one attention over their KV head: no repeated keys.
+    packed = queries.reshape(rows, kv_heads, group * n_new, head_dim)
+    mask = None
+    if n_new > 1:
+        mask = torch.zeros(n_new, length, dtype=queries.dtype, device=queries.device)
+        future = torch.ones(n_new, n_new, dtype=torch.bool, device=queries.device).triu_(1)
+        mask[:, length - n_new :].masked_fill_(future, float("-inf"))
+        mask = mask.repeat(group, 1)
+    if bias is not None:
+        wide = bias.to(queries.dtype).unsqueeze(2)
+        mask = wide.expand(-1, -1, packed.shape[2], -1) if mask is None else mask + wide
+    out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(rows, heads, n_new, head_dim)

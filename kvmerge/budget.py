@@ -1,0 +1,62 @@
+"""What a budget means, and the only place that rounds one (methods.md 0.3).
+
+A budget is what *remains* of the cache: a fraction of the prompt tokens, or a number of entries
+per KV head and layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kvmerge.errors import UserError
+
+_ALLOWED = (
+    "A budget is a fraction in (0, 1] of the prompt tokens, e.g. 0.35 (1 keeps everything), "
+    "or a whole number of entries per KV head of 2 or more, e.g. 1024."
+)
+
+
+def count(fraction: float, length: int) -> int:
+    """Whole entries in `fraction` of `length` tokens: the floor, safe from 0.29 * 100 = 28.99…"""
+    return math.floor(fraction * length + 1e-6)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A validated budget. Build it with `Budget.parse`."""
+
+    value: float | int
+
+    @classmethod
+    def parse(cls, given: object) -> Budget:
+        """Read a number, or a text such as `0.35` or `1024`. Raises `UserError` for all else."""
+        number: object = given
+        if isinstance(given, str):
+            try:
+                number = int(given)
+            except ValueError:
+                try:
+                    number = float(given)
+                except ValueError:
+                    raise UserError(f"budget={given!r} is not a number. {_ALLOWED}") from None
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UserError(f"budget={given!r} is not a number. {_ALLOWED}")
+        if 0 < number <= 1:  # False for NaN
+            return cls(float(number))
+        if isinstance(number, int) and number >= 2:
+            return cls(number)
+        raise UserError(f"budget={given} is out of range. {_ALLOWED}")
+
+    def entries(self, length: int) -> int:
+        """Entries kept per KV head and layer of a prompt of `length` tokens, at least 1."""
+        if isinstance(self.value, int):
+            return min(length, self.value)
+        return max(1, count(self.value, length))
+
+    def fraction(self, length: int) -> float:
+        """The budget as a fraction of a prompt of `length` tokens."""
+        return self.entries(length) / length if isinstance(self.value, int) else self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:g}"

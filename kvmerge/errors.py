@@ -1,0 +1,22 @@
+"""The one exception that is shown to a person as a message, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message says what was given, what is allowed and what to do; the command line prints it
+    alone and exits with status 2.
+    """
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
+    """Build the error for a name that does not exist: what exists, and the nearest to it."""
+    names = sorted(known)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {given!r}.{hint} Available: {', '.join(names)}.")

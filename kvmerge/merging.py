@@ -1,0 +1,327 @@
+"""The arithmetic of KVMerger (arXiv 2407.08454): merging sets, Gaussian weights, merged states.
+
+Pure tensor functions, free of loops over tokens and heads for the paper's adjacent linkage. A
+*merging set* is a run of neighbouring tokens that becomes one cache entry; its *pivot* is the member
+the others are weighted by. What the paper leaves open is settled in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvmerge.errors import unknown
+
+LINKAGES = ("adjacent", "anchor", "complete")
+PIVOTS = ("score", "first", "last")
+SIGMA_RULES = ("mean_distance", "mean_distance_n", "fixed_point", "inf")
+VALUE_SCALES = ("none", "size")
+
+
+def cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine similarity along the last axis; a zero vector has cosine 0 with all (methods.md 0.5)."""
+    norms = left.norm(dim=-1).clamp_min(1e-8) * right.norm(dim=-1).clamp_min(1e-8)
+    return (left * right).sum(dim=-1) / norms
+
+
+def merging_sets(
+    keys: Tensor,
+    protected: Tensor,
+    *,
+    budget: int | None = None,
+    threshold: float | None = None,
+    scores: Tensor | None = None,
+    linkage: str = "adjacent",
+) -> Tensor:
+    """Group neighbouring tokens with similar keys into merging sets (methods.md 4.3 and 4.4).
+
+    `budget` alone links the most similar neighbours until exactly `budget` entries remain
+    (`exact_links`); `threshold` alone links every pair above it (`eps_free`, the paper's Algorithm 1);
+    both link above the threshold and then evict the sets with the least score, or split at the
+    weakest links, until `budget` entries remain (`eps_evict`).
+
+    Args:
+        keys: `(batch, kv_heads, T, head_dim)`.
+        protected: `(batch, kv_heads, T)` bool; such a token stays alone and breaks the chain.
+        budget: entries kept per KV head, protected ones included.
+        threshold: neighbours are linked where their similarity is strictly above it.
+        scores: `(batch, kv_heads, T)`; a set's score is the sum of its members'. Needed only where
+            sets must be evicted.
+        linkage: what a token is compared with: `adjacent` its neighbour; `anchor` the token that the
+            backward scan opened the set with; `complete` every member.
+
+    Returns:
+        `(batch, kv_heads, T)` int64 set ids. They count up from 0 along the text, protected tokens
+        and singletons included; -1 marks the members of evicted sets.
+
+    Raises:
+        ValueError: if neither budget nor threshold is given, the budget does not hold the protected
+            tokens, or sets must be evicted and there are no scores.
+    """
+    if linkage not in LINKAGES:
+        raise unknown("linkage", linkage, LINKAGES)
+    if budget is None and threshold is None:
+        raise ValueError("merging_sets needs a budget, a threshold, or both.")
+    length = keys.shape[2]
+    protected = protected.expand(keys.shape[:3])
+    if budget is not None and int(protected.sum(-1).max()) > budget:
+        raise ValueError(
+            f"{int(protected.sum(-1).max())} protected tokens do not fit a budget of {budget}."
+        )
+    exact = keys if keys.dtype == torch.float64 else keys.float()
+    if linkage == "adjacent":
+        linkable = ~(protected[..., :-1] | protected[..., 1:])
+        strength = cosine(exact[..., :-1, :], exact[..., 1:, :])
+        strength = strength.masked_fill(~linkable, -math.inf)
+        linked = strength > (-math.inf if threshold is None else threshold)
+    else:
+        linked, strength = _scan_links(exact, protected, budget, threshold, linkage)
+    if budget is not None:
+        n_links = max(0, length - budget)
+        linked = _strongest(strength, linked, n_links)
+    first = torch.ones_like(protected[..., :1])
+    set_ids = torch.cat([first, ~linked], dim=-1).cumsum(dim=-1) - 1
+    if budget is None or int(set_ids[..., -1].max()) < budget:
+        return set_ids
+    return _evict_sets(set_ids, protected, scores, budget)
+
+
+def _strongest(strength: Tensor, linked: Tensor, n_links: int) -> Tensor:
+    """Keep at most `n_links` of the links a head: the strongest, ties to the larger index."""
+    order = torch.sort(
+        strength.masked_fill(~linked, -math.inf).flip(-1), dim=-1, descending=True, stable=True
+    ).indices
+    chosen = torch.zeros_like(linked).scatter_(-1, linked.shape[-1] - 1 - order[..., :n_links], True)
+    return chosen & linked
+
+
+def _scan_links(
+    keys: Tensor, protected: Tensor, budget: int | None, threshold: float | None, linkage: str
+) -> tuple[Tensor, Tensor]:
+    """Links of the anchor and complete linkages, and the similarity each was accepted at.
+
+    A budget without a threshold takes the largest threshold that leaves no more sets than allowed,
+    found by refining a grid over [-1, 1] whose thresholds are all scanned at once.
+    """
+    if threshold is not None:
+        thresholds = torch.full((1,), threshold, dtype=keys.dtype, device=keys.device)
+        linked, strength = _backward_scan(
+            keys, protected, thresholds.expand((*keys.shape[:2], 1)), linkage
+        )
+        return linked[..., 0], strength[..., 0]
+    assert budget is not None
+    n_links = keys.shape[2] - budget
+    low = torch.full(keys.shape[:2], -1.0 - 1e-6, dtype=keys.dtype, device=keys.device)
+    high = torch.ones_like(low)
+    grid = torch.linspace(0, 1, 34, dtype=keys.dtype, device=keys.device)
+    for _ in range(5):  # (1/33)^5 of the interval is below float32 resolution
+        thresholds = low[..., None] + (high - low)[..., None] * grid
+        linked, _ = _backward_scan(keys, protected, thresholds, linkage)
+        enough = linked.sum(dim=2) >= n_links  # (batch, kv_heads, 34); true at the low end
+        best = (enough * torch.arange(34, device=keys.device)).amax(-1, keepdim=True)
+        low, high = (
+            thresholds.gather(-1, best)[..., 0],
+            thresholds.gather(-1, (best + 1).clamp_max(33))[..., 0],
+        )
+    linked, strength = _backward_scan(keys, protected, low[..., None], linkage)
+    return linked[..., 0], strength[..., 0]
+
+
+def _backward_scan(
+    keys: Tensor, protected: Tensor, thresholds: Tensor, linkage: str
+) -> tuple[Tensor, Tensor]:
+    """Scan from the last token down, closing a set at the first token that fails the threshold.
+
+    Args:
+        thresholds: `(batch, kv_heads, n)`, scanned side by side.
+
+    Returns:
+        linked, strength: `(batch, kv_heads, T - 1, n)`; link `i` joins tokens `i` and `i + 1`.
+    """
+    length = keys.shape[2]
+    unit = keys / keys.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    shape = (*keys.shape[:2], length - 1, thresholds.shape[-1])
+    linked = torch.zeros(shape, dtype=torch.bool, device=keys.device)
+    strength = torch.full(shape, -math.inf, dtype=keys.dtype, device=keys.device)
+    opened = torch.full(thresholds.shape, length - 1, device=keys.device)  # the set's last token
+    for token in range(length - 2, -1, -1):
+        similarity = torch.einsum("bhd,bhtd->bht", unit[:, :, token], unit[:, :, token + 1 :])
+        if linkage == "anchor":
+            joins = similarity.gather(-1, opened - token - 1)
+        else:  # the weakest similarity to any of token+1 … opened
+            joins = similarity.cummin(dim=-1).values.gather(-1, opened - token - 1)
+        linkable = ~(protected[:, :, token] | protected[:, :, token + 1])
+        link = (joins > thresholds) & linkable[..., None]
+        linked[:, :, token] = link
+        strength[:, :, token] = joins.masked_fill(~linkable[..., None], -math.inf)
+        opened = torch.where(link, opened, token)
+    return linked, strength
+
+
+def _evict_sets(set_ids: Tensor, protected: Tensor, scores: Tensor | None, budget: int) -> Tensor:
+    """Evict unprotected sets with the least score until `budget` remain; number the rest anew."""
+    if scores is None:
+        raise ValueError(
+            f"{int(set_ids[..., -1].max()) + 1} sets exceed the budget of {budget}: scores are needed "
+            "to choose the sets to evict."
+        )
+    set_scores = _segment(set_ids, scores.to(torch.float64), "sum", int(set_ids.max()) + 1)
+    safe = _segment(set_ids, protected.to(torch.float64), "sum", set_scores.shape[-1]) > 0
+    n_sets = set_ids[..., -1:] + 1
+    exists = torch.arange(set_scores.shape[-1], device=set_ids.device) < n_sets
+    rank_by = set_scores.masked_fill(safe, math.inf).masked_fill(~exists, -math.inf)
+    order = torch.sort(rank_by, dim=-1, descending=True, stable=True).indices[..., :budget]
+    kept = torch.zeros_like(exists).scatter_(-1, order, True) & exists
+    renumbered = torch.where(kept, kept.cumsum(dim=-1) - 1, -1)
+    return renumbered.gather(-1, set_ids)
+
+
+def _segment(set_ids: Tensor, source: Tensor, reduce: str, n_sets: int) -> Tensor:
+    """Reduce `source` `(batch, kv_heads, T)` over each set; evicted tokens (-1) are left out."""
+    start = {"sum": 0, "amax": -math.inf, "amin": math.inf}[reduce]
+    if not source.is_floating_point() and reduce != "sum":
+        start = torch.iinfo(source.dtype).min if reduce == "amax" else torch.iinfo(source.dtype).max
+    out = torch.full((*set_ids.shape[:2], n_sets + 1), start, dtype=source.dtype, device=source.device)
+    index = torch.where(set_ids < 0, n_sets, set_ids)
+    return out.scatter_reduce_(-1, index, source, reduce)[..., :n_sets]
+
+
+def set_summary(set_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Size, pivot and score of each set.
+
+    Args:
+        set_ids: `(batch, kv_heads, T)` as `merging_sets` returns them.
+        scores: `(batch, kv_heads, T)`.
+
+    Returns:
+        sizes (int64), pivots (int64 token index: the member with the largest score, ties to the
+        lower index), scores (sum over members); `(batch, kv_heads, sets)` each. Where heads have
+        fewer sets than the longest, the rest has size 0, pivot -1 and score 0.
+    """
+    n_sets = int(set_ids.max()) + 1
+    sizes = _segment(set_ids, torch.ones_like(set_ids), "sum", n_sets)
+    pivots = _pivots(set_ids, scores, "score", n_sets)
+    return sizes, pivots, _segment(set_ids, scores, "sum", n_sets)
+
+
+def _pivots(set_ids: Tensor, scores: Tensor, pivot: str | Tensor, n_sets: int) -> Tensor:
+    """Token index of each set's pivot, -1 for padding; see `gaussian_merge` for the rules."""
+    tokens = torch.arange(set_ids.shape[-1], device=set_ids.device).expand_as(set_ids)
+    if pivot == "last":
+        return _segment(set_ids, tokens, "amax", n_sets).clamp_min(-1)
+    if pivot == "first":
+        best = torch.ones_like(set_ids, dtype=torch.bool)
+    else:
+        rank_by = scores if isinstance(pivot, str) else pivot
+        top = _segment(set_ids, rank_by, "amax", n_sets)
+        best = rank_by == top.gather(-1, set_ids.clamp_min(0))
+    candidates = torch.where(best & (set_ids >= 0), tokens, set_ids.shape[-1])
+    pivots = _segment(set_ids, candidates, "amin", n_sets)
+    return torch.where(pivots < set_ids.shape[-1], pivots, -1)
+
+
+def gaussian_merge(
+    keys: Tensor,
+    values: Tensor,
+    set_ids: Tensor,
+    scores: Tensor,
+    *,
+    sigma: float | str = 5.0,
+    value_scale: str = "none",
+    pivot: str | Tensor = "score",
+    sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merge each set into one key and one value with Gaussian weights around its pivot.
+
+    `g_i = exp(-|k_p - k_i|^2 / (2 sigma^2))`, `w_i = g_i / sum g`, `k* = sum w_i k_i` and
+    `v* = sum w_i v_i` (methods.md 4.3, steps 4 to 6). A singleton comes back bit for bit.
+
+    Args:
+        keys: `(batch, kv_heads, T, head_dim)`.
+        values: `(batch, kv_heads, T, head_dim)`.
+        set_ids: `(batch, kv_heads, T)` as `merging_sets` returns them; -1 is left out.
+        scores: `(batch, kv_heads, T)`, which choose the pivot.
+        sigma: width of the Gaussian in key distance, or a rule's name (methods.md 4.5).
+        value_scale: `none` stores the mean value; `size` multiplies it by the set's size, as the
+            paper prints it.
+        pivot: `score` (largest score, ties to the lower index), `first`, `last`, or a tensor like
+            `scores` whose largest member decides (random pivots).
+        sizes: `(batch, kv_heads, T)` tokens that each input already stands for; None means 1 each.
+
+    Returns:
+        keys, values: `(batch, kv_heads, sets, head_dim)` in their input dtype; zeros pad heads with
+        fewer sets than the longest.
+    """
+    if value_scale not in VALUE_SCALES:
+        raise unknown("value_scale", value_scale, VALUE_SCALES)
+    if isinstance(pivot, str) and pivot not in PIVOTS:
+        raise unknown("pivot", pivot, PIVOTS)
+    exact = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    n_sets = int(set_ids.max()) + 1
+    inside = set_ids >= 0
+    of_token = set_ids.clamp_min(0)
+    pivots = _pivots(set_ids, scores, pivot, n_sets).clamp_min(0)
+    pivot_of_token = pivots.gather(-1, of_token)
+
+    key = keys.to(exact)
+    rows = pivot_of_token.unsqueeze(-1).expand_as(key)
+    distance = (key.gather(2, rows) - key).norm(dim=-1)
+    distance = distance.masked_fill(~inside, 0.0)
+    counts = torch.ones_like(distance) if sizes is None else sizes.to(exact)
+
+    def over_set(amount: Tensor) -> Tensor:
+        """Sum over each token's set, given back to the token."""
+        return _segment(set_ids, amount, "sum", n_sets).gather(-1, of_token)
+
+    gauss = _gaussian(distance, over_set(torch.ones_like(distance)), over_set, sigma)
+    weight = counts * gauss
+    weight = torch.where(inside, weight / over_set(weight), 0.0)
+
+    value = values.to(exact)
+    if value_scale == "size":
+        if sizes is not None:  # a value stored as size * mean is averaged as the mean
+            value = value / counts.unsqueeze(-1)
+        value = value * over_set(counts).unsqueeze(-1)
+    index = torch.where(inside, set_ids, n_sets)
+
+    def weighted_sum(state: Tensor) -> Tensor:
+        out = torch.zeros(
+            *state.shape[:2], n_sets + 1, state.shape[3], dtype=exact, device=state.device
+        )
+        out.scatter_add_(2, index.unsqueeze(-1).expand_as(state), weight.unsqueeze(-1) * state)
+        return out[:, :, :n_sets]
+
+    return weighted_sum(key).to(keys.dtype), weighted_sum(value).to(values.dtype)
+
+
+def _gaussian(
+    distance: Tensor, size: Tensor, over_set: Callable[[Tensor], Tensor], sigma: float | str
+) -> Tensor:
+    """Unnormalised weight of each token: 1 at the pivot, falling with its key's distance to it."""
+    if sigma == "inf":
+        return torch.ones_like(distance)
+    total = over_set(distance)
+    if isinstance(sigma, int | float):
+        width = torch.full_like(distance, float(sigma))
+    elif sigma == "mean_distance":
+        width = total / (math.sqrt(2) * (size - 1).clamp_min(1))
+    elif sigma == "mean_distance_n":
+        width = total / (math.sqrt(2) * size)
+    elif sigma == "fixed_point":
+        width = torch.full_like(distance, 5.0)
+        for _ in range(100):
+            previous = width
+            width = over_set(_bell(distance, width)) / (math.sqrt(2) * size)
+            if float((width - previous).abs().max()) < 1e-6:
+                break
+    else:
+        raise unknown("sigma rule", str(sigma), SIGMA_RULES)
+    # All members on the pivot: the weights are equal whatever the width.
+    return _bell(distance, torch.where(total > 0, width, 1.0))
+
+
+def _bell(distance: Tensor, width: Tensor) -> Tensor:
+    return torch.exp(-(distance**2) / (2 * width.clamp_min(1e-6) ** 2))

@@ -1,0 +1,59 @@
+"""From a method's name to the method: the one dynamic import of the project.
+
+A method is a class and a file `configs/method/<name>.yaml` that names it under `_target_` and lists
+every setting with its value. The folder is the list of methods; there is no registry beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from kvmerge.errors import UserError, unknown
+from kvmerge.method import Method
+
+
+def config_dir() -> Path:
+    """The folder of the configuration groups, in a checkout and in an installed wheel alike."""
+    return Path(str(files("configs")))
+
+
+def choices(group: str) -> list[str]:
+    """Names of the files in a configuration group."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def method_settings(name: str) -> dict[str, Any]:
+    """The settings of a method as its YAML file gives them, `_target_` included."""
+    if name not in choices("method"):
+        raise unknown("method", name, choices("method"))
+    settings = OmegaConf.to_container(OmegaConf.load(config_dir() / "method" / f"{name}.yaml"))
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """Build the method `name` with some of its settings changed.
+
+    Raises:
+        UserError: if there is no such method or setting, or a value is not allowed.
+    """
+    resolved = method_settings(name)
+    for key, value in (settings or {}).items():
+        if key not in resolved or key == "_target_":
+            raise unknown(f"setting of {name}", key, set(resolved) - {"_target_"})
+        resolved[key] = value
+    try:
+        method = instantiate(resolved)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    assert isinstance(method, Method)
+    return method
