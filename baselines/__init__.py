@@ -1,0 +1,1 @@
+"""The methods that KVMerger is compared with, one file each."""
