@@ -1,0 +1,1 @@
+"""The runner: configuration to cells, samples to records, records to summaries."""

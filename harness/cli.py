@@ -1,0 +1,104 @@
+"""The command line: compose the configuration, run it, show the table.
+
+A user error prints one message and exits with status 2; everything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from harness.comparison import print_comparison
+from harness.plan import print_plan
+from harness.runner import run
+from harness.settings import Choices, Settings, settings_from
+from kvmerge.errors import UserError, unknown
+from kvmerge.resolve import choices, config_dir
+
+GROUPS = ("model", "method", "benchmark", "experiment")
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point of `run.py` and of the `kvmerge` command."""
+    started: list[bool] = []  # tells an error of the configuration from one of the run
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    def task(config: DictConfig) -> None:
+        started.append(True)
+        _guarded(lambda: execute(config))
+
+    _guarded(lambda: check_choices(sys.argv[1:]))
+    try:
+        task()
+    except SystemExit as stop:
+        # Hydra has printed its message about the configuration and left with 1.
+        sys.exit(USER_ERROR if stop.code == 1 and not started else stop.code)
+
+
+def execute(config: DictConfig) -> None:
+    """Run one composed configuration."""
+    settings = settings_from(config, _choices())
+    console = Console()
+    if config.dry_run:
+        print_plan(settings, console)
+        return
+    run(settings)
+    report(settings, console)
+
+
+def report(settings: Settings, console: Console) -> None:
+    """Write summary, tables and plots of a finished run, show the table and name the files."""
+    if settings.num_shards > 1:
+        console.print(
+            f"shard {settings.shard} of {settings.num_shards} is done: {settings.results_dir}\n"
+            f"When all are: make report DIRS={settings.output_dir}",
+            soft_wrap=True,
+        )
+        return
+    from scripts.report import write_report  # matplotlib is slow to import
+
+    page = write_report([settings.output_dir])
+    print_comparison(settings.output_dir, console)
+    for path in ("summary.csv", "run.json", "predictions/", "tables/", "plots/"):
+        console.print(f"  {settings.output_dir / path}", soft_wrap=True, highlight=False)
+    console.print(f"  {page}", soft_wrap=True, highlight=False)
+
+
+def check_choices(arguments: Sequence[str]) -> None:
+    """Refuse group choices that do not exist, with what does and the nearest to it."""
+    for argument in arguments:
+        group, separator, listed = argument.partition("=")
+        if not separator or group not in GROUPS:
+            continue
+        for name in listed.split(","):
+            if name not in ("null", "") and name not in choices(group):
+                raise unknown(group, name, choices(group))
+
+
+def _choices() -> Choices:
+    hydra_config = HydraConfig.get()
+    chosen = hydra_config.runtime.choices
+    given = {text.lstrip("+").partition("=")[0] for text in hydra_config.overrides.task}
+    return Choices(
+        method=str(chosen["method"]),
+        experiment=chosen.get("experiment"),
+        given=frozenset(given),
+    )
+
+
+def _guarded(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept, the same command resumes.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

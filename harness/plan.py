@@ -1,0 +1,61 @@
+"""What a run would do and cost, from the configuration and the data alone (`dry_run=true`)."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.runner import pending
+from harness.settings import Settings
+from kvmerge.models import DTYPES
+
+_CHARACTERS_PER_TOKEN = 3.5
+"""Of English text; a plan must not load a tokenizer that may have to be fetched first."""
+
+
+def print_plan(settings: Settings, console: Console) -> None:
+    """Print samples, answers and the estimated cost of what is left to run. Writes nothing."""
+    jobs = list(pending(settings))
+    table = Table(title=f"{settings.model.name} on {settings.benchmark.name}", title_justify="left")
+    for column in (
+        "task",
+        "samples to run",
+        "answers",
+        "prompt tokens (about)",
+        "answer tokens up to",
+    ):
+        table.add_column(
+            column, justify="left" if column == "task" else "right", no_wrap=column == "task"
+        )
+    total_prompt = total_answer = 0
+    for task in settings.benchmark.tasks:
+        of_task = [job for job in jobs if job.task == task]
+        prompts = [
+            min(round(len(job.sample.prompt) / _CHARACTERS_PER_TOKEN), settings.model.max_length)
+            for job in of_task
+        ]
+        answers = sum(len(job.missing) for job in of_task)
+        mean = round(sum(prompts) / len(prompts)) if prompts else 0
+        table.add_row(task.name, str(len(of_task)), str(answers), f"{mean:,}", str(task.max_new_tokens))
+        total_prompt += sum(prompts)
+        total_answer += task.max_new_tokens * len(of_task)
+    console.print(table)
+    console.print("cells: " + ", ".join(cell.name for cell in settings.cells), highlight=False)
+    console.print(f"output_dir: {settings.output_dir}", soft_wrap=True, highlight=False)
+    shape = settings.model.shape
+    if not jobs:
+        console.print("nothing left to run: every line is there.")
+    elif shape is not None:
+        operations = 2 * shape.parameters * total_prompt
+        itemsize = DTYPES[settings.model.dtype].itemsize
+        entry = 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
+        longest = min(settings.model.max_length, max(len(j.sample.prompt) for j in jobs))
+        console.print(
+            f"prefill: one per sample for all cells, {total_prompt:,} tokens, about "
+            f"{operations / 1e12:,.1f} TFLOP in the weights\n"
+            f"decode: at most {total_answer:,} steps, each reading "
+            f"{shape.parameters * itemsize / 2**30:.2f} GiB of weights once "
+            "for all cells\n"
+            f"full cache: {entry / 2**10:,.1f} KiB a token, up to {entry * longest / 2**20:,.0f} MiB a "
+            "sample"
+        )

@@ -1,0 +1,215 @@
+"""run.json: what produced the predictions beside it, and whether a later run may add to them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.settings import Settings
+from harness.summary import write_atomically
+from kvmerge.errors import UserError
+
+_ROOT = Path(__file__).resolve().parent.parent
+_CODE = ("kvmerge", "baselines", "benchmarks")
+"""Packages whose source decides what a prediction is."""
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "rouge",
+    "jieba",
+    "hydra-core",
+    "pandas",
+    "scipy",
+)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of what the results depend on; None where absent."""
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that can change a prediction, but not which samples, tasks and cells are run.
+
+    Args:
+        data: SHA-256 of each task's file.
+    """
+    versions = package_versions()
+    model = dict(settings.resolved["model"])
+    model.pop("shape", None)
+    benchmark = {
+        key: value
+        for key, value in settings.resolved["benchmark"].items()
+        if key not in ("tasks", "data_dir")  # the data itself is compared by its digest
+    }
+    return {
+        "model": model,
+        "weights": settings.model.source(),
+        "device": settings.model.torch_device().type,
+        "benchmark": benchmark,
+        "seed": settings.seed,
+        "code": _code_digest(),
+        "torch": (versions["torch"] or "").split("+")[0],
+        "transformers": versions["transformers"],
+        "tokenizers": versions["tokenizers"],
+        "data": dict(data),
+        "cells": {cell.name: cell.settings() for cell in settings.cells},
+    }
+
+
+def check_resumable(path: Path, current: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the fingerprint of an earlier run in the same folder into this one's.
+
+    Raises `UserError` naming the first setting that differs. Tasks and cells that only one of
+    the two runs has are no difference.
+    """
+    merged = dict(current)
+    earlier = read_run(path).get("fingerprint")
+    if not earlier:
+        return merged
+    for key, value in current.items():
+        before = earlier.get(key)
+        if key in ("data", "cells"):
+            for name in sorted(set(value) & set(before or {})):
+                _refuse_change(path, f"{key}.{name}", before[name], value[name])
+            merged[key] = {**(before or {}), **value}
+        elif isinstance(value, dict) and isinstance(before, dict):
+            for name in sorted(set(value) | set(before)):
+                _refuse_change(path, f"{key}.{name}", before.get(name), value.get(name))
+        else:
+            _refuse_change(path, key, before, value)
+    return merged
+
+
+def _refuse_change(path: Path, setting: str, before: object, now: object) -> None:
+    if json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
+        raise UserError(
+            f"{path.parent} holds results made with another {setting}: {before!r} then, {now!r} now. "
+            "Choose another output_dir, or delete that folder to start over."
+        )
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Read a run.json; {} if there is none. Raises `UserError` if it cannot be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}. Choose another output_dir.") from error
+
+
+def write_run(
+    settings: Settings,
+    path: Path,
+    prints: Mapping[str, Any],
+    notes: Iterable[str],
+    seconds: float | None = None,
+) -> None:
+    """Write run.json for the run under way, keeping what earlier runs in the folder did.
+
+    Args:
+        prints: the merged fingerprint.
+        notes: what a reader of the results must know.
+        seconds: wall time of the finished run; None while it is under way.
+    """
+    earlier = read_run(path)
+    cells = list(dict.fromkeys([*earlier.get("cells", []), *(c.name for c in settings.cells)]))
+    tasks = dict(earlier.get("tasks", {}))
+    for task in settings.benchmark.tasks:
+        tasks[task.name] = {"metric": task.metric, "max_new_tokens": task.max_new_tokens}
+    runs = [run for run in earlier.get("runs", []) if run.get("seconds") is not None]
+    runs.append({"ended": _now() if seconds is not None else None, "seconds": seconds})
+    content = {
+        "model": settings.model.name,
+        "benchmark": settings.benchmark.name,
+        "cells": cells,
+        "tasks": tasks,
+        "dtype": settings.model.dtype,
+        "device": str(settings.model.torch_device()),
+        "seed": settings.seed,
+        "num_seeds": settings.num_seeds,
+        "shard": settings.shard,
+        "num_shards": settings.num_shards,
+        "notes": list(notes),
+        "git": git_state(),
+        "packages": package_versions(),
+        "hardware": hardware(),
+        "runs": runs,
+        "fingerprint": dict(prints),
+        "config": settings.resolved,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def hardware() -> dict[str, Any]:
+    """The machine in words."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout and whether it has changes; None where this is no checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    if not (_ROOT / ".git").exists():
+        return {"commit": None, "dirty": None}
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for package in _CODE:
+        for path in sorted((_ROOT / package).rglob("*")):
+            if path.suffix in (".py", ".txt", ".json") and path.is_file():
+                digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

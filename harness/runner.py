@@ -1,0 +1,171 @@
+"""The loop of a run: sample by sample, one prefill for all cells, a line for each as it finishes.
+
+A killed run loses at most the sample it was at. Running again skips every (cell, seed, sample) that
+has its line; when nothing is left to do, the model is not even loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from baselines.full import Full
+from benchmarks.task import Sample, Task
+from harness.cells import Cell
+from harness.provenance import check_resumable, fingerprint, write_run
+from harness.records import Record, append_record, prediction_path, read_records
+from harness.settings import Settings
+from kvmerge.budget import Budget
+from kvmerge.engine import Row, RowResult, Stop, Timing, run_sample
+from kvmerge.errors import UserError
+from kvmerge.models import load, stop_token_ids
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample and the cells, with seeds, that still lack its line."""
+
+    task: Task
+    sample: Sample
+    missing: tuple[tuple[Cell, int], ...]
+
+
+def run(settings: Settings) -> None:
+    """Run everything that has no line yet; results go to `settings.results_dir`.
+
+    Raises:
+        UserError: if data, weights or settings cannot be used, or the folder holds results made
+            with other settings. What is finished stays.
+    """
+    started = time.perf_counter()
+    jobs = list(pending(settings))
+    notes = settings.benchmark.notes()
+    run_file = settings.results_dir / "run.json"
+    prints = check_resumable(run_file, fingerprint(settings, settings.benchmark.fingerprint()))
+    if not jobs:
+        if not run_file.exists():
+            raise UserError("there is nothing to run: the chosen tasks have no samples.")
+        return
+    write_run(settings, run_file, prints, notes)
+    model, tokenizer = load(settings.model)
+    work = sum(len(job.missing) for job in jobs)
+    with tqdm(total=len(jobs), unit="sample", desc=f"{work} answers", smoothing=0.05) as bar:
+        for task, of_task in groupby(jobs, key=lambda job: job.task):
+            for job in of_task:
+                bar.set_postfix_str(task.name)
+                for cell, record in answer(settings, model, tokenizer, job):
+                    path = prediction_path(settings.results_dir, job.task.name, cell.name)
+                    append_record(path, record)
+                bar.update()
+    write_run(settings, run_file, prints, notes, seconds=round(time.perf_counter() - started, 1))
+
+
+def pending(settings: Settings) -> Iterator[Job]:
+    """The samples with lines missing, task by task in the benchmark's order."""
+    for task in settings.benchmark.tasks:
+        done: set[tuple[str, int, str]] = set()
+        for cell in settings.cells:
+            path = prediction_path(settings.results_dir, task.name, cell.name)
+            done |= {(cell.name, record.seed, record.id) for record in read_records(path)}
+        for sample in settings.samples(task):
+            missing = tuple(
+                (cell, seed)
+                for cell in settings.cells
+                for seed in settings.seeds(cell)
+                if (cell.name, seed, sample.id) not in done
+            )
+            if missing:
+                yield Job(task, sample, missing)
+
+
+def answer(
+    settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job
+) -> list[tuple[Cell, Record]]:
+    """Answer one sample with every missing cell, in one shared prefill."""
+    ids = settings.benchmark.encode(job.sample, job.task, tokenizer, settings.prompt_format)
+    rows = [Row(cell.method, cell.budget, seed) for cell, seed in job.missing]
+    reference = None
+    if settings.fidelity:
+        full = [index for index, (cell, _) in enumerate(job.missing) if cell.is_full]
+        reference = full[0] if full else len(rows)
+        if not full:  # its answer is needed but not asked for, or already recorded
+            rows.append(Row(Full(), Budget.parse(1)))
+    try:
+        results, timing = run_sample(
+            model,
+            torch.tensor([ids], device=model.device),
+            rows,
+            stop_rule(settings, model, tokenizer, job.task),
+            sample_id=f"{settings.benchmark.name}/{job.task.name}/{job.sample.id}",
+            reference=reference,
+        )
+    except UserError as error:
+        where = f"task {job.task.name}, sample {job.sample.id!r} ({len(ids)} prompt tokens)"
+        raise UserError(f"{where}: {error}") from error
+    return [
+        (cell, _record(settings, tokenizer, job, ids, seed, result, timing))
+        for (cell, seed), result in zip(job.missing, results, strict=False)
+    ]
+
+
+def stop_rule(
+    settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> Stop:
+    """When answers of a task end: the model's end tokens, and for some tasks a newline.
+
+    A task that stops at a newline must give at least one token first, as in LongBench's own run.
+    """
+    ids = stop_token_ids(model, tokenizer, settings.model)
+    if not task.stop_at_newline:
+        return Stop(task.max_new_tokens, ids)
+    newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    return Stop(task.max_new_tokens, ids | {newline}, min_new_tokens=1)
+
+
+def _record(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+    ids: list[int],
+    seed: int,
+    result: RowResult,
+    timing: Timing,
+) -> Record:
+    prediction = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
+    counts = [count for layer in result.stats.entries for count in layer]
+    kept = sum(counts) / len(counts)
+    fidelity = result.fidelity
+    return Record(
+        id=job.sample.id,
+        seed=seed,
+        prediction=prediction,
+        answers=job.sample.answers,
+        score=settings.benchmark.score(job.sample, job.task, prediction),
+        prompt_hash=prompt_hash(ids),
+        prompt_tokens=len(ids),
+        generated_tokens=len(result.token_ids),
+        kept_entries=kept,
+        budget_achieved=kept / len(ids),
+        kv_bytes=result.stats.kv_bytes,
+        kl_to_full=fidelity.kl if fidelity else None,
+        top1_agreement=fidelity.top1 if fidelity else None,
+        fidelity_tokens=fidelity.tokens if fidelity else None,
+        kept_entries_min=min(counts),
+        kept_entries_max=max(counts),
+        kv_bytes_full=result.stats.kv_bytes // sum(counts) * len(ids) * len(counts),
+        size_bytes=result.stats.size_bytes,
+        prefill_seconds=round(timing.prefill, 4),
+        decode_seconds=round(timing.decode, 4),
+    )
+
+
+def prompt_hash(ids: list[int]) -> str:
+    """Short digest of the tokens fed to prefill."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

@@ -1,0 +1,161 @@
+"""From the composed configuration to the validated parts of one run, before any weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from benchmarks.task import Benchmark, PromptFormat, Sample, Task
+from harness.cells import Cell, make_cell, parse_cells
+from kvmerge.errors import UserError
+from kvmerge.models import ModelSpec
+from kvmerge.resolve import method_settings
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the configuration groups were set to, and which top-level keys the user gave."""
+
+    method: str
+    experiment: str | None = None
+    given: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything one run needs."""
+
+    cells: list[Cell]
+    model: ModelSpec
+    benchmark: Benchmark
+    output_dir: Path
+    seed: int
+    num_seeds: int
+    limit: int | None
+    shard: int
+    num_shards: int
+    fidelity: bool
+    resolved: dict[str, Any]
+    """The configuration as plain data, for provenance."""
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The model's prompt format."""
+        return PromptFormat(self.model.max_length, self.model.chat)
+
+    @property
+    def results_dir(self) -> Path:
+        """Where this run writes: `output_dir`, or its own folder below it when sharded."""
+        if self.num_shards == 1:
+            return self.output_dir
+        return self.output_dir / "shards" / f"{self.shard}-of-{self.num_shards}"
+
+    def seeds(self, cell: Cell) -> list[int]:
+        """Seeds that a cell runs with: one, unless its method draws."""
+        return [self.seed + run for run in range(self.num_seeds if cell.method.stochastic else 1)]
+
+    def samples(self, task: Task) -> list[Sample]:
+        """The samples of a task that this run takes: the limit first, then the shard."""
+        return self.benchmark.samples(task)[: self.limit][self.shard :: self.num_shards]
+
+
+def settings_from(config: DictConfig, choices: Choices) -> Settings:
+    """Validate a composed configuration. Raises `UserError` naming the setting."""
+    cells = _cells(config, choices)
+    model = _build(config.model)
+    benchmark = _build(config.benchmark)
+    seed = _whole(config, "seed", least=0)
+    num_seeds = _whole(config, "num_seeds", least=1)
+    num_shards = _whole(config, "num_shards", least=1)
+    shard = _whole(config, "shard", least=0)
+    if shard >= num_shards:
+        raise UserError(f"shard={shard} must be below num_shards={num_shards}; shards count from 0.")
+    limit = None if config.limit is None else _whole(config, "limit", least=1)
+    fidelity = config.fidelity
+    if fidelity is None:
+        fidelity = any(cell.is_full for cell in cells)
+    elif not isinstance(fidelity, bool):
+        raise UserError(f"fidelity={fidelity!r} must be true, false or null.")
+    output_dir = config.output_dir or _default_output_dir(cells, choices, benchmark.name, model.name)
+    return Settings(
+        cells=cells,
+        model=model,
+        benchmark=benchmark,
+        output_dir=Path(str(output_dir)).expanduser(),
+        seed=seed,
+        num_seeds=num_seeds,
+        limit=limit,
+        shard=shard,
+        num_shards=num_shards,
+        fidelity=fidelity,
+        resolved=_plain(config),
+    )
+
+
+def _cells(config: DictConfig, choices: Choices) -> list[Cell]:
+    if config.cells is None:
+        settings = _plain(config.method)
+        options = {
+            key: value
+            for key, value in settings.items()
+            if value != method_settings(choices.method).get(key, object())
+        }
+        budget = config.budget
+        if choices.method == "full" and "budget" not in choices.given:
+            budget = 1
+        return [make_cell(choices.method, options, budget)]
+    clash = sorted(choices.given & {"method", "budget"})
+    if clash:
+        chosen = f"experiment={choices.experiment}" if choices.experiment else "cells=[...]"
+        raise UserError(
+            f"{chosen} says what runs, so {' and '.join(clash)} cannot be given as well. "
+            "Leave one of them out, or list cells=[method@budget,...] yourself."
+        )
+    cells = OmegaConf.to_container(config.cells) if OmegaConf.is_list(config.cells) else config.cells
+    if not isinstance(cells, list):
+        raise UserError(f"cells={cells!r} must be a list, e.g. cells=[full@1,kvmerger@0.35].")
+    return parse_cells(cells)
+
+
+def _build(config: DictConfig) -> Any:
+    """Instantiate a part, letting its own `UserError` through and naming unknown settings."""
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, TypeError):
+            raise UserError(f"{config.get('_target_')}: {cause}") from None
+        raise
+
+
+def _whole(config: DictConfig, key: str, least: int) -> int:
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{key}={value!r} must be a whole number of {least} or more.")
+    return value
+
+
+def _default_output_dir(cells: Sequence[Cell], choices: Choices, benchmark: str, model: str) -> Path:
+    if choices.experiment and "cells" not in choices.given:
+        run = choices.experiment
+    elif len(cells) == 1:
+        run = cells[0].name.replace(":", "-").replace(",", "-")
+    else:
+        names = ",".join(cell.name for cell in cells)
+        run = f"cells-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    return Path("results") / "runs" / run / benchmark / model
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
