@@ -9,7 +9,7 @@ variants is in docs/methods.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from kvmerge.budget import count
 from kvmerge.errors import UserError, unknown
-from kvmerge.method import Allowance, Entries, Method, PrefillLayer, select
+from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, pick, select
 
 SAMPLES = ("bernoulli", "expected")
+DECODE_RECEIVERS = 32
+"""Most receivers of an entry that is folded while decoding (`utils_hh`)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class CaM(Method):
     """`bernoulli` merges each token or not (the authors); `expected` merges its expected share."""
 
     needs_scores: ClassVar[bool] = True
+    holds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.sample not in SAMPLES:
@@ -42,28 +45,50 @@ class CaM(Method):
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep the sinks and the recent tokens, with the values between folded in."""
-        length, n_keep = layer.length, allowance.n_keep
-        recent = count(allowance.budget / 2, length)
-        if recent < 1:
-            raise UserError(
-                f"CaM needs at least 1 recent token to merge into; a budget of {n_keep} of {length} "
-                "prompt tokens leaves none."
-            )
-        start = n_keep - recent
-        generator = allowance.generator if self.sample == "bernoulli" else None
+        length = layer.length
+        start, recent = self.counts(allowance, length)
         values = merge_values(
             layer.values,
             layer.column_scores(),
             start=start,
             recent=recent,
             merge_budget=recent,
-            generator=generator,
+            generator=allowance.generator,
         )
         tokens = torch.arange(length, device=values.device)
         kept = torch.cat([tokens[:start], tokens[length - recent :]])
-        positions = kept.expand(*layer.keys.shape[:2], n_keep)
-        entries = select(layer, positions)
-        return Entries(entries.keys, values[:, :, kept], positions)
+        entries = select(layer, kept.expand(*layer.keys.shape[:2], -1))
+        return replace(entries, values=values[:, :, kept])
+
+    def hold(self, entries: Entries, step: DecodeStep) -> Entries:
+        """Fold the oldest entry after the sinks into those that follow it, and drop it."""
+        assert entries.scores is not None
+        scores = entries.scores + step.mass(entries.scores.shape[1])
+        entries = replace(entries, scores=scores)
+        stored = scores.shape[-1]
+        if stored <= step.allowance.n_keep:
+            return entries
+        start, recent = self.counts(step.allowance, step.prompt_length)
+        values = fold_entry(
+            entries.values,
+            scores,
+            entry=start,
+            merge_budget=min(DECODE_RECEIVERS, recent),
+            generator=step.allowance.generator,
+        )
+        slots = torch.arange(stored, device=scores.device)
+        kept = torch.cat([slots[:start], slots[start + 1 :]])
+        return pick(replace(entries, values=values), kept.expand(*scores.shape[:2], -1))
+
+    def counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
+        """Sinks and recent tokens kept of a prompt of `length` tokens."""
+        recent = count(allowance.budget / 2, length)
+        if recent < 1:
+            raise UserError(
+                f"CaM needs at least 1 recent token to merge into; a budget of {allowance.n_keep} of "
+                f"{length} prompt tokens leaves none."
+            )
+        return allowance.n_keep - recent, recent
 
 
 def merge_probabilities(attention: Tensor, *, start: int, recent: int) -> Tensor:
@@ -185,3 +210,43 @@ def merge_values(
         sent[:, :, begin + 1 : end + 1] = after
         merged[:, :, begin:end] = base + before
     return merged.to(values.dtype)
+
+
+def fold_entry(
+    values: Tensor,
+    scores: Tensor,
+    *,
+    entry: int,
+    merge_budget: int,
+    generator: torch.Generator | None,
+    window: int | None = None,
+) -> Tensor:
+    """Fold one entry's value into the entries after it, as CaM does while decoding.
+
+    `p = clamp(s_e / mean(s[e+1 : e+1+window]), 0, 1)`, NaN counting as 0; if drawn, each of the next
+    `merge_budget` entries receives `v_e / merge_budget`. Receivers that do not exist are cut while the
+    divisor stays.
+
+    Args:
+        values: `(batch, kv_heads, n, head_dim)`.
+        scores: `(batch, kv_heads, n)` attention of one step or accumulated.
+        entry: slot of the entry that leaves.
+        merge_budget: receivers `m`.
+        generator: draws `torch.rand(batch, kv_heads)`; None merges the expected share.
+        window: entries that the probability compares with; None means `merge_budget`.
+
+    Returns:
+        `(batch, kv_heads, n, head_dim)`, the folded entry still in its slot.
+    """
+    window = merge_budget if window is None else window
+    others = scores[..., entry + 1 : entry + 1 + window]
+    ratio = scores[..., entry] / others.mean(dim=-1)
+    share = ratio.nan_to_num(nan=0.0).clamp(0.0, 1.0)
+    if generator is not None:
+        draw = torch.rand(share.shape, generator=generator, device=generator.device)
+        share = (draw.to(share.device) < share).to(share.dtype)
+    exact = torch.float64 if values.dtype == torch.float64 else torch.float32
+    folded = values.to(exact, copy=True)
+    gift = (share / merge_budget)[..., None, None].to(exact) * folded[:, :, entry : entry + 1]
+    folded[:, :, entry + 1 : entry + 1 + merge_budget] += gift
+    return folded.to(values.dtype)

@@ -8,7 +8,7 @@ share a KV head are summed, where the authors' code supports no grouped queries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,17 @@ from torch import Tensor
 
 from kvmerge.budget import count
 from kvmerge.errors import unknown
-from kvmerge.method import Allowance, Entries, Method, PrefillLayer, select, top_positions
+from kvmerge.kvmerger import recent_share
+from kvmerge.method import (
+    Allowance,
+    DecodeStep,
+    Entries,
+    Method,
+    PrefillLayer,
+    pick,
+    select,
+    top_positions,
+)
 
 SPLITS = ("even", "kvmerger")
 
@@ -30,6 +40,7 @@ class H2O(Method):
     tokens as KVMerger keeps."""
 
     needs_scores: ClassVar[bool] = True
+    holds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -37,12 +48,23 @@ class H2O(Method):
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep the heavy hitters and the recent tokens of one layer."""
+        heavy, recent = self.counts(allowance, layer.length)
+        return select(layer, keep(layer.column_scores(), heavy=heavy, recent=recent))
+
+    def hold(self, entries: Entries, step: DecodeStep) -> Entries:
+        """Add the step's attention to the scores, then evict the entry that fits least."""
+        assert entries.scores is not None
+        scores = entries.scores + step.mass(entries.scores.shape[1])
+        heavy, recent = self.counts(step.allowance, step.prompt_length)
+        return pick(replace(entries, scores=scores), keep(scores, heavy=heavy, recent=recent))
+
+    def counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
+        """Heavy hitters and recent tokens kept of a prompt of `length` tokens."""
         share = allowance.budget / 2
         if self.split == "kvmerger":
-            share = max(0.02, 0.08 + 0.6 * (allowance.budget - 0.35))
-        recent = min(count(share, layer.length), allowance.n_keep)
-        heavy = allowance.n_keep - recent
-        return select(layer, keep(layer.column_scores(), heavy=heavy, recent=recent))
+            share = recent_share(allowance.budget)
+        recent = min(count(share, length), allowance.n_keep)
+        return allowance.n_keep - recent, recent
 
 
 def keep(scores: Tensor, *, heavy: int, recent: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from kvmerge.budget import count
+from kvmerge.kvmerger import recent_share
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, select, top_positions
 
 
@@ -26,9 +27,7 @@ class Random(Method):
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep the recent tokens and a uniform draw of the others."""
-        share = self.recent
-        if share is None:
-            share = max(0.02, 0.08 + 0.6 * (allowance.budget - 0.35))
+        share = recent_share(allowance.budget) if self.recent is None else self.recent
         n_recent = min(max(1, count(share, layer.length)), allowance.n_keep)
         batch, kv_heads, length, _ = layer.keys.shape
         draw = torch.rand(batch, kv_heads, length, generator=allowance.generator)

@@ -90,7 +90,8 @@ def answer(
 ) -> list[tuple[Cell, Record]]:
     """Answer one sample with every missing cell, in one shared prefill."""
     ids = settings.benchmark.encode(job.sample, job.task, tokenizer, settings.prompt_format)
-    rows = [Row(cell.method, cell.budget, seed) for cell, seed in job.missing]
+    policy = settings.decode_policy
+    rows = [Row(cell.method, cell.budget, seed, policy) for cell, seed in job.missing]
     reference = None
     if settings.fidelity:
         full = [index for index, (cell, _) in enumerate(job.missing) if cell.is_full]

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
 from harness.cells import Cell, make_cell, parse_cells
-from kvmerge.errors import UserError
+from kvmerge.engine import DECODE_POLICIES
+from kvmerge.errors import UserError, unknown
 from kvmerge.models import ModelSpec
 from kvmerge.resolve import method_settings
 
@@ -38,6 +39,7 @@ class Settings:
     output_dir: Path
     seed: int
     num_seeds: int
+    decode_policy: str
     limit: int | None
     shard: int
     num_shards: int
@@ -91,6 +93,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         output_dir=Path(str(output_dir)).expanduser(),
         seed=seed,
         num_seeds=num_seeds,
+        decode_policy=_decode_policy(config, cells),
         limit=limit,
         shard=shard,
         num_shards=num_shards,
@@ -122,6 +125,19 @@ def _cells(config: DictConfig, choices: Choices) -> list[Cell]:
     if not isinstance(cells, list):
         raise UserError(f"cells={cells!r} must be a list, e.g. cells=[full@1,kvmerger@0.35].")
     return parse_cells(cells)
+
+
+def _decode_policy(config: DictConfig, cells: Sequence[Cell]) -> str:
+    policy = config.decode_policy
+    if policy not in DECODE_POLICIES:
+        raise unknown("decode_policy", str(policy), DECODE_POLICIES)
+    without = [cell.name for cell in cells if not (cell.is_full or cell.method.holds)]
+    if policy == "hold" and without:
+        raise UserError(
+            f"decode_policy=hold: {', '.join(without)} has no rule for evicting while decoding. "
+            "Leave it out, or use decode_policy=append."
+        )
+    return str(policy)
 
 
 def _build(config: DictConfig) -> Any:

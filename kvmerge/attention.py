@@ -167,3 +167,27 @@ def cached_attention(
         mask = wide.expand(-1, -1, packed.shape[2], -1) if mask is None else mask + wide
     out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(rows, heads, n_new, head_dim)
+
+
+def weighted_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one new token that also returns its weights, for methods that look at them.
+
+    Args:
+        queries: `(rows, heads, 1, head_dim)`.
+        keys: `(rows, kv_heads, length, head_dim)`.
+        values: `(rows, kv_heads, length, head_dim)`.
+        bias: `(rows, kv_heads, length)` added to the logits, or None.
+
+    Returns:
+        output `(rows, heads, 1, head_dim)`; weights `(rows, heads, length)` float32.
+    """
+    kv_heads = keys.shape[1]
+    grouped = queries.squeeze(2).unflatten(1, (kv_heads, -1))  # (rows, kv_heads, group, head_dim)
+    logits = torch.matmul(grouped, keys.transpose(2, 3)).float() * scale
+    if bias is not None:
+        logits = logits + bias.unsqueeze(2)
+    weights = logits.softmax(dim=-1)
+    out = torch.matmul(weights.to(values.dtype), values)
+    return out.flatten(1, 2).unsqueeze(2), weights.flatten(1, 2)

@@ -7,13 +7,37 @@ call per distinct length, without padding the short rows to the longest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvmerge.attention import cached_attention
+from kvmerge.attention import cached_attention, weighted_attention
 from kvmerge.method import Entries
+
+Hold = Callable[[Entries, Tensor, int], Entries]
+"""A row's rule after each decode step: (entries, weights `(1, heads, n)`, step) -> entries."""
+
+
+class Group(Protocol):
+    """Rows of one layer that attend together."""
+
+    rows: list[int]
+    active: int
+    """The first `active` of `rows` take part in the next step."""
+
+    def retire(self, row: int) -> None:
+        """Take a finished row out of the next steps."""
+        ...
+
+    def rewind(self) -> None:
+        """Return every row to its state after prefill."""
+        ...
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Append the new entries of the active rows and attend; shapes as in `cached_attention`."""
+        ...
 
 
 class RowGroup:
@@ -69,17 +93,90 @@ class RowGroup:
         )
 
 
+class HeldRow:
+    """One row whose method decides again after every decode step.
+
+    Its entries are replaced as a whole, so each step costs a copy: the price of methods that act while
+    decoding.
+    """
+
+    def __init__(self, row: int, entries: Entries, hold: Hold, prompt_length: int) -> None:
+        """Start from the entries after prefill, batch 1."""
+        self.prompt_length = prompt_length
+        self.rows = [row]
+        self.active = 1
+        self.prefilled = self.entries = entries
+        self.hold = hold
+        self.steps = 0
+
+    def retire(self, row: int) -> None:
+        """Take the row out of the next steps."""
+        assert row in self.rows
+        self.active = 0
+
+    def rewind(self) -> None:
+        """Return to the state after prefill."""
+        self.active, self.steps, self.entries = 1, 0, self.prefilled
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Take the new tokens one at a time: attend over all that is stored, then hold."""
+        outputs = []
+        for token in range(keys.shape[2]):
+            now = slice(token, token + 1)
+            position = self.prompt_length + self.steps
+            stored = append_entry(self.entries, keys[:, :, now], values[:, :, now], position)
+            out, weights = weighted_attention(
+                queries[:, :, now], stored.keys, stored.values, scale, stored.bias
+            )
+            self.entries = self.hold(stored, weights, self.steps)
+            self.steps += 1
+            outputs.append(out)
+        return torch.cat(outputs, dim=2)
+
+
+def append_entry(entries: Entries, key: Tensor, value: Tensor, position: int) -> Entries:
+    """Add one token's key and value `(batch, kv_heads, 1, head_dim)`, of size 1 and without mass."""
+
+    def extended(extra: Tensor | None, fill: float) -> Tensor | None:
+        return None if extra is None else torch.nn.functional.pad(extra, (0, 1), value=fill)
+
+    return Entries(
+        torch.cat([entries.keys, key], dim=2),
+        torch.cat([entries.values, value], dim=2),
+        torch.nn.functional.pad(entries.positions, (0, 1), value=position),
+        extended(entries.sizes, 1),
+        extended(entries.bias, 0.0),
+        extended(entries.scores, 0.0),
+    )
+
+
 class LayerCache:
     """One layer of all rows."""
 
-    def __init__(self, entries: Sequence[Entries], capacity: int) -> None:
-        """Group the rows by length; `entries[row]` has batch 1."""
+    def __init__(
+        self,
+        entries: Sequence[Entries],
+        capacity: int,
+        holds: Sequence[Hold | None] | None = None,
+        prompt_length: int = 0,
+    ) -> None:
+        """Group the rows by length; `entries[row]` has batch 1.
+
+        Args:
+            capacity: new tokens that each row must have room for.
+            holds: each row's rule after a decode step, None for rows that only append.
+            prompt_length: prompt tokens, from which held rows count positions.
+        """
+        self.groups: list[Group] = []
         by_length: dict[int, list[int]] = {}
         for row, entry in enumerate(entries):
-            by_length.setdefault(entry.keys.shape[2], []).append(row)
-        self.groups = [
-            RowGroup(rows, [entries[row] for row in rows], capacity) for rows in by_length.values()
-        ]
+            hold = None if holds is None else holds[row]
+            if hold is None:
+                by_length.setdefault(entry.keys.shape[2], []).append(row)
+            else:
+                self.groups.append(HeldRow(row, entry, hold, prompt_length))
+        for rows in by_length.values():
+            self.groups.append(RowGroup(rows, [entries[row] for row in rows], capacity))
 
     def retire(self, row: int) -> None:
         """Take a finished row out of the next steps."""

@@ -23,13 +23,16 @@ from transformers import PreTrainedModel
 
 from kvmerge.attention import forward, hooked, prefill_attention
 from kvmerge.budget import Budget
-from kvmerge.cache import LayerCache
-from kvmerge.errors import UserError
-from kvmerge.method import Allowance, Entries, Method, PrefillLayer, keep_all
+from kvmerge.cache import Hold, LayerCache
+from kvmerge.errors import UserError, unknown
+from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all
 from kvmerge.scores import column_sums
 
 _REPLAY_TOKENS = 64
 """Tokens fed at once when an answer is replayed: bounds the logits alive to rows x 64 x vocabulary."""
+
+
+DECODE_POLICIES = ("append", "hold")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class Row:
     method: Method
     budget: Budget
     seed: int = 0
+    decode_policy: str = "append"
+    """`append`: generated tokens are stored beside the compressed prompt. `hold`: after each step the
+    method returns the stored length to its allowance, by its own rule."""
+
+    def __post_init__(self) -> None:
+        if self.decode_policy not in DECODE_POLICIES:
+            raise unknown("decode_policy", self.decode_policy, DECODE_POLICIES)
+
+    @property
+    def acts_on_decode(self) -> bool:
+        """Whether the method decides again after each decode step."""
+        return self.method.acts_on_decode or (self.decode_policy == "hold" and self.method.holds)
 
 
 @dataclass(frozen=True)
@@ -163,7 +178,8 @@ class Comparison:
         out, lse = prefill_attention(queries, keys, values, scale)
         length = keys.shape[2]
         wants_scores = any(
-            row.method.needs_scores and row.budget.entries(length) < length for row in self.rows
+            row.method.needs_scores and (row.budget.entries(length) < length or row.acts_on_decode)
+            for row in self.rows
         )
         layer = PrefillLayer(
             queries=queries,
@@ -175,27 +191,38 @@ class Comparison:
             scale=scale,
         )
         check_finite(layer)
-        self.layers.append(
-            LayerCache([self._compress(row, layer) for row in range(len(self.rows))], self._capacity)
-        )
+        compressed = [self._compress(row, layer) for row in range(len(self.rows))]
+        holds = [self._hold_rule(row, layer_idx) for row in self.rows]
+        self.layers.append(LayerCache(compressed, self._capacity, holds, length))
         return out
 
     def _compress(self, index: int, layer: PrefillLayer) -> Entries:
         row = self.rows[index]
-        n_keep = row.budget.entries(layer.length)
-        if n_keep >= layer.length:
+        allowance = self._allowance(row, layer.layer_idx)
+        if allowance.n_keep >= layer.length and not row.method.acts_on_decode:
             kept = keep_all(layer)
         else:
-            generator = None
-            if row.method.stochastic:
-                generator = seeded_generator(row.seed, self.sample_id, layer.layer_idx)
-            kept = row.method.compress(
-                layer, Allowance(n_keep, row.budget.fraction(layer.length), generator)
-            )
+            kept = row.method.compress(layer, allowance)
         self.stats[index].add_layer(kept)
         if self.observer is not None:
             self.observer(index, layer.layer_idx, layer, kept)
         return kept
+
+    def _allowance(self, row: Row, layer_idx: int, step: int | None = None) -> Allowance:
+        length, generator = self._prompt_length, None
+        if row.method.stochastic:
+            generator = seeded_generator(row.seed, self.sample_id, layer_idx, step)
+        return Allowance(row.budget.entries(length), row.budget.fraction(length), generator)
+
+    def _hold_rule(self, row: Row, layer_idx: int) -> Hold | None:
+        if not row.acts_on_decode:
+            return None
+
+        def hold(entries: Entries, weights: Tensor, step: int) -> Entries:
+            allowance = self._allowance(row, layer_idx, step)
+            return row.method.hold(entries, DecodeStep(weights, self._prompt_length, step, allowance))
+
+        return hold
 
     @torch.inference_mode()
     def decode(self, first_logits: Tensor, stop: Stop) -> list[list[int]]:
@@ -326,9 +353,15 @@ def run_sample(
     return results, comparison.timing
 
 
-def seeded_generator(seed: int, sample_id: str, layer_idx: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments, on any machine."""
-    digest = hashlib.sha256(f"{seed}\0{sample_id}\0{layer_idx}".encode()).digest()
+def seeded_generator(
+    seed: int, sample_id: str, layer_idx: int, step: int | None = None
+) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments, on any machine.
+
+    `step` is None for the prefill, and counts the decode steps of methods that draw there.
+    """
+    parts = [seed, sample_id, layer_idx, *([] if step is None else [step])]
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

@@ -128,12 +128,10 @@ class KVMerger(Method):
     def protected_counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
         """Recent and top tokens kept as they are (methods.md 4.1), leaving room to merge into.
 
-        The paper's fractions at 50% and 35% of the prompt are .17/.12 and .08/.02; other budgets
-        are interpolated linearly. Raises `UserError` where no merged entry would remain.
+        Raises `UserError` where no merged entry would remain.
         """
-        along = (allowance.budget - 0.35) / 0.15
-        recent = max(0.02, 0.08 + 0.09 * along) if self.recent is None else self.recent
-        top = max(0.0, 0.02 + 0.10 * along) if self.top is None else self.top
+        recent = recent_share(allowance.budget) if self.recent is None else self.recent
+        top = top_share(allowance.budget) if self.top is None else self.top
         n_recent = max(1, count(recent, length))
         n_top = count(top, length)
         excess = n_recent + n_top + 1 - allowance.n_keep
@@ -147,3 +145,13 @@ class KVMerger(Method):
                 f"{allowance.n_keep} of {length} prompt tokens were allowed."
             )
         return n_recent, n_top
+
+
+def recent_share(budget: float) -> float:
+    """Recent tokens as a fraction of the prompt: .17 at 50%, .08 at 35% (the paper), interpolated."""
+    return max(0.02, 0.08 + 0.09 * (budget - 0.35) / 0.15)
+
+
+def top_share(budget: float) -> float:
+    """Top tokens as a fraction of the prompt: .12 at 50%, .02 at 35% (the paper), interpolated."""
+    return max(0.0, 0.02 + 0.10 * (budget - 0.35) / 0.15)

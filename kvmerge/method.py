@@ -69,6 +69,27 @@ class Entries:
     """`(batch, kv_heads, n)` int64 tokens merged into each entry; None means all 1."""
     bias: Tensor | None = None
     """`(batch, kv_heads, n)` float32 added to the attention logits of each entry; None means 0."""
+    scores: Tensor | None = None
+    """`(batch, kv_heads, n)` attention mass of each entry, for methods that go on deciding while
+    decoding."""
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What happened at one decode step of a layer, after its attention."""
+
+    weights: Tensor
+    """`(batch, heads, n)` float32 attention weights of the new token over the stored entries, its own
+    last."""
+    prompt_length: int
+    """Prompt tokens `T`, which budgets and protected counts refer to."""
+    step: int
+    """Decode steps before this one."""
+    allowance: Allowance
+
+    def mass(self, kv_heads: int) -> Tensor:
+        """`(batch, kv_heads, n)` weights summed over the query heads of each group."""
+        return self.weights.unflatten(1, (kv_heads, -1)).sum(dim=2)
 
 
 class Method(ABC):
@@ -78,6 +99,10 @@ class Method(ABC):
     """Whether `compress` reads the attention column sums."""
     stochastic: ClassVar[bool] = False
     """Whether the result depends on the seed; such methods are run once a seed."""
+    holds: ClassVar[bool] = False
+    """Whether `hold` is defined: the method's own rule for `decode_policy=hold`."""
+    acts_on_decode: ClassVar[bool] = False
+    """Whether `hold` belongs to the method under any decode policy (mask simulations)."""
 
     @abstractmethod
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
@@ -87,18 +112,43 @@ class Method(ABC):
         Raises `UserError` if the prompt is too short for what the method protects.
         """
 
+    def hold(self, entries: Entries, step: DecodeStep) -> Entries:
+        """Decide again after a decode step, under `decode_policy=hold`.
+
+        Args:
+            entries: what is stored, the new token's entry last. Attention has already used all of it.
+            step: the attention weights of the new token, and what may be kept.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rule for decode_policy=hold")
+
 
 def select(layer: PrefillLayer, positions: Tensor) -> Entries:
     """Keep whole tokens: `positions` `(batch, kv_heads, n)` int64, ascending."""
-    index = positions.unsqueeze(-1).expand(-1, -1, -1, layer.keys.shape[-1])
-    return Entries(layer.keys.gather(2, index), layer.values.gather(2, index), positions)
+    return pick(keep_all(layer), positions)
 
 
 def keep_all(layer: PrefillLayer) -> Entries:
     """Keep every token of a layer."""
     batch, kv_heads, length, _ = layer.keys.shape
     positions = torch.arange(length, device=layer.keys.device).expand(batch, kv_heads, length)
-    return Entries(layer.keys, layer.values, positions)
+    return Entries(layer.keys, layer.values, positions, scores=layer.scores)
+
+
+def pick(entries: Entries, slots: Tensor) -> Entries:
+    """Keep the entries at `slots` `(batch, kv_heads, n)` int64, and what is stored beside them."""
+    wide = slots.unsqueeze(-1).expand(-1, -1, -1, entries.keys.shape[-1])
+
+    def chosen(extra: Tensor | None) -> Tensor | None:
+        return None if extra is None else extra.gather(-1, slots)
+
+    return Entries(
+        entries.keys.gather(2, wide),
+        entries.values.gather(2, wide),
+        entries.positions.gather(-1, slots),
+        chosen(entries.sizes),
+        chosen(entries.bias),
+        chosen(entries.scores),
+    )
 
 
 def top_positions(scores: Tensor, count: int) -> Tensor:
