@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
 
 from kvmerge.budget import Budget
 from kvmerge.errors import UserError
@@ -47,9 +49,15 @@ class Cell:
 def make_cell(method_name: str, options: Mapping[str, Any], budget: object) -> Cell:
     """Validate a cell. Raises `UserError` naming what cannot be used."""
     defaults = method_settings(method_name)
-    method = load_method(method_name, options)
+    try:
+        method = load_method(method_name, options)
+    except InstantiationException as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise UserError(f"{method_name} cannot take {given}: {error.__cause__}.") from error
     changed = {key: value for key, value in options.items() if value != defaults.get(key)}
     parsed = Budget.parse(budget)
+    if float(str(parsed)) != parsed.value or "e+" in str(parsed):
+        raise UserError(f"budget={budget} has more than the six digits that results are named by.")
     if method_name == "full" and parsed != Budget.parse(1):
         raise UserError(
             f"full@{parsed}: the full cache keeps everything, its budget is 1. "
@@ -65,12 +73,18 @@ def parse_cell(text: object) -> Cell:
         raise UserError(f"cannot read the cell {text!r}. {form}")
     variant, _, budget = text.rpartition("@")
     method_name, _, listed = variant.partition(":")
-    options = {}
+    options: dict[str, Any] = {}
     for part in filter(None, listed.split(",")):
         key, separator, value = part.partition("=")
-        if not separator:
-            raise UserError(f"cannot read {part!r} in the cell {text!r}. {form}")
-        options[key.strip()] = yaml.safe_load(value)
+        key = key.strip()
+        if not separator or key in options:
+            why = "it is given twice" if separator else "it has no value"
+            raise UserError(f"cannot read {part!r} in the cell {text!r}: {why}. {form}")
+        try:
+            # typed as Hydra types a value: unlike plain YAML, 1e-5 is a number
+            options[key] = OmegaConf.from_dotlist([f"value={value}"]).value
+        except yaml.YAMLError:
+            raise UserError(f"cannot read {part!r} in the cell {text!r}. {form}") from None
     return make_cell(method_name.strip(), options, budget)
 
 
@@ -79,7 +93,7 @@ def parse_cells(texts: Iterable[object]) -> list[Cell]:
     cells: list[Cell] = []
     for text in texts:
         cell = parse_cell(text)
-        if cell in cells:
+        if cell.name in {other.name for other in cells}:
             raise UserError(f"the cell {cell.name} is listed twice.")
         cells.append(cell)
     if not cells:
@@ -88,6 +102,10 @@ def parse_cells(texts: Iterable[object]) -> list[Cell]:
 
 
 def _text(value: Any) -> str:
+    """Write a value so that `parse_cell` reads the same one."""
     if isinstance(value, bool) or value is None:
         return str(value).lower() if value is not None else "null"
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    if not isinstance(value, int | float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

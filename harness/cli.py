@@ -5,6 +5,7 @@ A user error prints one message and exits with status 2; everything else keeps i
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,8 @@ from kvmerge.resolve import choices, config_dir
 GROUPS = ("model", "method", "benchmark", "experiment")
 USER_ERROR = 2
 INTERRUPTED = 130
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of the disk that only its owner can mend."""
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def check_choices(arguments: Sequence[str]) -> None:
         if not separator or group not in GROUPS:
             continue
         for name in listed.split(","):
-            if name not in ("null", "") and name not in choices(group):
+            if name not in choices(group):
                 raise unknown(group, name, choices(group))
 
 
@@ -98,6 +101,15 @@ def _guarded(action: Callable[[], None]) -> None:
         action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(
+            f"error: {error.strerror}{where}. What is finished is kept; the same command resumes.",
+            file=sys.stderr,
+        )
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command resumes.", file=sys.stderr)

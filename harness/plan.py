@@ -27,7 +27,7 @@ def print_plan(settings: Settings, console: Console) -> None:
         table.add_column(
             column, justify="left" if column == "task" else "right", no_wrap=column == "task"
         )
-    total_prompt = total_answer = 0
+    total_prompt = total_answer = longest = 0
     for task in settings.benchmark.tasks:
         of_task = [job for job in jobs if job.task == task]
         prompts = [
@@ -38,6 +38,7 @@ def print_plan(settings: Settings, console: Console) -> None:
         mean = round(sum(prompts) / len(prompts)) if prompts else 0
         table.add_row(task.name, str(len(of_task)), str(answers), f"{mean:,}", str(task.max_new_tokens))
         total_prompt += sum(prompts)
+        longest = max(longest, *prompts, 0)
         total_answer += task.max_new_tokens * len(of_task)
     console.print(table)
     console.print("cells: " + ", ".join(cell.name for cell in settings.cells), highlight=False)
@@ -49,7 +50,6 @@ def print_plan(settings: Settings, console: Console) -> None:
         operations = 2 * shape.parameters * total_prompt
         itemsize = DTYPES[settings.model.dtype].itemsize
         entry = 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
-        longest = min(settings.model.max_length, max(len(j.sample.prompt) for j in jobs))
         console.print(
             f"prefill: one per sample for all cells, {total_prompt:,} tokens, about "
             f"{operations / 1e12:,.1f} TFLOP in the weights\n"

@@ -79,12 +79,18 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
 def check_resumable(path: Path, current: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the fingerprint of an earlier run in the same folder into this one's.
 
-    Raises `UserError` naming the first setting that differs. Tasks and cells that only one of
-    the two runs has are no difference.
+    Raises `UserError` naming the first setting that differs, or saying that nothing tells what the
+    folder's predictions were made with. Tasks and cells that only one of the two runs has are no
+    difference.
     """
     merged = dict(current)
     earlier = read_run(path).get("fingerprint")
     if not earlier:
+        if (path.parent / "predictions").exists():
+            raise UserError(
+                f"{path.parent} holds predictions but no {path.name} that says what made them. "
+                "Choose another output_dir, or delete that folder to start over."
+            )
         return merged
     for key, value in current.items():
         before = earlier.get(key)
@@ -114,7 +120,7 @@ def read_run(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}. Choose another output_dir.") from error
 
 

@@ -23,9 +23,10 @@ from harness.provenance import check_resumable, fingerprint, write_run
 from harness.records import Record, append_record, prediction_path, read_records
 from harness.settings import Settings
 from kvmerge.budget import Budget
-from kvmerge.engine import Row, RowResult, Stop, Timing, run_sample
+from kvmerge.engine import RowResult, Stop, Timing, run_sample
 from kvmerge.errors import UserError
 from kvmerge.models import load, stop_token_ids
+from kvmerge.session import Row
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ def run(settings: Settings) -> None:
             with other settings. What is finished stays.
     """
     started = time.perf_counter()
+    _refuse_mixed(settings)
     jobs = list(pending(settings))
     notes = settings.benchmark.notes()
     run_file = settings.results_dir / "run.json"
     prints = check_resumable(run_file, fingerprint(settings, settings.benchmark.fingerprint()))
     if not jobs:
-        if not run_file.exists():
-            raise UserError("there is nothing to run: the chosen tasks have no samples.")
+        if not run_file.exists():  # a shard that got no samples still belongs to its run
+            write_run(settings, run_file, prints, notes, seconds=0.0)
         return
     write_run(settings, run_file, prints, notes)
     model, tokenizer = load(settings.model)
@@ -65,6 +67,23 @@ def run(settings: Settings) -> None:
                     append_record(path, record)
                 bar.update()
     write_run(settings, run_file, prints, notes, seconds=round(time.perf_counter() - started, 1))
+
+
+def _refuse_mixed(settings: Settings) -> None:
+    """Refuse to share an output_dir between a whole run and shards, or between two splits.
+
+    They would overlap, and the report could not merge them.
+    """
+    folder = settings.output_dir
+    found = {path.name.partition("-of-")[2] for path in folder.glob("shards/*-of-*")}
+    if (folder / "predictions").exists():
+        found.add("1")
+    others = sorted(found - {str(settings.num_shards)})
+    if others:
+        raise UserError(
+            f"{folder} holds results of num_shards={others[0]}, so num_shards={settings.num_shards} "
+            "cannot be added to it. Go on with the former, or choose another output_dir."
+        )
 
 
 def pending(settings: Settings) -> Iterator[Job]:

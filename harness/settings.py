@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
 from harness.cells import Cell, make_cell, parse_cells
-from kvmerge.engine import DECODE_POLICIES
 from kvmerge.errors import UserError, unknown
 from kvmerge.models import ModelSpec
 from kvmerge.resolve import method_settings
+from kvmerge.session import DECODE_POLICIES
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _cells(config: DictConfig, choices: Choices) -> list[Cell]:
         if choices.method == "full" and "budget" not in choices.given:
             budget = 1
         return [make_cell(choices.method, options, budget)]
-    clash = sorted(choices.given & {"method", "budget"})
+    clash = sorted(key for key in choices.given if key.partition(".")[0] in ("method", "budget"))
     if clash:
         chosen = f"experiment={choices.experiment}" if choices.experiment else "cells=[...]"
         raise UserError(

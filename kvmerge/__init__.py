@@ -1,1 +1,33 @@
 """The engine that every cache method runs on, and KVMerger itself."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvmerge.api import CompressedCache, compressed
+    from kvmerge.budget import Budget
+    from kvmerge.errors import UserError
+    from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer
+
+__all__ = [
+    "Allowance",
+    "Budget",
+    "CompressedCache",
+    "DecodeStep",
+    "Entries",
+    "Method",
+    "PrefillLayer",
+    "UserError",
+    "compressed",
+]
+
+_HOMES = {"CompressedCache": "api", "compressed": "api", "Budget": "budget", "UserError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    # Late, because most of the package needs torch and transformers, which take seconds to import.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'method')}"), name)

@@ -39,6 +39,10 @@ class Group(Protocol):
         """Append the new entries of the active rows and attend; shapes as in `cached_attention`."""
         ...
 
+    def nbytes(self) -> int:
+        """Bytes of the keys and values stored for all rows, unused room left out."""
+        ...
+
 
 class RowGroup:
     """Rows of one layer whose caches have the same length."""
@@ -73,16 +77,28 @@ class RowGroup:
             self.rows[slot], self.rows[last] = self.rows[last], self.rows[slot]
         self.active = last
 
+    def _grow(self, needed: int) -> None:
+        """Make room for at least `needed` entries, and a quarter more than before."""
+        more = max(needed, self.keys.shape[2] * 5 // 4) - self.keys.shape[2]
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        if self.bias is not None:
+            self.bias = torch.nn.functional.pad(self.bias, (0, more))
+
     def rewind(self) -> None:
         """Return every row to its state after prefill."""
         self.active = len(self.rows)
         self.length = self.prefill_length
 
+    def nbytes(self) -> int:
+        """Bytes of the keys and values stored for all rows, unused room left out."""
+        return self.keys[:, :, : self.length].nbytes + self.values[:, :, : self.length].nbytes
+
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Append the new entries of the active rows and attend; shapes as in `cached_attention`."""
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
-            raise RuntimeError(f"cache buffer of {self.keys.shape[2]} entries is full")
+            self._grow(end)
         active = slice(0, self.active)
         self.keys[active, :, self.length : end] = keys
         self.values[active, :, self.length : end] = values
@@ -117,6 +133,10 @@ class HeldRow:
     def rewind(self) -> None:
         """Return to the state after prefill."""
         self.active, self.steps, self.entries = 1, 0, self.prefilled
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values stored."""
+        return self.entries.keys.nbytes + self.entries.values.nbytes
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Take the new tokens one at a time: attend over all that is stored, then hold."""
@@ -158,14 +178,14 @@ class LayerCache:
         entries: Sequence[Entries],
         capacity: int,
         holds: Sequence[Hold | None] | None = None,
-        prompt_length: int = 0,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> None:
         """Group the rows by length; `entries[row]` has batch 1.
 
         Args:
             capacity: new tokens that each row must have room for.
             holds: each row's rule after a decode step, None for rows that only append.
-            prompt_length: prompt tokens, from which held rows count positions.
+            prompt_lengths: prompt tokens of each row, from which held rows count positions.
         """
         self.groups: list[Group] = []
         by_length: dict[int, list[int]] = {}
@@ -174,7 +194,9 @@ class LayerCache:
             if hold is None:
                 by_length.setdefault(entry.keys.shape[2], []).append(row)
             else:
-                self.groups.append(HeldRow(row, entry, hold, prompt_length))
+                self.groups.append(
+                    HeldRow(row, entry, hold, 0 if prompt_lengths is None else prompt_lengths[row])
+                )
         for rows in by_length.values():
             self.groups.append(RowGroup(rows, [entries[row] for row in rows], capacity))
 
@@ -188,6 +210,10 @@ class LayerCache:
         """Return every row to its state after prefill."""
         for group in self.groups:
             group.rewind()
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values stored for all rows, unused room left out."""
+        return sum(group.nbytes() for group in self.groups)
 
     def attend(
         self, order: Sequence[int], queries: Tensor, keys: Tensor, values: Tensor, scale: float

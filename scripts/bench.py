@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from harness.provenance import hardware, package_versions
 from harness.settings import Choices, Settings, settings_from
 from harness.summary import write_atomically
-from kvmerge.engine import Row, Stop, run_sample
+from kvmerge.engine import Stop, run_sample
 from kvmerge.models import load
 from kvmerge.resolve import config_dir
+from kvmerge.session import Row
 
 OUT = Path("results") / "bench"
 

@@ -32,11 +32,12 @@ from harness.runner import prompt_hash, stop_rule
 from harness.settings import Choices, Settings, settings_from
 from harness.summary import write_atomically
 from kvmerge.attention import hooked
-from kvmerge.engine import Comparison, Row
+from kvmerge.engine import Comparison
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, PrefillLayer
 from kvmerge.models import load
 from kvmerge.resolve import config_dir
+from kvmerge.session import Row
 
 RECORDS = Path(__file__).resolve().parent.parent / "tests" / "regression" / "mini.json"
 SAMPLES = 2
@@ -80,7 +81,7 @@ class Selection:
         self.digests = [[] for _ in self.rows]
 
     def __call__(self, row: int, layer_idx: int, layer: PrefillLayer, kept: Entries) -> None:
-        """Digest the kept tokens and set sizes of one layer (see `kvmerge.engine.Observer`)."""
+        """Digest the kept tokens and set sizes of one layer (see `kvmerge.session.Observer`)."""
         found: list[str | None] = list(_digests(kept))
         if self.perturb and kept.positions.shape[-1] < layer.length:
             again = list(_digests(self._perturbed(row, layer, kept)))
