@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from kvmerge.budget import Budget
 from kvmerge.errors import UserError
 from kvmerge.method import Method
 from kvmerge.resolve import load_method
-from kvmerge.session import CacheSession, Row, RowStats, check_sliding_window
+from kvmerge.session import CacheSession, Row, RowStats, check_sliding_window, session_for
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 """Model types whose attention runs through transformers' AttentionInterface as the engine needs it."""
@@ -177,8 +178,8 @@ def _begin(model: PreTrainedModel, row: Row, kwargs: dict[str, Any]) -> CacheSes
         if min(lengths) < 1:
             raise UserError("each prompt needs at least one token that is not padding.")
     check_sliding_window(model, tokens, 1)
-    rows = [Row(row.method, row.budget, row.seed, row.decode_policy, prompt=i) for i in range(batch)]
-    session = CacheSession(rows, model.config.num_hidden_layers, [str(i) for i in range(batch)])
+    rows = [replace(row, prompt=index) for index in range(batch)]
+    session = session_for(model, rows, [str(index) for index in range(batch)])
     session.begin(lengths, _CAPACITY)
     return session
 

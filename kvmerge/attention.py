@@ -191,3 +191,22 @@ def weighted_attention(
     weights = logits.softmax(dim=-1)
     out = torch.matmul(weights.to(values.dtype), values)
     return out.flatten(1, 2).unsqueeze(2), weights.flatten(1, 2)
+
+
+def masked_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor
+) -> Tensor:
+    """Attention of a whole prompt through an explicit mask, for methods that alter the prefill.
+
+    Args:
+        queries: `(1, heads, T, head_dim)`.
+        keys: `(1, kv_heads, T, head_dim)`.
+        values: `(1, kv_heads, T, head_dim)`.
+        visible: `(1, kv_heads, T, T)` bool, row by column.
+
+    Returns:
+        `(1, heads, T, head_dim)`.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    keys, values, visible = (t.repeat_interleave(group, dim=1) for t in (keys, values, visible))
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scale)

@@ -7,7 +7,7 @@ call per distinct length, without padding the short rows to the longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvmerge.attention import cached_attention, weighted_attention
 from kvmerge.method import Entries
+from kvmerge.rope import Rope
 
 Hold = Callable[[Entries, Tensor, int], Entries]
 """A row's rule after each decode step: (entries, weights `(1, heads, n)`, step) -> entries."""
@@ -109,16 +110,30 @@ class RowGroup:
         )
 
 
-class HeldRow:
-    """One row whose method decides again after every decode step.
+class SteppedRow:
+    """One row that takes new tokens one at a time: its method decides again after each, or its
+    positions are rolled.
 
-    Its entries are replaced as a whole, so each step costs a copy: the price of methods that act while
-    decoding.
+    Its entries are replaced as a whole, so each step costs a copy: the price of acting while decoding.
     """
 
-    def __init__(self, row: int, entries: Entries, hold: Hold, prompt_length: int) -> None:
-        """Start from the entries after prefill, batch 1."""
+    def __init__(
+        self,
+        row: int,
+        entries: Entries,
+        prompt_length: int,
+        hold: Hold | None,
+        rolled: Rope | None = None,
+    ) -> None:
+        """Start from the entries after prefill, batch 1.
+
+        Args:
+            prompt_length: prompt tokens, from which true positions count.
+            hold: the rule after each step; None only appends.
+            rolled: attend as if the stored entries stood at positions 0, 1, 2, …; None keeps true ones.
+        """
         self.prompt_length = prompt_length
+        self.rolled = rolled
         self.rows = [row]
         self.active = 1
         self.prefilled = self.entries = entries
@@ -145,10 +160,15 @@ class HeldRow:
             now = slice(token, token + 1)
             position = self.prompt_length + self.steps
             stored = append_entry(self.entries, keys[:, :, now], values[:, :, now], position)
-            out, weights = weighted_attention(
-                queries[:, :, now], stored.keys, stored.values, scale, stored.bias
-            )
-            self.entries = self.hold(stored, weights, self.steps)
+            query, seen = queries[:, :, now], stored.keys
+            if self.rolled is not None:
+                index = torch.arange(seen.shape[2], device=seen.device)
+                seen = self.rolled.rotate(seen, index - stored.positions)
+                query = self.rolled.rotate(query, index[-1:] - position)
+            out, weights = weighted_attention(query, seen, stored.values, scale, stored.bias)
+            if self.hold is not None:
+                stored = self.hold(stored, weights, self.steps)
+            self.entries = stored
             self.steps += 1
             outputs.append(out)
         return torch.cat(outputs, dim=2)
@@ -177,26 +197,19 @@ class LayerCache:
         self,
         entries: Sequence[Entries],
         capacity: int,
-        holds: Sequence[Hold | None] | None = None,
-        prompt_lengths: Sequence[int] | None = None,
+        stepped: Mapping[int, SteppedRow] | None = None,
     ) -> None:
         """Group the rows by length; `entries[row]` has batch 1.
 
         Args:
-            capacity: new tokens that each row must have room for.
-            holds: each row's rule after a decode step, None for rows that only append.
-            prompt_lengths: prompt tokens of each row, from which held rows count positions.
+            capacity: new tokens that each row has room for before its buffer must grow.
+            stepped: rows that do not simply append, by their index.
         """
-        self.groups: list[Group] = []
+        self.groups: list[Group] = list((stepped or {}).values())
         by_length: dict[int, list[int]] = {}
         for row, entry in enumerate(entries):
-            hold = None if holds is None else holds[row]
-            if hold is None:
+            if row not in (stepped or {}):
                 by_length.setdefault(entry.keys.shape[2], []).append(row)
-            else:
-                self.groups.append(
-                    HeldRow(row, entry, hold, 0 if prompt_lengths is None else prompt_lengths[row])
-                )
         for rows in by_length.values():
             self.groups.append(RowGroup(rows, [entries[row] for row in rows], capacity))
 

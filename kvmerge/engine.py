@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvmerge.attention import forward, hooked
-from kvmerge.session import CacheSession, Observer, Row, RowStats, check_sliding_window
+from kvmerge.method import Entries, PrefillLayer
+from kvmerge.session import Observer, Row, RowStats, check_sliding_window, session_for
 
 _REPLAY_TOKENS = 64
 """Tokens fed at once when an answer is replayed: bounds the logits alive to rows x 64 x vocabulary."""
@@ -82,7 +83,7 @@ class Comparison:
         """Prepare rows for a model that is hooked (see `run_sample`)."""
         self.model = model
         self.rows = list(rows)
-        self.session = CacheSession(rows, model.config.num_hidden_layers, [sample_id], observer)
+        self.session = session_for(model, rows, [sample_id], observer)
         self.timing = Timing()
         self._prompt_length = 0
 
@@ -161,38 +162,38 @@ class Comparison:
         for begin in range(0, fed.shape[1], _REPLAY_TOKENS):
             yield self._step(fed[:, begin : begin + _REPLAY_TOKENS], begin).float()
 
-    @torch.inference_mode()
-    def fidelity(self, reference: int, answer: Sequence[int]) -> list[Fidelity | None]:
-        """Compare every row with a reference along the reference's answer, teacher forced.
 
-        The first token is left out, since no method can change it; the stop position is in.
+@torch.inference_mode()
+def fidelity(replays: Sequence[Iterator[Tensor]], reference: int, tokens: int) -> list[Fidelity | None]:
+    """Compare every row with a reference along the reference's answer, teacher forced.
 
-        Args:
-            reference: index of the row that stands for the full cache.
-            answer: its answer, the stop token included.
+    The first token is left out, since it is decided before anything is compressed; the stop position
+    is in.
 
-        Returns:
-            A figure for each row; None where the answer has only one token.
-        """
-        tokens = len(answer) - 1
-        if tokens < 1:
-            return [None] * len(self.rows)
-        started = time.perf_counter()
-        divergence = torch.zeros(len(self.rows), dtype=torch.float64)
-        agreement = torch.zeros(len(self.rows), dtype=torch.float64)
-        for logits in self.replay(answer):
-            best = logits.argmax(dim=-1)
-            log_p = logits.log_softmax(dim=-1)
-            full = log_p[reference]
-            for row in range(len(self.rows)):  # one at a time: a vocabulary is large
-                kl = (full.exp() * (full - log_p[row])).sum()
-                divergence[row] += float(kl)
-                agreement[row] += int((best[row] == best[reference]).sum())
-        self.timing.fidelity += time.perf_counter() - started
-        return [
-            Fidelity(max(0.0, float(kl) / tokens), float(same) / tokens, tokens)
-            for kl, same in zip(divergence, agreement, strict=True)
-        ]
+    Args:
+        replays: logits of one or several comparisons along the same answer (`Comparison.replay`);
+            their rows are numbered through.
+        reference: the row that stands for the full cache.
+        tokens: tokens of the answer, the stop token included.
+
+    Returns:
+        A figure for each row; None where the answer has only one token.
+    """
+    divergence: list[float] = []
+    agreement: list[int] = []
+    for parts in zip(*replays, strict=True):
+        logits = torch.cat(parts)
+        best, log_p = logits.argmax(dim=-1), logits.log_softmax(dim=-1)
+        full = log_p[reference]
+        divergence = divergence or [0.0] * len(logits)
+        agreement = agreement or [0] * len(logits)
+        for row in range(len(logits)):  # one at a time: a vocabulary is large
+            divergence[row] += float((full.exp() * (full - log_p[row])).sum())
+            agreement[row] += int((best[row] == best[reference]).sum())
+    return [
+        Fidelity(max(0.0, kl / (tokens - 1)), same / (tokens - 1), tokens - 1)
+        for kl, same in zip(divergence, agreement, strict=True)
+    ]
 
 
 def run_sample(
@@ -219,15 +220,55 @@ def run_sample(
     Raises:
         UserError: if the model cannot hold prompt and answer, or a method the budget.
     """
-    comparison = Comparison(model, rows, sample_id, observer)
+    order, comparisons = _comparisons(model, rows, sample_id, observer)
+    answers: list[list[int]] = []
+    figures: list[Fidelity | None] = [None] * len(rows)
     with hooked(model):
-        logits = comparison.prefill(input_ids, stop.max_new_tokens)
-        answers = comparison.decode(logits, stop)
-        fidelity: list[Fidelity | None] = [None] * len(rows)
+        for comparison in comparisons:
+            logits = comparison.prefill(input_ids, stop.max_new_tokens)
+            answers += comparison.decode(logits, stop)
         if reference is not None:
-            fidelity = comparison.fidelity(reference, answers[reference])
-    results = [
-        RowResult(answer, stats, figures)
-        for answer, stats, figures in zip(answers, comparison.stats, fidelity, strict=True)
-    ]
-    return results, comparison.timing
+            answer = answers[order.index(reference)]
+            started = time.perf_counter()
+            if len(answer) > 1:
+                replays = [comparison.replay(answer) for comparison in comparisons]
+                figures = fidelity(replays, order.index(reference), len(answer))
+            comparisons[0].timing.fidelity += time.perf_counter() - started
+    stats = [row_stats for comparison in comparisons for row_stats in comparison.stats]
+    results = {
+        row: RowResult(answer, row_stats, figure)
+        for row, answer, row_stats, figure in zip(order, answers, stats, figures, strict=True)
+    }
+    timing = Timing(
+        prefill=sum(comparison.timing.prefill for comparison in comparisons),
+        decode=sum(comparison.timing.decode for comparison in comparisons),
+        fidelity=comparisons[0].timing.fidelity,
+    )
+    return [results[row] for row in range(len(rows))], timing
+
+
+def _comparisons(
+    model: PreTrainedModel, rows: Sequence[Row], sample_id: str, observer: Observer | None
+) -> tuple[list[int], list[Comparison]]:
+    """One comparison for the rows that share a prefill, and one for each that alters it.
+
+    Returns:
+        the rows' indices in the order of the comparisons' rows; the comparisons.
+    """
+    shared = [index for index, row in enumerate(rows) if not row.method.alters_prefill]
+    alone = [[index] for index, row in enumerate(rows) if row.method.alters_prefill]
+    groups = [group for group in (shared, *alone) if group]
+    comparisons = []
+    for group in groups:
+        watch = None if observer is None else _renumbered(observer, group)
+        comparisons.append(Comparison(model, [rows[i] for i in group], sample_id, watch))
+    return [index for group in groups for index in group], comparisons
+
+
+def _renumbered(observer: Observer, indices: Sequence[int]) -> Observer:
+    """An observer that is told the rows' indices in the whole list."""
+
+    def watch(row: int, layer_idx: int, layer: PrefillLayer, kept: Entries) -> None:
+        observer(indices[row], layer_idx, layer, kept)
+
+    return watch

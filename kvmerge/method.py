@@ -7,11 +7,14 @@ what stays in the cache. It keeps no state: what it must remember lives in what 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from kvmerge.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class PrefillLayer:
     num_layers: int
     scale: float
     """Factor on the attention logits."""
+    rope: Rope | None = None
+    """Moves keys between positions, for methods that declared `needs_rope`."""
 
     @property
     def length(self) -> int:
@@ -73,6 +78,11 @@ class Entries:
     """`(batch, kv_heads, n)` attention mass of each entry, for methods that go on deciding while
     decoding."""
 
+    @property
+    def is_ragged(self) -> bool:
+        """Whether KV heads hold different numbers of entries (padding has size 0)."""
+        return self.sizes is not None and bool((self.sizes == 0).any())
+
 
 @dataclass(frozen=True)
 class DecodeStep:
@@ -83,6 +93,7 @@ class DecodeStep:
     last."""
     prompt_length: int
     """Prompt tokens `T`, which budgets and protected counts refer to."""
+    layer_idx: int
     step: int
     """Decode steps before this one."""
     allowance: Allowance
@@ -103,6 +114,15 @@ class Method(ABC):
     """Whether `hold` is defined: the method's own rule for `decode_policy=hold`."""
     acts_on_decode: ClassVar[bool] = False
     """Whether `hold` belongs to the method under any decode policy (mask simulations)."""
+    needs_rope: ClassVar[bool] = False
+    """Whether `compress` or `hold` moves keys between positions."""
+    allocates: ClassVar[bool] = False
+    """Whether the budget is divided across layers by `allocate`; all full layers are held for it."""
+    alters_prefill: ClassVar[bool] = False
+    """Whether prompt tokens attend only where `visible` says: such a method gets a prefill of its own,
+    and its first answer token may differ from the full cache's."""
+    simulates: ClassVar[bool] = False
+    """Whether entries are hidden rather than dropped: memory stays that of the full cache."""
 
     @abstractmethod
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
@@ -120,6 +140,18 @@ class Method(ABC):
             step: the attention weights of the new token, and what may be kept.
         """
         raise NotImplementedError(f"{type(self).__name__} has no rule for decode_policy=hold")
+
+    def allocate(self, layers: Sequence[PrefillLayer], allowance: Allowance) -> list[int]:
+        """Entries per KV head for each layer, for methods that declared `allocates`."""
+        raise NotImplementedError(f"{type(self).__name__} does not allocate across layers")
+
+    def visible(self, layer: PrefillLayer, allowance: Allowance) -> Tensor:
+        """Which columns each row of the prompt may see, for methods that declared `alters_prefill`.
+
+        Returns:
+            `(batch, kv_heads, T, T)` bool, row by column, causal.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the prefill as it is")
 
 
 def select(layer: PrefillLayer, positions: Tensor) -> Entries:

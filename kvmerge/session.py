@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvmerge.attention import prefill_attention
-from kvmerge.budget import Budget
-from kvmerge.cache import Hold, LayerCache
+from kvmerge.attention import masked_attention, prefill_attention
+from kvmerge.budget import Budget, count
+from kvmerge.cache import Hold, LayerCache, SteppedRow
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all
+from kvmerge.rope import Rope
 from kvmerge.scores import column_sums
 
 DECODE_POLICIES = ("append", "hold")
+POSITIONS = ("absolute", "rolled")
+SKIP_BUDGETS = ("compensated", "plain")
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,55 @@ class Row:
     decode_policy: str = "append"
     """`append`: generated tokens are stored beside the compressed prompt. `hold`: after each step the
     method returns the stored length to its allowance, by its own rule."""
+    pos: str = "absolute"
+    """`absolute`: entries keep their true positions. `rolled`: they stand at 0, 1, 2, … as stored."""
+    layers_skip: tuple[int, ...] = ()
+    """Layers left uncompressed; negative ones count from the end."""
+    skip_budget: str = "compensated"
+    """`compensated`: the other layers keep less, so that the mean over layers is still the budget.
+    `plain`: they keep the budget."""
     prompt: int = 0
     """Which sequence of the prefill batch the row decodes."""
 
     def __post_init__(self) -> None:
         if self.decode_policy not in DECODE_POLICIES:
             raise unknown("decode_policy", self.decode_policy, DECODE_POLICIES)
+        if self.pos not in POSITIONS:
+            raise unknown("pos", self.pos, POSITIONS)
+        if self.skip_budget not in SKIP_BUDGETS:
+            raise unknown("skip_budget", self.skip_budget, SKIP_BUDGETS)
 
     @property
     def acts_on_decode(self) -> bool:
         """Whether the method decides again after each decode step."""
         return self.method.acts_on_decode or (self.decode_policy == "hold" and self.method.holds)
+
+    @property
+    def needs_rope(self) -> bool:
+        """Whether cached keys must be rotated."""
+        return self.method.needs_rope or self.pos == "rolled"
+
+    def allowance(self, length: int, layer_idx: int, num_layers: int) -> tuple[int, float]:
+        """Entries per KV head of one layer, and the same as a fraction, for a prompt of `length`.
+
+        Raises `UserError` if the skipped layers alone exceed the budget.
+        """
+        if not self.layers_skip:
+            return self.budget.entries(length), self.budget.fraction(length)
+        skipped = {layer % num_layers for layer in self.layers_skip}
+        if max(skipped) >= num_layers or min(self.layers_skip) < -num_layers:
+            raise UserError(f"layers_skip={list(self.layers_skip)}: the model has {num_layers} layers.")
+        if layer_idx in skipped:
+            return length, 1.0
+        share = self.budget.fraction(length)
+        if self.skip_budget == "compensated":
+            share = (num_layers * share - len(skipped)) / (num_layers - len(skipped))
+        if share <= 0:
+            raise UserError(
+                f"layers_skip={list(self.layers_skip)} alone keeps more than the budget {self.budget}; "
+                "skip fewer layers, raise the budget, or use skip_budget=plain."
+            )
+        return max(1, count(share, length)), share
 
 
 @dataclass
@@ -86,6 +127,7 @@ class CacheSession:
         num_layers: int,
         sample_ids: Sequence[str] = ("",),
         observer: Observer | None = None,
+        rope: Rope | None = None,
     ) -> None:
         """Prepare rows.
 
@@ -94,7 +136,16 @@ class CacheSession:
             num_layers: layers of the model.
             sample_ids: one a prompt; seeds the methods that draw.
             observer: called with every compressed layer.
+            rope: the model's rotation, for rows that need it.
+
+        Raises:
+            UserError: if a row cannot be combined with the others.
         """
+        if any(row.method.alters_prefill for row in rows) and len(rows) > 1:
+            raise UserError("a method that alters the prefill cannot share it; run it on its own.")
+        self.rope = rope
+        self._held: list[list[PrefillLayer]] = []
+        self._allocated: dict[int, list[int]] = {}
         self.rows = list(rows)
         self.num_layers = num_layers
         self.sample_ids = list(sample_ids)
@@ -122,33 +173,64 @@ class CacheSession:
         if layer_idx < len(self.layers):
             return self.layers[layer_idx].attend(self.order, queries, keys, values, scale)
         out = torch.zeros_like(queries)
-        compressed: dict[int, Entries] = {}
+        layers = []
         for prompt, length in enumerate(self.lengths):
             real = (slice(prompt, prompt + 1), slice(None), slice(queries.shape[2] - length, None))
-            q, k, v = queries[real], keys[real], values[real]
-            rows = [index for index, row in enumerate(self.rows) if row.prompt == prompt]
-            out[real], lse = prefill_attention(q, k, v, scale)
-            layer = PrefillLayer(
-                queries=q,
-                keys=k,
-                values=v,
-                scores=column_sums(q, k, lse, scale=scale) if self._wants_scores(rows) else None,
-                layer_idx=layer_idx,
-                num_layers=self.num_layers,
-                scale=scale,
+            layer, out[real] = self._prefill_layer(
+                prompt, layer_idx, queries[real], keys[real], values[real], scale
             )
-            check_finite(layer)
-            for index in rows:
-                compressed[index] = self._compress(index, layer)
-        self.layers.append(
-            LayerCache(
-                [compressed[index] for index in range(len(self.rows))],
-                self.capacity,
-                [self._hold_rule(row, layer_idx) for row in self.rows],
-                [self.lengths[row.prompt] for row in self.rows],
-            )
-        )
+            layers.append(layer)
+        self._take(layers)
         return out
+
+    def _prefill_layer(
+        self, prompt: int, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> tuple[PrefillLayer, Tensor]:
+        """Attention of one prompt in one layer, and what the compressors are handed."""
+        rows = [row for row in self.rows if row.prompt == prompt]
+        out, lse = prefill_attention(queries, keys, values, scale)
+        scores = None
+        if self._wants_scores(rows, keys.shape[2]):
+            scores = column_sums(queries, keys, lse, scale=scale)
+        layer = PrefillLayer(
+            queries, keys, values, scores, layer_idx, self.num_layers, scale, self.rope
+        )
+        check_finite(layer)
+        if rows[0].method.alters_prefill:
+            visible = rows[0].method.visible(layer, self._allowance(rows[0], layer_idx))
+            out = masked_attention(queries, keys, values, scale, visible)
+        return layer, out
+
+    def _take(self, layers: Sequence[PrefillLayer]) -> None:
+        """Compress a finished layer, or hold it until a method can divide its budget over all."""
+        self._held.append(list(layers))
+        allocating = [index for index, row in enumerate(self.rows) if row.method.allocates]
+        if allocating and len(self._held) < self.num_layers:
+            return
+        for index in allocating:
+            prompt = self.rows[index].prompt
+            of_prompt = [held[prompt] for held in self._held]
+            allowance = self._allowance(self.rows[index], 0)
+            self._allocated[index] = self.rows[index].method.allocate(of_prompt, allowance)
+        for held in self._held:
+            self._store(held)
+        self._held = []
+
+    def _store(self, layers: Sequence[PrefillLayer]) -> None:
+        layer_idx = layers[0].layer_idx
+        entries = [self._compress(i, layers[row.prompt]) for i, row in enumerate(self.rows)]
+        stepped = {
+            index: SteppedRow(
+                index,
+                entries[index],
+                self.lengths[row.prompt],
+                self._hold_rule(row, layer_idx),
+                self.rope if row.pos == "rolled" else None,
+            )
+            for index, row in enumerate(self.rows)
+            if row.acts_on_decode or row.pos == "rolled"
+        }
+        self.layers.append(LayerCache(entries, self.capacity, stepped))
 
     def retire(self, row: int) -> None:
         """Take a finished row out of the next forward passes."""
@@ -162,42 +244,59 @@ class CacheSession:
         for layer in self.layers:
             layer.rewind()
 
-    def _wants_scores(self, rows: Sequence[int]) -> bool:
+    def _wants_scores(self, rows: Sequence[Row], length: int) -> bool:
         """Whether a method of these rows will look at the scores; the full cache alone needs none."""
         return any(
             row.method.needs_scores and (row.acts_on_decode or row.budget.entries(length) < length)
-            for row, length in ((self.rows[i], self.lengths[self.rows[i].prompt]) for i in rows)
+            for row in rows
         )
 
     def _compress(self, index: int, layer: PrefillLayer) -> Entries:
         row = self.rows[index]
         allowance = self._allowance(row, layer.layer_idx)
+        if index in self._allocated:
+            n_keep = min(self._allocated[index][layer.layer_idx], layer.length)
+            allowance = replace(allowance, n_keep=n_keep, budget=n_keep / layer.length)
         if allowance.n_keep >= layer.length and not row.method.acts_on_decode:
             kept = keep_all(layer)
         else:
             kept = row.method.compress(layer, allowance)
+        if row.pos == "rolled" and kept.is_ragged:
+            raise UserError("pos=rolled is undefined where KV heads keep different numbers of entries.")
         self.stats[index].add_layer(kept)
         if self.observer is not None:
             self.observer(index, layer.layer_idx, layer, kept)
         return kept
 
     def _allowance(self, row: Row, layer_idx: int, step: int | None = None) -> Allowance:
-        length, generator = self.lengths[row.prompt], None
+        generator = None
         if row.method.stochastic:
             sample_id = self.sample_ids[row.prompt]
             generator = seeded_generator(row.seed, sample_id, layer_idx, step)
-        return Allowance(row.budget.entries(length), row.budget.fraction(length), generator)
+        n_keep, share = row.allowance(self.lengths[row.prompt], layer_idx, self.num_layers)
+        return Allowance(n_keep, share, generator)
 
     def _hold_rule(self, row: Row, layer_idx: int) -> Hold | None:
         if not row.acts_on_decode:
             return None
+        length = self.lengths[row.prompt]
 
         def hold(entries: Entries, weights: Tensor, step: int) -> Entries:
             allowance = self._allowance(row, layer_idx, step)
-            length = self.lengths[row.prompt]
-            return row.method.hold(entries, DecodeStep(weights, length, step, allowance))
+            return row.method.hold(entries, DecodeStep(weights, length, layer_idx, step, allowance))
 
         return hold
+
+
+def session_for(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    sample_ids: Sequence[str],
+    observer: Observer | None = None,
+) -> CacheSession:
+    """A session for a model, with its rotation where a row needs it."""
+    rope = Rope.of(model) if any(row.needs_rope for row in rows) else None
+    return CacheSession(rows, model.config.num_hidden_layers, sample_ids, observer, rope)
 
 
 def seeded_generator(
