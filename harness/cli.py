@@ -75,9 +75,17 @@ def report(settings: Settings, console: Console) -> None:
 
 
 def check_choices(arguments: Sequence[str]) -> None:
-    """Refuse group choices that do not exist, with what does and the nearest to it."""
+    """Refuse group choices that do not exist, with what does and the nearest to it.
+
+    Also what Hydra's grammar refuses without saying how to write it: a cell's options unquoted.
+    """
     for argument in arguments:
         group, separator, listed = argument.partition("=")
+        if group == "cells" and "=" in listed and not set("'\"") & set(listed):
+            raise UserError(
+                f"{argument}: a cell with options needs quotes, as in "
+                "\"cells=[full@1,'kvmerger:sigma=3@0.35']\"."
+            )
         if not separator or group not in GROUPS:
             continue
         for name in listed.split(","):

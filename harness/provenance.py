@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,13 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
         for key, value in settings.resolved["benchmark"].items()
         if key not in ("tasks", "data_dir")  # the data itself is compared by its digest
     }
-    return {
+    prints = {
         "model": model,
         "weights": settings.model.source(),
         "device": settings.model.torch_device().type,
         "benchmark": benchmark,
         "seed": settings.seed,
-        "decode_policy": settings.decode_policy,
+        "policy": asdict(settings.policy),
         "code": _code_digest(),
         "torch": (versions["torch"] or "").split("+")[0],
         "transformers": versions["transformers"],
@@ -74,6 +75,7 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
         "data": dict(data),
         "cells": {cell.name: cell.settings() for cell in settings.cells},
     }
+    return dict(json.loads(json.dumps(prints)))  # as it is read back
 
 
 def check_resumable(path: Path, current: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,17 +83,17 @@ def check_resumable(path: Path, current: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `UserError` naming the first setting that differs, or saying that nothing tells what the
     folder's predictions were made with. Tasks and cells that only one of the two runs has are no
-    difference.
+    difference, and a run that failed before its first prediction binds nobody.
     """
     merged = dict(current)
     earlier = read_run(path).get("fingerprint")
-    if not earlier:
-        if (path.parent / "predictions").exists():
-            raise UserError(
-                f"{path.parent} holds predictions but no {path.name} that says what made them. "
-                "Choose another output_dir, or delete that folder to start over."
-            )
+    if not _has_predictions(path.parent):
         return merged
+    if not earlier:
+        raise UserError(
+            f"{path.parent} holds predictions but no {path.name} that says what made them. "
+            "Choose another output_dir, or delete that folder to start over."
+        )
     for key, value in current.items():
         before = earlier.get(key)
         if key in ("data", "cells"):
@@ -104,6 +106,10 @@ def check_resumable(path: Path, current: Mapping[str, Any]) -> dict[str, Any]:
         else:
             _refuse_change(path, key, before, value)
     return merged
+
+
+def _has_predictions(folder: Path) -> bool:
+    return any(folder.glob("predictions/*/*.jsonl"))
 
 
 def _refuse_change(path: Path, setting: str, before: object, now: object) -> None:
@@ -138,7 +144,7 @@ def write_run(
         notes: what a reader of the results must know.
         seconds: wall time of the finished run; None while it is under way.
     """
-    earlier = read_run(path)
+    earlier = read_run(path) if _has_predictions(path.parent) else {}
     cells = list(dict.fromkeys([*earlier.get("cells", []), *(c.name for c in settings.cells)]))
     tasks = dict(earlier.get("tasks", {}))
     for task in settings.benchmark.tasks:
@@ -154,7 +160,7 @@ def write_run(
         "device": str(settings.model.torch_device()),
         "seed": settings.seed,
         "num_seeds": settings.num_seeds,
-        "decode_policy": settings.decode_policy,
+        "policy": asdict(settings.policy),
         "shard": settings.shard,
         "num_shards": settings.num_shards,
         "notes": list(notes),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baselines.full import Full
 from benchmarks.task import Sample, Task
 from harness.cells import Cell
-from harness.provenance import check_resumable, fingerprint, write_run
+from harness.provenance import check_resumable, fingerprint, read_run, write_run
 from harness.records import Record, append_record, prediction_path, read_records
 from harness.settings import Settings
 from kvmerge.budget import Budget
@@ -52,7 +52,8 @@ def run(settings: Settings) -> None:
     run_file = settings.results_dir / "run.json"
     prints = check_resumable(run_file, fingerprint(settings, settings.benchmark.fingerprint()))
     if not jobs:
-        if not run_file.exists():  # a shard that got no samples still belongs to its run
+        # a shard that got no samples of a task still shares its run's tasks and cells
+        if read_run(run_file).get("fingerprint") != prints:
             write_run(settings, run_file, prints, notes, seconds=0.0)
         return
     write_run(settings, run_file, prints, notes)
@@ -109,8 +110,7 @@ def answer(
 ) -> list[tuple[Cell, Record]]:
     """Answer one sample with every missing cell, in one shared prefill."""
     ids = settings.benchmark.encode(job.sample, job.task, tokenizer, settings.prompt_format)
-    policy = settings.decode_policy
-    rows = [Row(cell.method, cell.budget, seed, policy) for cell, seed in job.missing]
+    rows = [settings.row(cell, seed) for cell, seed in job.missing]
     reference = None
     if settings.fidelity:
         full = [index for index, (cell, _) in enumerate(job.missing) if cell.is_full]

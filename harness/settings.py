@@ -17,7 +17,7 @@ from harness.cells import Cell, make_cell, parse_cells
 from kvmerge.errors import UserError, unknown
 from kvmerge.models import ModelSpec
 from kvmerge.resolve import method_settings
-from kvmerge.session import DECODE_POLICIES
+from kvmerge.session import DECODE_POLICIES, POSITIONS, SKIP_BUDGETS, Row
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,16 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """Switches that apply to all cells alike, so that a table compares like with like."""
+
+    decode_policy: str = "append"
+    pos: str = "absolute"
+    layers_skip: tuple[int, ...] = ()
+    skip_budget: str = "compensated"
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything one run needs."""
 
@@ -39,7 +49,7 @@ class Settings:
     output_dir: Path
     seed: int
     num_seeds: int
-    decode_policy: str
+    policy: Policy
     limit: int | None
     shard: int
     num_shards: int
@@ -58,6 +68,18 @@ class Settings:
         if self.num_shards == 1:
             return self.output_dir
         return self.output_dir / "shards" / f"{self.shard}-of-{self.num_shards}"
+
+    def row(self, cell: Cell, seed: int) -> Row:
+        """What the engine runs for a cell and a seed."""
+        return Row(
+            cell.method,
+            cell.budget,
+            seed,
+            decode_policy=self.policy.decode_policy,
+            pos=self.policy.pos,
+            layers_skip=self.policy.layers_skip,
+            skip_budget=self.policy.skip_budget,
+        )
 
     def seeds(self, cell: Cell) -> list[int]:
         """Seeds that a cell runs with: one, unless its method draws."""
@@ -93,7 +115,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         output_dir=Path(str(output_dir)).expanduser(),
         seed=seed,
         num_seeds=num_seeds,
-        decode_policy=_decode_policy(config, cells),
+        policy=_policy(config, cells),
         limit=limit,
         shard=shard,
         num_shards=num_shards,
@@ -121,23 +143,30 @@ def _cells(config: DictConfig, choices: Choices) -> list[Cell]:
             f"{chosen} says what runs, so {' and '.join(clash)} cannot be given as well. "
             "Leave one of them out, or list cells=[method@budget,...] yourself."
         )
-    cells = OmegaConf.to_container(config.cells) if OmegaConf.is_list(config.cells) else config.cells
+    cells = _plain_value(config.cells)
     if not isinstance(cells, list):
         raise UserError(f"cells={cells!r} must be a list, e.g. cells=[full@1,kvmerger@0.35].")
     return parse_cells(cells)
 
 
-def _decode_policy(config: DictConfig, cells: Sequence[Cell]) -> str:
-    policy = config.decode_policy
-    if policy not in DECODE_POLICIES:
-        raise unknown("decode_policy", str(policy), DECODE_POLICIES)
+def _policy(config: DictConfig, cells: Sequence[Cell]) -> Policy:
+    for key, allowed in (
+        ("decode_policy", DECODE_POLICIES),
+        ("pos", POSITIONS),
+        ("skip_budget", SKIP_BUDGETS),
+    ):
+        if config[key] not in allowed:
+            raise unknown(key, str(config[key]), allowed)
+    skip = _plain_value(config.layers_skip)
+    if not isinstance(skip, list) or not all(type(layer) is int for layer in skip):
+        raise UserError(f"layers_skip={skip!r} must be a list of layer numbers, e.g. [0,1,-1].")
     without = [cell.name for cell in cells if not (cell.is_full or cell.method.holds)]
-    if policy == "hold" and without:
+    if config.decode_policy == "hold" and without:
         raise UserError(
             f"decode_policy=hold: {', '.join(without)} has no rule for evicting while decoding. "
             "Leave it out, or use decode_policy=append."
         )
-    return str(policy)
+    return Policy(config.decode_policy, config.pos, tuple(skip), config.skip_budget)
 
 
 def _build(config: DictConfig) -> Any:
@@ -169,6 +198,10 @@ def _default_output_dir(cells: Sequence[Cell], choices: Choices, benchmark: str,
         names = ",".join(cell.name for cell in cells)
         run = f"cells-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
     return Path("results") / "runs" / run / benchmark / model
+
+
+def _plain_value(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -8,8 +8,11 @@ read here, is in docs/methods.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +20,26 @@ from torch import Tensor
 from kvmerge import merging
 from kvmerge.budget import count
 from kvmerge.errors import UserError, unknown
-from kvmerge.method import Allowance, Entries, Method, PrefillLayer, top_positions
+from kvmerge.method import (
+    Allowance,
+    DecodeStep,
+    Entries,
+    Method,
+    PrefillLayer,
+    keep_all,
+    top_positions,
+)
+from kvmerge.rope import Rope
 
-BUDGET_MODES = ("exact_links", "eps_evict", "eps_free")
-ATTN_BIASES = ("none", "log_size")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "budget_mode": ("exact_links", "eps_evict", "eps_free", "eps_layer"),
+    "value_scale": merging.VALUE_SCALES,
+    "attn_bias": ("none", "log_size"),
+    "linkage": merging.LINKAGES,
+    "underfill": merging.UNDERFILLS,
+    "pivot": (*merging.PIVOTS, "random"),
+    "rope": ("post", "pre"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,9 +48,18 @@ class KVMerger(Method):
 
     budget_mode: str = "exact_links"
     """`exact_links` meets the budget by linking the most similar neighbours; `eps_evict` links
-    above `epsilon`, then evicts or splits; `eps_free` links above `epsilon` and takes what comes."""
+    above `epsilon`, then evicts or splits; `eps_free` links above `epsilon` and takes what comes;
+    `eps_layer` is `eps_evict` with a threshold for each layer, from `thresholds`."""
     epsilon: float = 0.75
-    """Cosine threshold of the `eps_*` modes (the paper's value)."""
+    """Cosine threshold of `eps_evict` and `eps_free` (the paper's value)."""
+    thresholds: str | None = None
+    """File of `eps_layer`: a JSON list with a threshold for each layer (`scripts.calibrate`)."""
+    underfill: str = "split"
+    """Where a threshold merges more than the budget asks: `split` sets again, or `keep` fewer."""
+    min_similarity: float = -1.0
+    """Links below it are never made."""
+    max_set: int | None = None
+    """Most tokens of a set; None: no limit."""
     sigma: float | str = 5.0
     """Width of the Gaussian (the paper's best is 5), or a rule's name."""
     value_scale: str = "none"
@@ -42,24 +70,22 @@ class KVMerger(Method):
     """What a token is compared with: `adjacent`, `anchor` or `complete`."""
     pivot: str = "score"
     """Which member is the pivot: `score` (the paper), `random`, `first` or `last`."""
+    rope: str = "post"
+    """Keys are averaged after RoPE (`post`, the paper), or turned to the pivot's position first
+    (`pre`)."""
     recent: float | None = None
     """Fraction of the prompt kept as recent tokens; None follows the paper's two budgets."""
     top: float | None = None
     """Fraction of the prompt kept as top tokens by score; None follows the paper's two budgets."""
+    merge_every: int = 64
+    """Decode steps between two merges under `decode_policy=hold`."""
 
     needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.budget_mode not in BUDGET_MODES:
-            raise unknown("budget_mode", self.budget_mode, BUDGET_MODES)
-        if self.attn_bias not in ATTN_BIASES:
-            raise unknown("attn_bias", self.attn_bias, ATTN_BIASES)
-        if self.value_scale not in merging.VALUE_SCALES:
-            raise unknown("value_scale", self.value_scale, merging.VALUE_SCALES)
-        if self.linkage not in merging.LINKAGES:
-            raise unknown("linkage", self.linkage, merging.LINKAGES)
-        if self.pivot not in (*merging.PIVOTS, "random"):
-            raise unknown("pivot", self.pivot, (*merging.PIVOTS, "random"))
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise unknown(name, str(getattr(self, name)), allowed)
         if isinstance(self.sigma, str) and self.sigma not in merging.SIGMA_RULES:
             raise unknown("sigma rule", self.sigma, merging.SIGMA_RULES)
         if not isinstance(self.sigma, str) and not self.sigma > 0:
@@ -73,57 +99,120 @@ class KVMerger(Method):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:
                 raise UserError(f"{name}={share} must be a fraction of the prompt in [0, 1).")
+        for name, least in (("merge_every", 1), ("max_set", 2)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise UserError(f"{name}={value} must be a whole number of {least} or more.")
+        if self.max_set is not None and self.linkage != "adjacent":
+            raise UserError("max_set is defined for linkage=adjacent only.")
+        if (self.budget_mode == "eps_layer") != (self.thresholds is not None):
+            raise UserError(
+                "budget_mode=eps_layer and thresholds=FILE need each other; "
+                "`python -m scripts.calibrate` makes the file."
+            )
+        if self.thresholds is not None:
+            self.layer_thresholds()
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         """Only random pivots draw."""
         return self.pivot == "random"
 
+    @property
+    def needs_rope(self) -> bool:  # type: ignore[override]
+        """Only `rope=pre` turns keys."""
+        return self.rope == "pre"
+
+    @property
+    def holds(self) -> bool:  # type: ignore[override]
+        """A cache without a budget cannot return to it."""
+        return self.budget_mode != "eps_free" and self.underfill == "split"
+
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Merge one layer down to the allowance (methods.md 4.3)."""
-        scores = layer.column_scores()
-        n_recent, n_top = self.protected_counts(allowance, layer.length)
-        protected = torch.zeros_like(scores, dtype=torch.bool)
-        protected[..., layer.length - n_recent :] = True
-        candidates = scores[..., : layer.length - n_recent]
-        protected.scatter_(-1, top_positions(candidates, n_top), True)
+        entries = replace(keep_all(layer), scores=layer.column_scores())
+        if allowance.n_keep >= layer.length:
+            return entries
+        return self._merge(entries, layer.length, layer.layer_idx, allowance, layer.rope)
 
+    def hold(self, entries: Entries, step: DecodeStep) -> Entries:
+        """Add the step's attention to the scores; every `merge_every` steps merge again."""
+        assert entries.scores is not None
+        scores = entries.scores + step.mass(entries.scores.shape[1])
+        entries = replace(entries, scores=scores)
+        due = (step.step + 1) % self.merge_every == 0
+        if not due or scores.shape[-1] <= step.allowance.n_keep:
+            return entries
+        return self._merge(entries, step.prompt_length, step.layer_idx, step.allowance, step.rope)
+
+    def _merge(
+        self,
+        entries: Entries,
+        length: int,
+        layer_idx: int,
+        allowance: Allowance,
+        rope: Rope | None,
+    ) -> Entries:
+        """Merge entries, some of which may be merged already, down to the allowance.
+
+        Args:
+            length: prompt tokens, to which the protected fractions refer.
+        """
+        scores = entries.scores
+        assert scores is not None
+        n_stored = scores.shape[-1]
+        n_recent, n_top = self.protected_counts(allowance, length)
+        protected = torch.zeros_like(scores, dtype=torch.bool)
+        protected[..., n_stored - n_recent :] = True
+        protected.scatter_(-1, top_positions(scores[..., : n_stored - n_recent], n_top), True)
         set_ids = merging.merging_sets(
-            layer.keys,
+            entries.keys,
             protected,
             budget=None if self.budget_mode == "eps_free" else allowance.n_keep,
-            threshold=None if self.budget_mode == "exact_links" else self.epsilon,
+            threshold=self._threshold(layer_idx),
             scores=scores,
             linkage=self.linkage,
+            min_similarity=self.min_similarity if self.min_similarity > -1 else -math.inf,
+            max_set=self.max_set,
+            underfill=self.underfill,
         )
-        return self.merge(layer, set_ids, allowance.generator)
-
-    def merge(self, layer: PrefillLayer, set_ids: Tensor, generator: torch.Generator | None) -> Entries:
-        """Turn given merging sets into entries."""
-        scores = layer.column_scores()
         pivot: str | Tensor = self.pivot
-        ranking = scores
         if pivot == "random":
-            pivot = ranking = torch.rand(scores.shape, generator=generator).to(scores.device)
-        elif pivot in ("first", "last"):
-            order = torch.arange(layer.length, device=scores.device).expand_as(scores)
-            ranking = order.float() if pivot == "last" else -order.float()
-        keys, values = merging.gaussian_merge(
-            layer.keys,
-            layer.values,
-            set_ids,
-            scores,
-            sigma=self.sigma,
-            value_scale=self.value_scale,
-            pivot=pivot,
+            draw = torch.rand(scores.shape, generator=allowance.generator)
+            pivot = draw.to(scores.device)
+        return self.merged(entries, set_ids, pivot, rope)
+
+    def merged(
+        self, entries: Entries, set_ids: Tensor, pivot: str | Tensor, rope: Rope | None = None
+    ) -> Entries:
+        """Turn merging sets into entries."""
+        scores, sizes = entries.scores, entries.sizes
+        assert scores is not None
+        weights = merging.gaussian_weights(
+            entries.keys, set_ids, scores, sigma=self.sigma, pivot=pivot, sizes=sizes
         )
-        sizes, pivots, _ = merging.set_summary(set_ids, ranking)
+        pivots = merging.pivot_tokens(set_ids, scores, pivot).clamp_min(0)
+        positions = entries.positions.gather(-1, pivots)
+        keys = entries.keys
+        if rope is not None and self.rope == "pre":
+            keys = rope.rotate(keys, positions.gather(-1, set_ids.clamp_min(0)) - entries.positions)
+        ones = torch.ones_like(set_ids) if sizes is None else sizes
+        new_sizes = merging.sum_over_sets(set_ids, ones)
         bias = None
         if self.attn_bias == "log_size":
-            bias = sizes.float().log()
-        elif bool((sizes == 0).any()):  # heads of unequal length: padding must get no attention
-            bias = torch.where(sizes > 0, 0.0, -torch.inf)
-        return Entries(keys, values, pivots, sizes, bias)
+            bias = new_sizes.float().log()
+        elif bool((new_sizes == 0).any()):  # heads of unequal length: padding gets no attention
+            bias = torch.where(new_sizes > 0, 0.0, -torch.inf)
+        return Entries(
+            merging.weighted_sum(keys, set_ids, weights),
+            merging.merge_values(
+                entries.values, set_ids, weights, value_scale=self.value_scale, sizes=sizes
+            ),
+            positions,
+            new_sizes,
+            bias,
+            merging.sum_over_sets(set_ids, scores),
+        )
 
     def protected_counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
         """Recent and top tokens kept as they are (methods.md 4.1), leaving room to merge into.
@@ -145,6 +234,30 @@ class KVMerger(Method):
                 f"{allowance.n_keep} of {length} prompt tokens were allowed."
             )
         return n_recent, n_top
+
+    def layer_thresholds(self) -> list[float]:
+        """The calibrated threshold of each layer. Raises `UserError` if the file cannot be used."""
+        path = Path(str(self.thresholds)).expanduser()
+        try:
+            content: Any = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"thresholds={path} cannot be read: {error}") from error
+        values = content.get("thresholds") if isinstance(content, dict) else content
+        if not isinstance(values, list) or not all(isinstance(value, float) for value in values):
+            raise UserError(f"thresholds={path} must hold a list with a number for each layer.")
+        return values
+
+    def _threshold(self, layer_idx: int) -> float | None:
+        if self.budget_mode == "exact_links":
+            return None
+        if self.thresholds is None:
+            return self.epsilon
+        thresholds = self.layer_thresholds()
+        if layer_idx >= len(thresholds):
+            raise UserError(
+                f"thresholds={self.thresholds} has {len(thresholds)} layers; the model has more."
+            )
+        return thresholds[layer_idx]
 
 
 def recent_share(budget: float) -> float:

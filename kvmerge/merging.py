@@ -19,6 +19,7 @@ LINKAGES = ("adjacent", "anchor", "complete")
 PIVOTS = ("score", "first", "last")
 SIGMA_RULES = ("mean_distance", "mean_distance_n", "fixed_point", "inf")
 VALUE_SCALES = ("none", "size")
+UNDERFILLS = ("split", "keep")
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:
@@ -35,6 +36,9 @@ def merging_sets(
     threshold: float | None = None,
     scores: Tensor | None = None,
     linkage: str = "adjacent",
+    min_similarity: float = -math.inf,
+    max_set: int | None = None,
+    underfill: str = "split",
 ) -> Tensor:
     """Group neighbouring tokens with similar keys into merging sets (methods.md 4.3 and 4.4).
 
@@ -52,6 +56,10 @@ def merging_sets(
             sets must be evicted.
         linkage: what a token is compared with: `adjacent` its neighbour; `anchor` the token that the
             backward scan opened the set with; `complete` every member.
+        min_similarity: links below it are never made; what is lacking is evicted.
+        max_set: most tokens of a set; a backward scan closes a set that reaches it. Adjacent only.
+        underfill: where a threshold leaves fewer sets than the budget: `split` at the weakest links
+            until it is met, or `keep` the shorter cache.
 
     Returns:
         `(batch, kv_heads, T)` int64 set ids. They count up from 0 along the text, protected tokens
@@ -63,8 +71,12 @@ def merging_sets(
     """
     if linkage not in LINKAGES:
         raise unknown("linkage", linkage, LINKAGES)
+    if underfill not in UNDERFILLS:
+        raise unknown("underfill", underfill, UNDERFILLS)
     if budget is None and threshold is None:
         raise ValueError("merging_sets needs a budget, a threshold, or both.")
+    if max_set is not None and linkage != "adjacent":
+        raise ValueError("max_set is defined for linkage='adjacent' only.")
     length = keys.shape[2]
     protected = protected.expand(keys.shape[:3])
     if budget is not None and int(protected.sum(-1).max()) > budget:
@@ -72,15 +84,19 @@ def merging_sets(
             f"{int(protected.sum(-1).max())} protected tokens do not fit a budget of {budget}."
         )
     exact = keys if keys.dtype == torch.float64 else keys.float()
+    n_links = None if budget is None else max(0, length - budget)
     if linkage == "adjacent":
         linkable = ~(protected[..., :-1] | protected[..., 1:])
         strength = cosine(exact[..., :-1, :], exact[..., 1:, :])
-        strength = strength.masked_fill(~linkable, -math.inf)
-        linked = strength > (-math.inf if threshold is None else threshold)
+        linked = linkable & (strength >= min_similarity)
+        if threshold is not None:
+            linked = linked & (strength > threshold)
+        if max_set is not None:
+            linked = _capped(strength, linked, n_links, max_set)
     else:
-        linked, strength = _scan_links(exact, protected, budget, threshold, linkage)
-    if budget is not None:
-        n_links = max(0, length - budget)
+        linked, strength = _scan_links(exact, protected, n_links, threshold, linkage)
+        linked = linked & (strength >= min_similarity)
+    if n_links is not None and (threshold is None or underfill == "split"):
         linked = _strongest(strength, linked, n_links)
     first = torch.ones_like(protected[..., :1])
     set_ids = torch.cat([first, ~linked], dim=-1).cumsum(dim=-1) - 1
@@ -98,8 +114,40 @@ def _strongest(strength: Tensor, linked: Tensor, n_links: int) -> Tensor:
     return chosen & linked
 
 
+def _capped(strength: Tensor, linked: Tensor, n_links: int | None, max_set: int) -> Tensor:
+    """Break runs of links so that no set exceeds `max_set` tokens, counting from each run's end.
+
+    With `n_links`, only as many of the strongest links are taken as leave that many after breaking:
+    the count grows with the links taken, so their number is found by bisection.
+    """
+    if n_links is None:
+        return _broken(linked, max_set)
+    low = torch.zeros(linked.shape[:-1], dtype=torch.int64, device=linked.device)
+    high = torch.full_like(low, linked.shape[-1])
+    ranked = torch.sort(
+        strength.masked_fill(~linked, -math.inf).flip(-1), dim=-1, descending=True, stable=True
+    ).indices
+    ranks = torch.empty_like(ranked).scatter_(
+        -1, linked.shape[-1] - 1 - ranked, torch.arange(linked.shape[-1]).expand_as(ranked)
+    )
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        enough = _broken(linked & (ranks < middle[..., None]), max_set).sum(-1) >= n_links
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+        low = torch.minimum(low, high)
+    return _broken(linked & (ranks < high[..., None]), max_set)
+
+
+def _broken(linked: Tensor, max_set: int) -> Tensor:
+    """Drop every `max_set`-th link of a run, counted from its end."""
+    n = linked.shape[-1]
+    index = torch.arange(n, device=linked.device)
+    next_gap = torch.where(linked, n, index).flip(-1).cummin(dim=-1).values.flip(-1)
+    return linked & ((next_gap - index) % max_set != 0)
+
+
 def _scan_links(
-    keys: Tensor, protected: Tensor, budget: int | None, threshold: float | None, linkage: str
+    keys: Tensor, protected: Tensor, n_links: int | None, threshold: float | None, linkage: str
 ) -> tuple[Tensor, Tensor]:
     """Links of the anchor and complete linkages, and the similarity each was accepted at.
 
@@ -112,8 +160,7 @@ def _scan_links(
             keys, protected, thresholds.expand((*keys.shape[:2], 1)), linkage
         )
         return linked[..., 0], strength[..., 0]
-    assert budget is not None
-    n_links = keys.shape[2] - budget
+    assert n_links is not None
     low = torch.full(keys.shape[:2], -1.0 - 1e-6, dtype=keys.dtype, device=keys.device)
     high = torch.ones_like(low)
     grid = torch.linspace(0, 1, 34, dtype=keys.dtype, device=keys.device)
@@ -201,18 +248,31 @@ def set_summary(set_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor
         lower index), scores (sum over members); `(batch, kv_heads, sets)` each. Where heads have
         fewer sets than the longest, the rest has size 0, pivot -1 and score 0.
     """
+    sizes = sum_over_sets(set_ids, torch.ones_like(set_ids))
+    return sizes, pivot_tokens(set_ids, scores), sum_over_sets(set_ids, scores)
+
+
+def sum_over_sets(set_ids: Tensor, amounts: Tensor) -> Tensor:
+    """Sum `amounts` `(batch, kv_heads, T)` over each set: `(batch, kv_heads, sets)`."""
+    return _segment(set_ids, amounts, "sum", int(set_ids.max()) + 1)
+
+
+def pivot_tokens(set_ids: Tensor, scores: Tensor, pivot: str | Tensor = "score") -> Tensor:
+    """Token index of each set's pivot `(batch, kv_heads, sets)`, -1 for padding.
+
+    Args:
+        set_ids: `(batch, kv_heads, T)`.
+        scores: `(batch, kv_heads, T)`.
+        pivot: `score` (largest score, ties to the lower index), `first`, `last`, or a tensor like
+            `scores` whose largest member decides instead (random pivots).
+    """
+    if isinstance(pivot, str) and pivot not in PIVOTS:
+        raise unknown("pivot", pivot, PIVOTS)
     n_sets = int(set_ids.max()) + 1
-    sizes = _segment(set_ids, torch.ones_like(set_ids), "sum", n_sets)
-    pivots = _pivots(set_ids, scores, "score", n_sets)
-    return sizes, pivots, _segment(set_ids, scores, "sum", n_sets)
-
-
-def _pivots(set_ids: Tensor, scores: Tensor, pivot: str | Tensor, n_sets: int) -> Tensor:
-    """Token index of each set's pivot, -1 for padding; see `gaussian_merge` for the rules."""
     tokens = torch.arange(set_ids.shape[-1], device=set_ids.device).expand_as(set_ids)
-    if pivot == "last":
+    if isinstance(pivot, str) and pivot == "last":
         return _segment(set_ids, tokens, "amax", n_sets).clamp_min(-1)
-    if pivot == "first":
+    if isinstance(pivot, str) and pivot == "first":
         best = torch.ones_like(set_ids, dtype=torch.bool)
     else:
         rank_by = scores if isinstance(pivot, str) else pivot
@@ -247,54 +307,82 @@ def gaussian_merge(
         sigma: width of the Gaussian in key distance, or a rule's name (methods.md 4.5).
         value_scale: `none` stores the mean value; `size` multiplies it by the set's size, as the
             paper prints it.
-        pivot: `score` (largest score, ties to the lower index), `first`, `last`, or a tensor like
-            `scores` whose largest member decides (random pivots).
+        pivot: see `pivot_tokens`.
         sizes: `(batch, kv_heads, T)` tokens that each input already stands for; None means 1 each.
 
     Returns:
         keys, values: `(batch, kv_heads, sets, head_dim)` in their input dtype; zeros pad heads with
         fewer sets than the longest.
     """
-    if value_scale not in VALUE_SCALES:
-        raise unknown("value_scale", value_scale, VALUE_SCALES)
-    if isinstance(pivot, str) and pivot not in PIVOTS:
-        raise unknown("pivot", pivot, PIVOTS)
-    exact = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    n_sets = int(set_ids.max()) + 1
-    inside = set_ids >= 0
-    of_token = set_ids.clamp_min(0)
-    pivots = _pivots(set_ids, scores, pivot, n_sets).clamp_min(0)
-    pivot_of_token = pivots.gather(-1, of_token)
+    weights = gaussian_weights(keys, set_ids, scores, sigma=sigma, pivot=pivot, sizes=sizes)
+    merged = merge_values(values, set_ids, weights, value_scale=value_scale, sizes=sizes)
+    return weighted_sum(keys, set_ids, weights), merged
 
-    key = keys.to(exact)
-    rows = pivot_of_token.unsqueeze(-1).expand_as(key)
-    distance = (key.gather(2, rows) - key).norm(dim=-1)
-    distance = distance.masked_fill(~inside, 0.0)
-    counts = torch.ones_like(distance) if sizes is None else sizes.to(exact)
+
+def gaussian_weights(
+    keys: Tensor,
+    set_ids: Tensor,
+    scores: Tensor,
+    *,
+    sigma: float | str = 5.0,
+    pivot: str | Tensor = "score",
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """Weight of each token in its set, `(batch, kv_heads, T)` float32 or better, summing to 1.
+
+    An input that already stands for several tokens counts as often (`sizes`). Arguments as in
+    `gaussian_merge`.
+    """
+    key = keys.to(_exact_dtype(keys))
+    inside, of_token = set_ids >= 0, set_ids.clamp_min(0)
+    pivots = pivot_tokens(set_ids, scores, pivot).clamp_min(0).gather(-1, of_token)
+    centre = key.gather(2, pivots.unsqueeze(-1).expand_as(key))
+    distance = (centre - key).norm(dim=-1).masked_fill(~inside, 0.0)
 
     def over_set(amount: Tensor) -> Tensor:
         """Sum over each token's set, given back to the token."""
-        return _segment(set_ids, amount, "sum", n_sets).gather(-1, of_token)
+        return sum_over_sets(set_ids, amount).gather(-1, of_token)
 
-    gauss = _gaussian(distance, over_set(torch.ones_like(distance)), over_set, sigma)
-    weight = counts * gauss
-    weight = torch.where(inside, weight / over_set(weight), 0.0)
+    weight = _gaussian(distance, over_set(torch.ones_like(distance)), over_set, sigma)
+    if sizes is not None:
+        weight = weight * sizes
+    return torch.where(inside, weight / over_set(weight), 0.0)
 
-    value = values.to(exact)
-    if value_scale == "size":
-        if sizes is not None:  # a value stored as size * mean is averaged as the mean
-            value = value / counts.unsqueeze(-1)
-        value = value * over_set(counts).unsqueeze(-1)
-    index = torch.where(inside, set_ids, n_sets)
 
-    def weighted_sum(state: Tensor) -> Tensor:
-        out = torch.zeros(
-            *state.shape[:2], n_sets + 1, state.shape[3], dtype=exact, device=state.device
-        )
-        out.scatter_add_(2, index.unsqueeze(-1).expand_as(state), weight.unsqueeze(-1) * state)
-        return out[:, :, :n_sets]
+def merge_values(
+    values: Tensor,
+    set_ids: Tensor,
+    weights: Tensor,
+    *,
+    value_scale: str = "none",
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """Weighted mean of each set's values, times its size under `value_scale=size`.
 
-    return weighted_sum(key).to(keys.dtype), weighted_sum(value).to(values.dtype)
+    A value that was stored as size times mean is averaged as the mean. Arguments as in
+    `gaussian_merge`; weights `(batch, kv_heads, T)` as `gaussian_weights` returns them.
+    """
+    if value_scale not in VALUE_SCALES:
+        raise unknown("value_scale", value_scale, VALUE_SCALES)
+    if value_scale == "none":
+        return weighted_sum(values, set_ids, weights)
+    counts = torch.ones_like(weights) if sizes is None else sizes.to(weights.dtype)
+    total = sum_over_sets(set_ids, counts).gather(-1, set_ids.clamp_min(0))
+    return weighted_sum(values, set_ids, weights * total / counts)
+
+
+def weighted_sum(states: Tensor, set_ids: Tensor, weights: Tensor) -> Tensor:
+    """Sum of each set's states by weight: `(batch, kv_heads, sets, head_dim)`, dtype of `states`."""
+    n_sets = int(set_ids.max()) + 1
+    terms = weights.unsqueeze(-1) * states.to(_exact_dtype(states))
+    index = torch.where(set_ids < 0, n_sets, set_ids).unsqueeze(-1).expand_as(terms)
+    out = torch.zeros(*states.shape[:2], n_sets + 1, states.shape[3], dtype=terms.dtype)
+    out = out.to(states.device).scatter_add_(2, index, terms)
+    return out[:, :, :n_sets].to(states.dtype)
+
+
+def _exact_dtype(states: Tensor) -> torch.dtype:
+    return torch.promote_types(states.dtype, torch.float32)
 
 
 def _gaussian(

@@ -97,6 +97,8 @@ class DecodeStep:
     step: int
     """Decode steps before this one."""
     allowance: Allowance
+    rope: Rope | None = None
+    """Moves keys between positions, for methods that declared `needs_rope`."""
 
     def mass(self, kv_heads: int) -> Tensor:
         """`(batch, kv_heads, n)` weights summed over the query heads of each group."""

@@ -283,7 +283,8 @@ class CacheSession:
 
         def hold(entries: Entries, weights: Tensor, step: int) -> Entries:
             allowance = self._allowance(row, layer_idx, step)
-            return row.method.hold(entries, DecodeStep(weights, length, layer_idx, step, allowance))
+            now = DecodeStep(weights, length, layer_idx, step, allowance, self.rope)
+            return row.method.hold(entries, now)
 
         return hold
 

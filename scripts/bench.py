@@ -65,7 +65,7 @@ def measure(
     repeats: int,
 ) -> dict[str, object]:
     """Seconds over all prompts: `generate`, one full row, and all cells; in turn, `repeats` times."""
-    rows = [Row(cell.method, cell.budget) for cell in settings.cells]
+    rows = [settings.row(cell, settings.seed) for cell in settings.cells]
     full = [row for row, cell in zip(rows, settings.cells, strict=True) if cell.is_full]
     stop = Stop(answer_tokens, frozenset())
 

@@ -167,7 +167,7 @@ def _measure_sample(
     perturb: bool,
 ) -> dict[str, Any]:
     ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format)
-    rows = [Row(cell.method, cell.budget, settings.seed) for cell in settings.cells]
+    rows = [settings.row(cell, settings.seed) for cell in settings.cells]
     full = next(index for index, cell in enumerate(settings.cells) if cell.is_full)
     selection = Selection(rows, perturb)
     stop = stop_rule(settings, model, tokenizer, task)
