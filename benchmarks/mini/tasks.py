@@ -1,0 +1,225 @@
+"""The tasks of the mini benchmark, and how one sample of each is made.
+
+A maker takes a seeded generator and the room that context and input should fill together, as
+`text.size` counts. What it asks for stands in the first seven eighths of the context, out of reach
+of a recent window, and takes several tokens: the first token of an answer follows from the prefill,
+which no cache method changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+
+from benchmarks.mini.text import code, docstrings, paragraphs, sentences, size
+from benchmarks.mini.words import (
+    ADJECTIVES,
+    BUILDINGS,
+    FACTS,
+    FIRST_NAMES,
+    LAST_NAMES,
+    NOUNS,
+    QUESTIONS,
+    TOWNS,
+)
+from benchmarks.task import Task
+
+FOLDERS = (
+    "networkx/algorithms",
+    "networkx/generators",
+    "sympy/combinatorics",
+    "sympy/geometry",
+    "sympy/physics",
+    "sympy/stats",
+)
+"""Where prose and code come from: two packages that torch requires, and that change rarely."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a maker makes of a row; the builder adds the rest."""
+
+    context: str
+    input: str
+    answer: str
+    all_classes: Sequence[str] | None = None
+
+
+def passkey(rng: Random, room: int) -> Made:
+    """Ask for one of three seven-digit keys that are hidden in prose."""
+    adjectives, nouns = rng.sample(ADJECTIVES, 3), rng.sample(NOUNS, 3)
+    things = [f"{adjective} {noun}" for adjective, noun in zip(adjectives, nouns, strict=True)]
+    keys = [str(key) for key in rng.sample(range(1_000_000, 10_000_000), 3)]
+    facts = [
+        f"The pass key of the {thing} is {key}. Remember it."
+        for thing, key in zip(things, keys, strict=True)
+    ]
+    return Made(_hide(rng, facts, room), things[0], keys[0])
+
+
+def key_value(rng: Random, room: int) -> Made:
+    """Ask for the description of one function, in a list of functions."""
+    names = {
+        doc.paragraphs[0]: doc.name
+        for doc in docstrings(*FOLDERS)
+        if "_" in doc.name.strip("_")
+        and 50 < len(doc.paragraphs[0]) < 100
+        # Many descriptions begin so; a wrong one would get a part of the score.
+        and not doc.paragraphs[0].startswith("Return")
+    }
+    described = {name: text for text, name in names.items()}
+    lines = _fill(rng, (f"- {name}: {text}" for name, text in described.items()), room)
+    name, _, text = rng.choice(_early(lines)).removeprefix("- ").partition(": ")
+    return Made("\n".join(lines), name, text)
+
+
+def passage_retrieval(rng: Random, room: int) -> Made:
+    """Ask for the number of the paragraph that a given sentence ends."""
+    prose = paragraphs(*FOLDERS)
+    ids = rng.sample(range(1000, 10_000), len(prose))
+    lines = _fill(rng, (f"{p} [Paragraph {i}]" for p, i in zip(prose, ids, strict=True)), room)
+    context = "\n".join(lines)
+    ends = [
+        (sentences(text)[-1], label.removesuffix("]"))
+        for text, _, label in (line.partition(" [") for line in _early(lines))
+    ]
+    asked = rng.choice([end for end in ends if size(end[0]) > 10 and context.count(end[0]) == 1])
+    return Made(context, *asked)
+
+
+def passage_qa(rng: Random, room: int) -> Made:
+    """Ask for the person in one of six facts that are stated between unrelated passages."""
+    places = [f"{town} {rng.choice(BUILDINGS)}" for town in rng.sample(TOWNS, 6)]
+    first, last = rng.sample(FIRST_NAMES, 12), rng.sample(LAST_NAMES, 6)
+    people = [" ".join(names) for names in zip(first[:6], first[6:], last, strict=True)]
+    asked = [
+        (question.format(place=place), beginning.format(place=place))
+        for place, (question, beginning) in ((place, rng.choice(FACTS)) for place in places)
+    ]
+    facts = [f"{beginning} {who}." for (_, beginning), who in zip(asked, people, strict=True)]
+    (question, beginning), (example, example_beginning), *_ = asked
+    return Made(
+        _hide(rng, facts, room),
+        f"{example}\nAnswer: {example_beginning} {people[1]}\n\n"
+        f"Question: {question}\nAnswer: {beginning}",
+        people[0],
+    )
+
+
+def classification(rng: Random, room: int) -> Made:
+    """Ask what a question asks for, after examples of every class."""
+    labels = list(QUESTIONS)
+    label = rng.choice(labels)
+    asked = _question(rng, label)
+    examples: list[str] = []
+    while room > 0:
+        for name in rng.sample(labels, len(labels)):
+            examples.append(f"Question: {_question(rng, name)}\nType: {name}")
+            room -= size(examples[-1]) + 1
+    return Made("\n\n".join(examples), asked, label, labels)
+
+
+def quotation(rng: Random, room: int) -> Made:
+    """Ask how a sentence of the text goes on."""
+    lines = _fill(rng, paragraphs(*FOLDERS), room)
+    context = "\n".join(lines)
+    words = [sentence.split() for line in _early(lines) for sentence in sentences(line)]
+    halves = [(" ".join(w[:-12]), " ".join(w[-12:])) for w in words if 18 <= len(w) <= 24]
+    return Made(context, *rng.choice([half for half in halves if context.count(half[0]) == 1]))
+
+
+def code_completion(rng: Random, room: int) -> Made:
+    """Ask for the next line of a source file: one that followed the same line before."""
+    lines, line = rng.choice(_repeated_lines(room))
+    # All of the indentation but one space, which tokenizers keep with the word after it.
+    indent = line[: max(0, len(line) - len(line.lstrip()) - 1)]
+    return Made("\n".join(lines), indent, line.removeprefix(indent))
+
+
+Maker = Callable[[Random, int], Made]
+
+# All but passkey are texts to go on with, not requests to a chat model.
+_LINE: dict[str, bool] = {"chat": False, "first_line": True, "stop_at_newline": True}
+
+MAKERS: dict[Task, Maker] = {
+    Task("passkey", "count", 24): passkey,
+    Task("key_value", "rouge_l", 24, **_LINE): key_value,
+    Task("passage_retrieval", "retrieval", 12, **_LINE): passage_retrieval,
+    Task("passage_qa", "qa_f1", 16, **_LINE): passage_qa,
+    Task("classification", "classification", 8, **_LINE): classification,
+    Task("quotation", "rouge_l", 24, **_LINE): quotation,
+    # No first-line rule: code_sim finds the line itself.
+    Task("code_completion", "code_sim", 24, chat=False, stop_at_newline=True): code_completion,
+}
+
+TASKS = tuple(MAKERS)
+
+
+def _early(items: Sequence[str]) -> Sequence[str]:
+    return items[: len(items) * 7 // 8]
+
+
+def _fill(rng: Random, texts: Iterable[str], room: int) -> list[str]:
+    """Draw texts, without replacement, until nothing more fits."""
+    pool = list(texts)
+    rng.shuffle(pool)
+    chosen = []
+    for text in pool:
+        if size(text) < room:
+            chosen.append(text)
+            room -= size(text) + 1
+    return chosen
+
+
+def _hide(rng: Random, facts: Sequence[str], room: int) -> str:
+    """Return prose with the facts in it, as paragraphs of their own."""
+    lines = _fill(rng, paragraphs(*FOLDERS), room - size("\n".join(facts)))
+    for fact in facts:
+        lines.insert(1 + rng.randrange(len(_early(lines)) - 1), fact)
+    return "\n".join(lines)
+
+
+def _question(rng: Random, label: str) -> str:
+    return rng.choice(QUESTIONS[label]).format(
+        person=f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}",
+        thing=f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}",
+        town=rng.choice(TOWNS),
+    )
+
+
+@functools.cache
+def _repeated_lines(room: int) -> list[tuple[Sequence[str], str]]:
+    """Lines to ask for, each with the lines before it that fill the room."""
+    found: list[tuple[Sequence[str], str]] = []
+    for lines in code(*FOLDERS):
+        sizes = [size(f"{line}\n") for line in lines]
+        start = used = 0
+        for i, line in enumerate(lines):
+            while used > room:
+                used -= sizes[start]
+                start += 1
+            before = lines[start:i]
+            if start and _is_answer(line) and _follows_again(before, line):
+                found.append((before, line))
+            used += sizes[i]
+    return found
+
+
+def _is_answer(line: str) -> bool:
+    """Whether a line says enough, is short enough and is one that code_sim reads."""
+    text = line.strip()
+    return (
+        text.isascii()
+        and 28 <= len(text) <= 64
+        and size(text) <= 16
+        and not any(mark in text for mark in ("`", "#", "//", "@"))
+    )
+
+
+def _follows_again(before: Sequence[str], line: str) -> bool:
+    """Whether `line`, early in `before`, follows the same line as it does now."""
+    early = _early(before)
+    return any(pair == (before[-1], line) for pair in pairwise(early))
