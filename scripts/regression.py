@@ -40,7 +40,7 @@ from kvmerge.resolve import config_dir
 from kvmerge.session import Row
 
 RECORDS = Path(__file__).resolve().parent.parent / "tests" / "regression" / "mini.json"
-SAMPLES = 2
+SAMPLES = 1
 """Samples of each task."""
 LOGIT_TOLERANCE = 0.05
 """Largest difference of a recorded logit; logits here range over about 40."""
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     if options.action == "record":
         RECORDS.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(RECORDS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(RECORDS, _as_text(found))
         print(f"{_coverage(found)}; written to {RECORDS}")
         return 0
     recorded = json.loads(RECORDS.read_text(encoding="utf-8"))
@@ -134,10 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if differences else 0
 
 
-def regression_settings() -> Settings:
+def regression_settings(*overrides: str) -> Settings:
     """The settings of the comparison: the mini experiment's cells, one seed."""
+    fixed = ["experiment=mini", f"limit={SAMPLES}", "num_seeds=1"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("config", overrides=["experiment=mini", f"limit={SAMPLES}", "num_seeds=1"])
+        config = compose("config", overrides=[*fixed, *overrides])
     return settings_from(config, Choices("kvmerger", "mini"))
 
 
@@ -249,6 +250,20 @@ def _digests(kept: Entries) -> Iterator[str]:
     for positions, size in zip(kept.positions[0], sizes[0], strict=True):
         text = json.dumps([positions.tolist(), size.tolist()])
         yield hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    """JSON with a line for each cell, so that a change of the records reads as what moved."""
+    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    tasks = []
+    for task, samples in found.items():
+        lines = []
+        for sample, figures in samples.items():
+            shared = {key: value for key, value in figures.items() if key != "cells"}
+            cells = ",\n".join(f"{compact(n)}:{compact(c)}" for n, c in figures["cells"].items())
+            lines.append(f'{compact(sample)}:{compact(shared)[:-1]},"cells":{{\n{cells}}}}}')
+        tasks.append(f"{compact(task)}:{{" + ",\n".join(lines) + "}")
+    return "{" + ",\n".join(tasks) + "}\n"
 
 
 def _coverage(found: dict[str, Any]) -> str:

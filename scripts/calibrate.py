@@ -1,0 +1,120 @@
+"""Calibrate KVMerger's threshold for each layer (`budget_mode=eps_layer`, methods.md 4.4).
+
+    python -m scripts.calibrate model=smollm2-135m benchmark=mini budget=0.35 limit=4
+
+The paper remarks that compression ratios per layer hardly vary between samples, so they can be fixed
+in advance. For each layer, the threshold is bisected until the mean number of entries over KV heads
+and samples meets the budget. Overrides are those of run.py; settings of the method hold.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.settings import Choices, Settings, settings_from
+from harness.summary import write_atomically
+from kvmerge import merging
+from kvmerge.budget import Budget
+from kvmerge.engine import Stop, run_sample
+from kvmerge.errors import UserError
+from kvmerge.kvmerger import KVMerger
+from kvmerge.method import Allowance, Entries, PrefillLayer, top_positions
+from kvmerge.models import load
+from kvmerge.resolve import config_dir
+from kvmerge.session import Row
+
+SAMPLES = 20
+"""Samples used where the command sets no limit (methods.md 4.4)."""
+OUT = Path("results") / "calibration"
+
+
+class Links:
+    """Observes layers and keeps the similarity of every link that may be made."""
+
+    def __init__(self, method: KVMerger, budget: Budget) -> None:
+        """Collect links as `method` would see them at `budget`."""
+        self.method, self.budget = method, budget
+        self.by_layer: dict[int, list[tuple[Tensor, int]]] = {}
+
+    def __call__(self, row: int, layer_idx: int, layer: PrefillLayer, kept: Entries) -> None:
+        """Add one layer: link similarities of each KV head, -inf where protected, and the budget."""
+        allowance = Allowance(self.budget.entries(layer.length), self.budget.fraction(layer.length))
+        scores = layer.column_scores()
+        n_recent, n_top = self.method.protected_counts(allowance, layer.length)
+        protected = torch.zeros_like(scores, dtype=torch.bool)
+        protected[..., layer.length - n_recent :] = True
+        protected.scatter_(-1, top_positions(scores[..., : layer.length - n_recent], n_top), True)
+        similarity = merging.cosine(layer.keys[:, :, :-1].float(), layer.keys[:, :, 1:].float())
+        closed = protected[..., :-1] | protected[..., 1:]
+        links = similarity.masked_fill(closed, -torch.inf)[0]
+        self.by_layer.setdefault(layer_idx, []).append((links, allowance.n_keep))
+
+    def threshold(self, layer_idx: int) -> float:
+        """The threshold at which the mean number of entries is the budget's."""
+        low, high = -1.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            excess = [
+                float((links.shape[-1] + 1 - (links > middle).sum(-1)).float().mean()) - n_keep
+                for links, n_keep in self.by_layer[layer_idx]
+            ]
+            # A higher threshold links less and leaves more entries.
+            low, high = (middle, high) if sum(excess) < 0 else (low, middle)
+        return round((low + high) / 2, 6)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Calibrate and write the thresholds; prints where they went."""
+    overrides = list(sys.argv[1:] if argv is None else argv)
+    if overrides and overrides[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = compose("config", overrides=["method=kvmerger", f"limit={SAMPLES}", *overrides])
+        settings = settings_from(config, Choices("kvmerger"))
+        path = calibrate(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"use it with: method=kvmerger method.budget_mode=eps_layer method.thresholds={path}")
+    return 0
+
+
+def calibrate(settings: Settings) -> Path:
+    """Run the prompts once and write one threshold a layer. Raises `UserError` like a run."""
+    cell = settings.cells[0]
+    method = cell.method
+    if not isinstance(method, KVMerger) or method.linkage != "adjacent":
+        raise UserError("only KVMerger with linkage=adjacent has thresholds to calibrate.")
+    model, tokenizer = load(settings.model)
+    links = Links(method, cell.budget)
+    jobs = [(task, sample) for task in settings.benchmark.tasks for sample in settings.samples(task)]
+    for task, sample in tqdm(jobs, unit="sample", desc="calibrate"):
+        ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format)
+        prompt = torch.tensor([ids], device=model.device)
+        run_sample(model, prompt, [Row(method, cell.budget)], Stop(1, frozenset()), observer=links)
+    thresholds = [links.threshold(layer) for layer in sorted(links.by_layer)]
+    path = OUT / f"{settings.model.name}@{cell.budget}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "model": settings.model.name,
+        "benchmark": settings.benchmark.name,
+        "samples": len(jobs),
+        "cell": cell.name,
+        "thresholds": thresholds,
+    }
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
