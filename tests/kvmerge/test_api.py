@@ -74,7 +74,7 @@ def test_settings_reach_the_method(llama, prompts):
     with compressed(llama, "kvmerger", 0.35, sigma="mean_distance"):
         by_name = generate(llama, prompts[0])
     with (
-        pytest.raises(UserError, match="sigm.*Did you mean 'sigma'"),
+        pytest.raises(UserError, match=r"sigm.*Did you mean 'sigma'"),
         compressed(llama, "kvmerger", 0.35, sigm=3),
     ):
         pass
