@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.encoding import encode_truncating_middle
 from benchmarks.loading import TEXT, TEXTS, TEXTS_OR_NULL, parse_rows, read_bytes, sha256
 from benchmarks.metrics import score_task
-from benchmarks.mini.build import ROOM, cached, expected_sha256
+from benchmarks.mini.build import ROOM, build, expected_sha256
 from benchmarks.mini.tasks import TASKS
 from benchmarks.task import PromptFormat, Sample, Task
 from kvmerge.errors import UserError, unknown
@@ -53,7 +53,7 @@ class Mini:
     Args:
         tasks: names of the tasks to run; None means all.
         length: `short` (prompts of about 1,000 tokens) or `long` (about 3,000).
-        data_dir: folder of `<task>.jsonl` to read; None builds them into the cache directory.
+        data_dir: folder of `<task>.jsonl` to read; None builds them.
 
     Raises UserError for a task or length that does not exist, and for a missing folder.
     """
@@ -137,9 +137,7 @@ class Mini:
         if self.data_dir is not None:
             path = self.data_dir / f"{task.name}.jsonl"
             return read_bytes(path), path
-        from kvmerge.models import cache_dir  # late, because it brings torch with it
-
-        return cached(task, self.length, cache_dir())
+        return build(task, self.length), Path(f"{self.name}/{task.name}.jsonl")
 
 
 def _choose(names: Sequence[str] | None) -> Sequence[Task]:

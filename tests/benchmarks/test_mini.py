@@ -22,25 +22,13 @@ TOKENS = {"short": range(600, 1401), "long": range(2500, 3501)}
 pytestmark = pytest.mark.filterwarnings("error:.*SHA-256 differs")
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVMERGE_CACHE", str(tmp_path))
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built():
     """Both lengths, built once for the module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        benchmarks = {length: Mini(length=length) for length in LENGTHS}
-        for benchmark in benchmarks.values():
-            benchmark.fingerprint()
+    benchmarks = {length: Mini(length=length) for length in LENGTHS}
+    for benchmark in benchmarks.values():
+        benchmark.fingerprint()
     return benchmarks
-
-
-def data_files(cache):
-    return {path.name: path for path in cache.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -179,41 +167,10 @@ def test_gold_answers_score_one_and_those_of_other_samples_little(built, task, l
 # Where the data come from
 
 
-def test_the_cache_is_filled_used_and_mended(cache, monkeypatch):
-    digests = Mini(tasks=["passkey"]).fingerprint()
-    ((name, path),) = data_files(cache).items()
-    assert name == "passkey.jsonl"
-    whole = path.read_bytes()
-
-    monkeypatch.setattr("benchmarks.mini.build.build", lambda *_: pytest.fail("built again"))
-    assert Mini(tasks=["passkey"]).fingerprint() == digests
-    monkeypatch.undo()
-
-    monkeypatch.setenv("KVMERGE_CACHE", str(cache))
-    path.write_bytes(whole[:1000])
-    assert Mini(tasks=["passkey"]).fingerprint() == digests
-    assert path.read_bytes() == whole
-    assert list(data_files(cache)) == ["passkey.jsonl"]
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    monkeypatch.setenv("KVMERGE_CACHE", str(blocked))
-    with pytest.raises(UserError, match="KVMERGE_CACHE"):
-        Mini().samples(TASK["passkey"])
-
-
-def test_nothing_is_built_before_it_is_needed(cache):
-    Mini()
-    assert data_files(cache) == {}
-
-
-def test_data_dir_is_read_instead_of_building(built, cache, data_dir):
+def test_data_dir_is_read_instead_of_building(built, data_dir):
     benchmark = Mini(data_dir=str(data_dir))
     assert benchmark.fingerprint() == built["short"].fingerprint()
     assert benchmark.notes() == []
-    assert list(cache.iterdir()) == [data_dir]
 
 
 def test_other_data_are_reported_as_not_comparable(data_dir):
@@ -227,7 +184,7 @@ def test_other_data_are_reported_as_not_comparable(data_dir):
     assert "Do not compare" in note
 
 
-def test_other_package_text_is_reported_as_not_comparable(cache, monkeypatch):
+def test_other_package_text_is_reported_as_not_comparable(monkeypatch):
     monkeypatch.setattr(tasks, "FOLDERS", tasks.FOLDERS[1:])
     benchmark = Mini(tasks=["key_value", "classification"])
     with pytest.warns(UserWarning, match=r"key_value\.jsonl .*SHA-256 differs"):

@@ -1,0 +1,70 @@
+"""What whole runs need: a checkpoint and data on disk, and `run.py` in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from harness import cli
+from harness.settings import Settings
+from tests.tiny_run import TASKS, row, save_checkpoint, tiny_settings, write_rows
+
+
+class Output(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three samples of each of four LongBench tasks; not to be changed."""
+    rows = {task: [row(task, number) for number in range(3)] for task in TASKS}
+    return write_rows(tmp_path_factory.mktemp("data"), rows)
+
+
+@pytest.fixture
+def tiny(checkpoint: Path, data: Path, tmp_path: Path) -> Callable[..., Settings]:
+    """Settings of a run with the tiny model on all four tasks; overrides change them."""
+
+    def settings(*overrides: str, folder: Path = tmp_path / "out", rows: Path = data) -> Settings:
+        return tiny_settings(checkpoint, rows, folder, *overrides)
+
+    return settings
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Output]:
+    """Run `run.py` in this process, in an empty folder; gives its exit status and output."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str) -> Output:
+        monkeypatch.setattr("sys.argv", ["run.py", *arguments])
+        capfd.readouterr()
+        status: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            GlobalHydra.instance().clear()
+        assert isinstance(status, int)
+        return Output(status, *capfd.readouterr())
+
+    return run

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import provenance
+from harness.provenance import check_resumable, fingerprint, git_state, package_versions, read_run
+from harness.settings import Settings
+from kvmerge.errors import UserError
+from tests.tiny_run import compose
+
+Tiny = Callable[..., Settings]
+
+TREC = ("benchmark=longbench", "benchmark.tasks=[trec]")
+
+
+def prints(*given: str, **data: str) -> dict[str, Any]:
+    return fingerprint(compose(*TREC, *given), data or {"trec": "aa"})
+
+
+def saved(folder: Path, of: dict[str, Any]) -> Path:
+    """A folder with a prediction made under a fingerprint."""
+    path = folder / "run.json"
+    path.write_text(json.dumps({"fingerprint": of}))
+    predict(folder)
+    return path
+
+
+def predict(folder: Path) -> None:
+    path = folder / "predictions" / "trec" / "full@1.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def test_a_fingerprint_survives_json_and_is_the_same_each_time() -> None:
+    assert json.loads(json.dumps(prints())) == prints()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "limit=3",
+        "num_seeds=5",
+        "output_dir=elsewhere",
+        "shard=1 num_shards=2",
+        "dry_run=true",
+        "fidelity=true",
+        "model.shape=null",
+    ],
+)
+def test_what_cannot_change_a_prediction_is_not_in_it(given: str) -> None:
+    assert prints(*given.split()) == prints()
+
+
+@pytest.mark.parametrize(
+    ("given", "setting"),
+    [
+        ("model.dtype=float16", "model.dtype"),
+        ("model.path=elsewhere", "model.path"),
+        ("model.revision=abc", "model.revision"),
+        ("model.chat=none", "model.chat"),
+        ("model.stop=[x]", "model.stop"),
+        ("model.max_length=100", "model.max_length"),
+        ("seed=3", "seed"),
+        ("decode_policy=hold", "policy.decode_policy"),
+    ],
+)
+def test_what_can_change_a_prediction_is_refused_by_name(
+    tmp_path: Path, given: str, setting: str
+) -> None:
+    path = saved(tmp_path, prints("cells=[full@1]"))
+    with pytest.raises(UserError, match=f"made with another {setting}: .* then, .* now") as caught:
+        check_resumable(path, prints("cells=[full@1]", given))
+    assert str(tmp_path) in str(caught.value)
+    assert "Choose another output_dir" in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers"])
+def test_another_version_of_what_computes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    path = saved(tmp_path, prints())
+    monkeypatch.setattr(provenance, "package_versions", lambda: package_versions() | {package: "0.1"})
+    with pytest.raises(UserError, match=f"another {package}: .* now"):
+        check_resumable(path, prints())
+
+
+def test_a_local_build_of_the_same_torch_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = package_versions()
+    monkeypatch.setattr(provenance, "package_versions", lambda: versions | {"torch": "9.9+cpu"})
+    path = saved(tmp_path, prints())
+    monkeypatch.setattr(provenance, "package_versions", lambda: versions | {"torch": "9.9+cu128"})
+    check_resumable(path, prints())
+
+
+def test_another_file_of_a_task_is_refused_and_another_task_is_added(tmp_path: Path) -> None:
+    path = saved(tmp_path, prints(trec="aa", qasper="bb"))
+    with pytest.raises(UserError, match=r"another data\.trec: 'aa' then, 'cc' now"):
+        check_resumable(path, prints(trec="cc"))
+    merged = check_resumable(path, prints(trec="aa", lcc="dd"))
+    assert merged["data"] == {"trec": "aa", "qasper": "bb", "lcc": "dd"}
+
+
+def test_another_setting_of_a_cell_is_refused_and_another_cell_is_added(tmp_path: Path) -> None:
+    earlier = prints("cells=[h2o@0.5,kvmerger@0.5]")
+    path = saved(tmp_path, earlier)
+    merged = check_resumable(path, prints("cells=[h2o@0.5,'kvmerger:sigma=3@0.5']"))
+    assert list(merged["cells"]) == ["h2o@0.5", "kvmerger@0.5", "kvmerger:sigma=3@0.5"]
+    assert merged["cells"]["kvmerger:sigma=3@0.5"]["sigma"] == 3
+    earlier["cells"]["kvmerger@0.5"]["sigma"] = 4
+    saved(tmp_path, earlier)
+    with pytest.raises(UserError, match=r"another cells\.kvmerger@0\.5: .*'sigma': 4"):
+        check_resumable(path, prints("cells=[kvmerger@0.5]"))
+
+
+def test_a_run_that_failed_before_its_first_prediction_binds_nobody(tiny: Tiny) -> None:
+    settings = tiny("seed=3", "cells=[cam@0.01]")
+    path = settings.results_dir / "run.json"
+    provenance.write_run(settings, path, prints("seed=3"), [])
+    assert check_resumable(path, prints()) == prints()
+    provenance.write_run(tiny("cells=[cam@0.5]"), path, prints(), [])
+    assert read_run(path)["cells"] == ["cam@0.5"]
+
+
+def test_a_new_folder_is_resumable_and_one_without_run_json_is_not(tmp_path: Path) -> None:
+    current = prints()
+    assert check_resumable(tmp_path / "new" / "run.json", current) == current
+    predict(tmp_path)
+    with pytest.raises(UserError, match=r"holds predictions but no run\.json"):
+        check_resumable(tmp_path / "run.json", current)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"null"])
+def test_a_run_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot read {path}"):
+        read_run(path)
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="Not a directory"):
+        check_resumable(tmp_path / "out" / "run.json", prints())
+
+
+def test_run_json_says_what_made_the_predictions(tiny: Tiny) -> None:
+    settings = tiny("benchmark.tasks=[trec,lcc]", "cells=[full@1,cam@0.5]", "limit=1")
+    path = settings.results_dir / "run.json"
+    provenance.write_run(settings, path, fingerprint(settings, {"trec": "aa"}), ["a note"])
+    under_way = read_run(path)
+    assert under_way["runs"] == [{"ended": None, "seconds": None}]
+    provenance.write_run(settings, path, under_way["fingerprint"], ["a note"], seconds=1.5)
+
+    info = read_run(path)
+    assert (info["model"], info["benchmark"]) == ("smollm2-135m", "longbench")
+    assert info["cells"] == ["full@1", "cam@0.5"]
+    assert info["tasks"]["trec"] == {"metric": "classification", "max_new_tokens": 64}
+    assert (info["seed"], info["num_seeds"]) == (0, 2)
+    assert (info["shard"], info["num_shards"]) == (0, 1)
+    assert (info["dtype"], info["notes"]) == ("float32", ["a note"])
+    assert info["packages"]["torch"]
+    assert info["hardware"]["cores"] >= 1
+    assert info["config"]["limit"] == 1
+    (run,) = info["runs"]
+    assert run["seconds"] == 1.5
+    assert run["ended"].endswith("+00:00")
+
+
+def test_run_json_keeps_the_cells_tasks_and_times_of_earlier_runs(tiny: Tiny) -> None:
+    for task, cell in (("lcc", "h2o@0.5"), ("trec", "full@1"), ("trec", "h2o@0.5")):
+        settings = tiny(f"benchmark.tasks=[{task}]", f"cells=[{cell}]")
+        path = settings.results_dir / "run.json"
+        provenance.write_run(settings, path, {}, [], seconds=2.0)
+        predict(settings.results_dir)
+    info = read_run(path)
+    assert info["cells"] == ["h2o@0.5", "full@1"]
+    assert list(info["tasks"]) == ["lcc", "trec"]
+    assert len(info["runs"]) == 3
+
+
+def test_the_code_digest_follows_source_and_prompts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "_ROOT", tmp_path)
+    files = [
+        tmp_path / "kvmerge" / "a.py",
+        tmp_path / "baselines" / "b.py",
+        tmp_path / "benchmarks" / "x" / "prompts" / "c.txt",
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("one")
+    seen = [provenance._code_digest()]
+    for file in files:
+        file.write_text("two")
+        seen.append(provenance._code_digest())
+    files[0].rename(files[0].with_name("d.py"))
+    seen.append(provenance._code_digest())
+    assert len(set(seen)) == 5
+    (tmp_path / "kvmerge" / "__pycache__").mkdir()
+    (tmp_path / "kvmerge" / "__pycache__" / "d.pyc").write_text("bytes")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "e.py").write_text("text")
+    assert provenance._code_digest() == seen[-1]
+
+
+def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_PACKAGES", ("torch", "no-such-package"))
+    versions = package_versions()
+    assert versions["torch"]
+    assert versions["no-such-package"] is None
+
+
+def test_a_folder_that_is_no_checkout_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "_ROOT", tmp_path)
+    assert git_state() == {"commit": None, "dirty": None}
+    (tmp_path / ".git").mkdir()  # a broken one
+    assert git_state() == {"commit": None, "dirty": None}

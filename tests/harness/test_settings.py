@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from baselines.random import Random
+from harness.settings import Settings
+from kvmerge.errors import UserError
+from tests.tiny_run import compose, row, write_rows
+
+TREC = ("benchmark=longbench", "benchmark.tasks=[trec]")
+
+
+def names(settings: Settings) -> list[str]:
+    return [cell.name for cell in settings.cells]
+
+
+def test_without_a_choice_the_default_method_runs_at_half_the_cache() -> None:
+    settings = compose(*TREC)
+    assert names(settings) == ["kvmerger@0.5"]
+    assert settings.model.name == "smollm2-135m"
+    assert (settings.seed, settings.num_seeds, settings.limit) == (0, 3, None)
+    assert (settings.shard, settings.num_shards) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (["method=h2o", "budget=0.35"], "h2o@0.35"),
+        (["method=h2o", "budget=1024"], "h2o@1024"),
+        (["method=h2o", "budget=1.0"], "h2o@1"),
+        (["budget=1"], "kvmerger@1"),
+        (["method=full"], "full@1"),
+        (["method=full", "budget=1"], "full@1"),
+        (["method.sigma=3", "method.pivot=first"], "kvmerger:pivot=first,sigma=3@0.5"),
+        (["method.sigma=1e-5"], "kvmerger:sigma=1e-05@0.5"),
+        (["method=h2o", "method.split=kvmerger", "budget=64"], "h2o:split=kvmerger@64"),
+    ],
+)
+def test_method_and_budget_make_one_cell(given: list[str], name: str) -> None:
+    assert names(compose(*TREC, *given)) == [name]
+
+
+def test_cells_are_what_runs() -> None:
+    listed = "cells=[full@1,h2o@0.5,'kvmerger:sigma=3@64']"
+    assert names(compose(*TREC, listed)) == ["full@1", "h2o@0.5", "kvmerger:sigma=3@64"]
+
+
+def test_an_experiment_fills_cells_and_tasks_and_both_can_be_changed() -> None:
+    settings = compose("experiment=paper_longbench")
+    assert names(settings)[0] == "full@1"
+    assert {task.name for task in settings.benchmark.tasks} >= {"trec", "qasper"}
+    changed = compose("experiment=paper_longbench", "benchmark.tasks=[trec]", "cells=[h2o@0.5]")
+    assert [task.name for task in changed.benchmark.tasks] == ["trec"]
+    assert names(changed) == ["h2o@0.5"]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["method=h2o"], "so method cannot be given"),
+        (["budget=0.5"], "so budget cannot be given"),
+        (["method=h2o", "budget=0.5"], "so budget and method cannot be given"),
+        (["method.sigma=3"], "so method.sigma cannot be given"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [("experiment=paper_longbench", "experiment=paper_longbench"), ("cells=[full@1]", "cells=")],
+)
+def test_method_or_budget_beside_cells_would_be_ignored_and_is_refused(
+    given: list[str], why: str, chosen: str, named: str
+) -> None:
+    with pytest.raises(UserError, match=why) as caught:
+        compose(*TREC, chosen, *given)
+    assert str(caught.value).startswith(named)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("cells=full@1", "cells='full@1' must be a list"),
+        ("cells=[]", "lists nothing"),
+        ("cells=[0.5]", "cannot read the cell 0.5"),
+        ("cells=[full@1,full@1]", "full@1 is listed twice"),
+        ("budget=0", "budget=0 is out of range"),
+        ("budget=-3", "budget=-3 is out of range"),
+        ("budget=1.5", "budget=1.5 is out of range"),
+        ("budget=nan", "budget=nan is out of range"),
+        ("budget=inf", "budget=inf is out of range"),
+        ("budget=abc", "budget='abc' is not a number"),
+        ("budget=null", "budget=None is not a number"),
+        ("budget=true", "budget=True is not a number"),
+        ("method=full budget=0.5", "full@0.5: the full cache keeps everything"),
+        ("budget=[0.5]", r"budget=\[0.5\] is not a number"),
+        ("limit=0", "limit=0 must be a whole number of 1 or more"),
+        ("limit=-1", "limit=-1 must be"),
+        ("limit=1.5", "limit=1.5 must be a whole number"),
+        ("limit=all", "limit='all' must be a whole number"),
+        ("limit=true", "limit=True must be a whole number"),
+        ("seed=-1", "seed=-1 must be a whole number of 0 or more"),
+        ("seed=null", "seed=None must be"),
+        ("num_seeds=0", "num_seeds=0 must be a whole number of 1 or more"),
+        ("num_shards=0", "num_shards=0 must be"),
+        ("shard=1", "shard=1 must be below num_shards=1"),
+        ("shard=-1", "shard=-1 must be"),
+        ("fidelity=maybe", "fidelity='maybe' must be true, false or null"),
+        ("fidelity=1", "fidelity=1 must be"),
+        ("decode_policy=keep", "unknown decode_policy 'keep'.*append, hold"),
+        ("pos=relative", "unknown pos 'relative'.*absolute, rolled"),
+        ("skip_budget=more", "unknown skip_budget 'more'.*compensated, plain"),
+        ("layers_skip=2", "layers_skip=2 must be a list of layer numbers"),
+        ("layers_skip=[first]", r"layers_skip=\['first'\] must be a list"),
+        ("method.sigma=null", "kvmerger cannot take sigma=None"),
+        ("method.sigma=wide", "unknown sigma rule 'wide'"),
+        ("+method.width=3", "unknown setting of kvmerger 'width'"),
+        ("model.dtype=float8", "unknown dtype 'float8'"),
+        ("model.max_length=0", "model.max_length=0 must be"),
+        ("benchmark.tasks=[trek]", "unknown LongBench task 'trek'. Did you mean 'trec'"),
+        ("benchmark.tasks=[]", "benchmark.tasks is empty"),
+        ("+benchmark.n_shot=3", "benchmarks.longbench.LongBench: .*n_shot"),
+        ("+model.quantize=true", "kvmerge.models.ModelSpec: .*quantize"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(given: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        compose(*TREC, *given.split())
+
+
+def test_holding_a_budget_needs_a_rule_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [*TREC, "cells=[full@1,random@0.5,h2o@0.5]", "decode_policy=hold"]
+    monkeypatch.setattr(Random, "holds", False)
+    with pytest.raises(UserError, match=r"decode_policy=hold: random@0\.5 has no rule"):
+        compose(*given)
+    monkeypatch.setattr(Random, "holds", True)
+    compose(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["cells=[h2o@0.5]"], False),
+        (["cells=[h2o@0.5,full@1]"], True),
+        (["cells=[h2o@0.5]", "fidelity=true"], True),
+        (["cells=[h2o@0.5,full@1]", "fidelity=false"], False),
+        (["method=full"], True),
+    ],
+)
+def test_fidelity_follows_the_full_cell_unless_it_is_given(given: list[str], expected: bool) -> None:
+    assert compose(*TREC, *given).fidelity is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        (["experiment=paper_longbench"], "paper_longbench/longbench/smollm2-135m"),
+        (
+            ["experiment=paper_longbench", "model=llama2-7b-chat"],
+            "paper_longbench/longbench/llama2-7b-chat",
+        ),
+        ([*TREC, "method=h2o", "budget=0.35"], "h2o@0.35/longbench/smollm2-135m"),
+        ([*TREC, "cells=[h2o@1024]"], "h2o@1024/longbench/smollm2-135m"),
+        (
+            [*TREC, "method.sigma=3", "method.pivot=last"],
+            "kvmerger-pivot=last-sigma=3@0.5/longbench/smollm2-135m",
+        ),
+    ],
+)
+def test_the_output_dir_is_named_by_experiment_or_cell(given: list[str], folder: str) -> None:
+    assert compose(*given).output_dir == Path("results/runs") / folder
+
+
+def test_other_cells_than_the_experiments_get_another_output_dir() -> None:
+    experiment = "experiment=paper_longbench"
+    folders = {
+        compose(experiment).output_dir,
+        compose(experiment, "cells=[h2o@0.5,full@1]").output_dir,
+        compose(experiment, "cells=[h2o@0.35,full@1]").output_dir,
+        compose(experiment, "cells=[h2o@0.5]").output_dir,
+    }
+    assert len(folders) == 4
+    again = compose(*TREC, "cells=[h2o@0.5,full@1]").output_dir
+    assert again in folders, "the same cells must resume, however they were chosen"
+
+
+def test_output_dir_is_taken_as_given_and_shards_write_below_it(tmp_path: Path) -> None:
+    given = [*TREC, f"output_dir={tmp_path}"]
+    assert compose(*given).results_dir == tmp_path
+    shard = compose(*given, "shard=1", "num_shards=4")
+    assert shard.output_dir == tmp_path
+    assert shard.results_dir == tmp_path / "shards" / "1-of-4"
+    home = compose(*TREC, "output_dir='~/results'").output_dir
+    assert home == Path.home() / "results"
+
+
+def test_only_methods_that_draw_run_once_a_seed() -> None:
+    cells = "cells=[full@1,cam@0.5,'cam:sample=expected@0.5',random@0.5,'kvmerger:pivot=random@0.5']"
+    settings = compose(*TREC, cells, "seed=7", "num_seeds=2")
+    seeds = {cell.name: settings.seeds(cell) for cell in settings.cells}
+    assert seeds == {
+        "full@1": [7],
+        "cam@0.5": [7, 8],
+        "cam:sample=expected@0.5": [7],
+        "random@0.5": [7, 8],
+        "kvmerger:pivot=random@0.5": [7, 8],
+    }
+
+
+def test_switches_reach_every_row_alike() -> None:
+    switches = ["decode_policy=hold", "pos=rolled", "layers_skip=[0,-1]", "skip_budget=plain"]
+    settings = compose(*TREC, "cells=[full@1,h2o@0.5]", *switches)
+    for cell in settings.cells:
+        row_ = settings.row(cell, seed=4)
+        assert (row_.method, row_.budget, row_.seed) == (cell.method, cell.budget, 4)
+        assert (row_.decode_policy, row_.pos) == ("hold", "rolled")
+        assert (row_.layers_skip, row_.skip_budget) == ((0, -1), "plain")
+
+
+def test_shards_divide_the_first_samples_without_overlap(tmp_path: Path) -> None:
+    write_rows(tmp_path, {"trec": [row("trec", number) for number in range(7)]})
+    settings = compose(*TREC, f"benchmark.data_dir={tmp_path}")
+    (task,) = settings.benchmark.tasks
+    for limit, num_shards in itertools.product((None, 1, 4, 5, 7, 100), (1, 2, 3)):
+        parts = [
+            replace(settings, limit=limit, shard=shard, num_shards=num_shards).samples(task)
+            for shard in range(num_shards)
+        ]
+        taken = sorted(sample.id for part in parts for sample in part)
+        assert taken == [f"trec-{number}" for number in range(min(limit or 7, 7))]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_resolved_configuration_is_plain_data() -> None:
+    resolved = compose(*TREC, "limit=3").resolved
+    assert resolved["benchmark"]["tasks"] == ["trec"]
+    assert type(resolved["benchmark"]["tasks"]) is list
+    assert (resolved["limit"], resolved["budget"]) == (3, 0.5)

@@ -1,0 +1,269 @@
+"""The command line: exit status, one message a mistake, and nothing written that was not asked for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harness.runner
+from harness import cli
+from kvmerge.errors import UserError
+from kvmerge.resolve import choices
+from tests.conftest import Output
+from tests.tiny_run import read_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Command = Callable[..., Output]
+
+
+def process(folder: Path, *arguments: str) -> Output:
+    """`python run.py` as a person starts it, in an empty folder."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Output(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def given(checkpoint: Path, data: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run that works."""
+    return [
+        f"model.path={checkpoint}",
+        "benchmark=longbench",
+        f"benchmark.data_dir={data}",
+        "benchmark.tasks=[trec]",
+        f"output_dir={tmp_path / 'out'}",
+        "limit=1",
+    ]
+
+
+def assert_refused(output: Output, *parts: str) -> None:
+    """Status 2, nothing on stdout, one message that holds `parts`, and no traceback."""
+    assert output.status == 2, output
+    assert output.out == ""
+    assert "Traceback" not in output.err
+    assert 'File "' not in output.err
+    for part in parts:
+        assert output.err.count(part) == 1, output.err
+
+
+# as a person starts it
+
+
+def test_a_run_shows_its_table_and_names_its_files(tmp_path: Path, given: list[str]) -> None:
+    output = process(tmp_path, *given, "cells=[full@1,kvmerger@0.5]")
+    assert output.status == 0, output.err
+    assert "Traceback" not in output.err
+    for part in ("kvmerger", "@0.5", "trec", "average", "achieved budget", "KL to full"):
+        assert part in output.out
+    named = [line.strip() for line in output.out.splitlines() if str(tmp_path) in line]
+    assert {Path(name).name for name in named} == {
+        "summary.csv",
+        "run.json",
+        "predictions",
+        "tables",
+        "plots",
+        "report.html",
+    }
+    assert all(Path(name).exists() for name in named)
+    assert len(read_lines(tmp_path / "out")) == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_mistake_prints_one_message_and_gives_status_2(tmp_path: Path) -> None:
+    output = process(tmp_path, "method=kvmergr")
+    assert_refused(output, "error: unknown method 'kvmergr'. Did you mean 'kvmerger'?")
+    assert len(output.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_commands_the_choices_and_the_settings(tmp_path: Path) -> None:
+    output = process(tmp_path, "--help")
+    assert output.status == 0
+    for part in (
+        "python run.py method=kvmerger budget=0.35",
+        "python run.py experiment=mini",
+        "dry_run=true",
+        "output_dir",
+        "make report",
+        *choices("method"),
+        *choices("model"),
+        *choices("benchmark"),
+        *choices("experiment"),
+    ):
+        assert part in output.out
+    assert list(tmp_path.iterdir()) == []
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "near"),
+    [
+        ("method", "kvmergr", "kvmerger"),
+        ("model", "llama2-7b-caht", "llama2-7b-chat"),
+        ("benchmark", "longbenhc", "longbench"),
+        ("experiment", "paper-longbench", "paper_longbench"),
+    ],
+)
+def test_an_unknown_choice_is_answered_with_the_nearest_and_all(
+    command: Command, group: str, name: str, near: str
+) -> None:
+    output = command(f"{group}={name}")
+    assert_refused(output, f"error: unknown {group} '{name}'. Did you mean '{near}'? Available: ")
+    assert output.err.rstrip(".\n").endswith(", ".join(choices(group)))
+
+
+@pytest.mark.parametrize("group", cli.GROUPS)
+@pytest.mark.parametrize("name", ["null", "", "none"])
+def test_a_choice_cannot_be_left_empty(command: Command, group: str, name: str) -> None:
+    assert_refused(command(f"{group}={name}"), f"unknown {group} '{name}'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["benchmark.tasks=[trek]"], ["unknown LongBench task 'trek'. Did you mean 'trec'?"]),
+        (["budget=0"], ["error: budget=0 is out of range", "(0, 1]", "2 or more"]),
+        (["budget=-3"], ["error: budget=-3 is out of range"]),
+        (["budget=1.5"], ["error: budget=1.5 is out of range"]),
+        (["budget=nan"], ["error: budget=nan is out of range"]),
+        (["budget=abc"], ["error: budget='abc' is not a number"]),
+        (["method=full", "budget=0.5"], ["full@0.5: the full cache keeps everything"]),
+        (["method.sigma=-1"], ["error: sigma=-1"]),
+        (["cells=[h2o]"], ["cannot read the cell 'h2o'"]),
+        (["foo=1"], ["Key 'foo' is not in struct"]),
+        (["model.foo=1"], ["Key 'foo' is not in struct"]),
+        (["budget="], ["error: budget=''"]),
+        (["budget"], ["budget"]),
+        (["cells=[kvmerger:sigma=3@0.5]"], ["error: cells=", "'kvmerger:sigma=3@0.35'"]),
+        (["cells=[full@1"], ["full@1"]),
+        (["limit=0"], ["error: limit=0 must be"]),
+        (["model.dtype=fp16"], ["error: unknown dtype 'fp16'. Did you mean 'float16'?"]),
+        (["decode_policy=keep"], ["error: unknown decode_policy 'keep'"]),
+        (["cells=[full@1]", "budget=0.5"], ["budget cannot be given as well"]),
+        (["experiment=paper_longbench", "method=h2o"], ["method cannot be given as well"]),
+        (["experiment=paper_longbench", "method.sigma=2"], ["method.sigma cannot be given"]),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback_and_nothing_is_written(
+    command: Command, given: list[str], tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    chosen = {text.partition("=")[0] for text in arguments}
+    rest = [text for text in given if text.partition("=")[0] not in chosen]
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(command(*rest, *arguments), *parts)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_data_and_weights_are_told(command: Command, given: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "nothing"
+    assert_refused(command(*given, f"benchmark.data_dir={folder}"), f"{folder} is not a folder")
+    folder.mkdir()
+    (folder / "qasper.jsonl").touch()
+    missing = command(*given, f"benchmark.data_dir={folder}")
+    assert_refused(missing, f"{folder} has no trec.jsonl", "benchmark.tasks=[qasper]")
+    weights = command(*given, f"model.path={tmp_path / 'weights'}")
+    assert_refused(weights, "error: ", "weights is not a directory with a checkpoint")
+    right = command(*given, "method=h2o", "num_shards=2")
+    assert right.status == 0, "a run that never began must not stand in the way"
+
+
+@pytest.mark.parametrize(
+    ("argument", "why"),
+    [
+        ("method=h2o,kvmergr", "unknown method 'kvmergr'"),
+        ("experiment=mni", "unknown experiment 'mni'. Did you mean 'mini'"),
+    ],
+)
+def test_choices_are_checked_before_anything_is_composed(argument: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        cli.check_choices(["-m", "limit=1", argument])
+
+
+def test_choices_that_exist_pass() -> None:
+    every = [f"{group}={name}" for group in cli.GROUPS for name in choices(group)]
+    cli.check_choices([*every, "method=h2o,cam", "budget=0.5", "-m", "--help", "model.path=x"])
+
+
+# what is promised
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(
+    command: Command, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness.runner, "load", lambda spec: pytest.fail("the model was loaded"))
+    before = sorted(tmp_path.rglob("*"))
+    output = command(*given, "dry_run=true", "cells=[full@1,h2o@0.5]")
+    assert output.status == 0
+    assert output.err == ""
+    for part in ("trec", "full@1, h2o@0.5", str(tmp_path / "out"), "TFLOP"):
+        assert part in output.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_shard_says_what_to_do_next(command: Command, given: list[str], tmp_path: Path) -> None:
+    output = command(*given, "method=h2o", "num_shards=2")
+    assert output.status == 0
+    assert f"make report DIRS={tmp_path / 'out'}" in output.out
+    assert not (tmp_path / "out" / "summary.csv").exists()
+
+
+def test_resuming_with_another_setting_is_refused(
+    command: Command, given: list[str], tmp_path: Path
+) -> None:
+    assert command(*given, "method=h2o", "num_shards=2").status == 0
+    refused = command(*given, "method=h2o", "num_shards=2", "seed=1")
+    assert_refused(refused, "error: ", "another seed: 0 then, 1 now", "another output_dir")
+
+
+def test_an_interrupt_is_no_error_and_keeps_what_is_finished(
+    command: Command, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness.runner, "run_sample", interrupted)
+    output = command(*given, "method=h2o", "num_shards=2")
+    assert output.status == 130
+    assert "the same command resumes" in output.err
+    assert "Traceback" not in output.err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_cannot_be_written_is_told_wherever_it_happens(
+    command: Command, given: list[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(file: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    output = command(*given, "method=h2o", "num_shards=2")
+    assert_refused(output, f"error: {os.strerror(number)}", "the same command resumes")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(
+    command: Command, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(harness.runner, "run_sample", broken)
+    output = command(*given, "method=h2o", "num_shards=2")
+    assert output.status == 1
+    assert "a fault" in output.err

@@ -1,0 +1,143 @@
+"""Every file under configs/ composes, and what it names can be built."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from harness.cells import parse_cells
+from harness.cli import GROUPS
+from harness.settings import Settings
+from kvmerge.method import Method
+from kvmerge.models import DTYPES, ModelSpec
+from kvmerge.resolve import choices, config_dir, load_method, method_settings
+from tests.tiny_run import compose as settings
+
+FILES = [(path.parent.name, path.stem) for path in sorted(config_dir().glob("*/*.yaml"))]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def test_every_group_is_guarded_by_the_command_line() -> None:
+    assert {group for group, _ in FILES} <= {*GROUPS, "launcher"}
+    assert all(choices(group) for group in GROUPS)
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=map("/".join, FILES))
+def test_every_file_composes_without_gaps(group: str, name: str) -> None:
+    config = composed(f"{group}={name}")
+    assert OmegaConf.missing_keys(config) == set()
+    assert OmegaConf.to_container(config, resolve=True)
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=map("/".join, FILES))
+def test_every_file_opens_with_a_comment_on_what_it_is(group: str, name: str) -> None:
+    text = (config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.removeprefix("# @package _global_\n").startswith("# ")
+
+
+@pytest.mark.parametrize("name", choices("method"))
+def test_a_methods_file_lists_exactly_the_settings_of_its_class(name: str) -> None:
+    method = load_method(name)
+    assert isinstance(method, Method)
+    given = method_settings(name)
+    target = given.pop("_target_")
+    assert f"{type(method).__module__}.{type(method).__qualname__}" == target
+    assert sorted(given) == sorted(field.name for field in fields(method))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", choices("method"))
+def test_the_file_named_as_its_module_gives_the_classs_defaults(name: str) -> None:
+    method = load_method(name)
+    module = type(method).__module__
+    of_class = [other for other in choices("method") if type(load_method(other)) is type(method)]
+    if name == module.rpartition(".")[2] or of_class == [name]:
+        assert method == type(method)()
+    else:
+        assert method != type(method)(), "another file of a class must change a setting"
+
+
+def test_methods_are_frozen_so_that_no_state_can_leak() -> None:
+    for name in choices("method"):
+        method: Any = load_method(name)
+        assert type(method).__dataclass_params__.frozen
+        hash(method)
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_a_models_file_builds_its_spec(name: str) -> None:
+    spec = instantiate(composed(f"model={name}").model, _convert_="all")
+    assert isinstance(spec, ModelSpec)
+    assert spec.name == name
+    assert spec.dtype in DTYPES
+    assert spec.chat in ("template", "none") or "{prompt}" in spec.chat
+    assert spec.shape is not None
+    assert type(spec.stop) is list
+
+
+@pytest.mark.parametrize("name", choices("benchmark"))
+def test_a_benchmarks_file_builds_it_with_all_its_tasks(name: str) -> None:
+    benchmark = instantiate(composed(f"benchmark={name}").benchmark, _convert_="all")
+    assert benchmark.name == name
+    names = [task.name for task in benchmark.tasks]
+    assert len(set(names)) == len(names) > 1
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_an_experiment_has_cells_that_parse_and_its_own_output_dir(name: str) -> None:
+    config = composed(f"experiment={name}")
+    cells = parse_cells(config.cells)
+    assert cells[0].is_full, "figures compare with the full cache"
+    assert [cell.name for cell in cells] == list(config.cells), "written as results name them"
+    run: Settings = settings(f"experiment={name}")
+    assert run.fidelity
+    assert run.output_dir.parts[:3] == ("results", "runs", name)
+
+
+def test_an_experiment_says_what_it_needs_and_leaves_the_model_open() -> None:
+    for name in choices("experiment"):
+        default = composed(f"experiment={name}")
+        other = composed(f"experiment={name}", "model=llama2-7b-chat")
+        assert default.model.name == "smollm2-135m"
+        assert other.model.name == "llama2-7b-chat"
+        assert other.cells == default.cells
+        assert other.benchmark == default.benchmark
+
+
+def test_the_papers_table_has_its_nine_tasks_and_budgets() -> None:
+    config = composed("experiment=paper_longbench")
+    assert set(config.benchmark.tasks) == {
+        "2wikimqa",
+        "gov_report",
+        "narrativeqa",
+        "passage_retrieval_en",
+        "multifieldqa_en",
+        "trec",
+        "multi_news",
+        "triviaqa",
+        "qasper",
+    }
+    budgets = {str(cell.budget) for cell in parse_cells(config.cells)}
+    assert budgets == {"1", "0.5", "0.35"}
+
+
+def test_no_choice_is_named_as_a_file_of_another_spelling() -> None:
+    for _, name in FILES:
+        assert name == name.lower()
+        assert not set(name) - set("abcdefghijklmnopqrstuvwxyz0123456789_-.")
+
+
+def test_the_configs_ship_with_the_package() -> None:
+    package = import_module("configs")
+    assert package.__file__ is not None
+    assert Path(package.__file__).parent == config_dir()
