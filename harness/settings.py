@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,9 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
     """Validate a composed configuration. Raises `UserError` naming the setting."""
     cells = _cells(config, choices)
     model = _build(config.model)
+    if {"model.path"} <= choices.given and not {"model", "model.name"} & choices.given:
+        # Not the default model's weights any more, so not its name either.
+        model = replace(model, name=Path(str(model.path)).name)
     benchmark = _build(config.benchmark)
     seed = _whole(config, "seed", least=0)
     num_seeds = _whole(config, "num_seeds", least=1)

@@ -80,6 +80,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
+        if self.device != "auto":
+            self.torch_device()
         if self.path is None and self.embedded is None:
             raise UserError(f"model {self.name} has no weights: give model.path=DIR or a hub id.")
         if not isinstance(self.max_length, int) or self.max_length < 1:
@@ -89,7 +91,13 @@ class ModelSpec:
         """The device to run on."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise UserError(f"model.device={self.device!r} is not a torch device.") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"model.device={self.device}: torch sees no GPU here; use auto or cpu.")
+        return device
 
     def source(self) -> str:
         """What the weights are, for provenance: hub id with revision, path, or digest."""

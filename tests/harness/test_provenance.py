@@ -159,7 +159,7 @@ def test_run_json_says_what_made_the_predictions(tiny: Tiny) -> None:
     provenance.write_run(settings, path, under_way["fingerprint"], ["a note"], seconds=1.5)
 
     info = read_run(path)
-    assert (info["model"], info["benchmark"]) == ("smollm2-135m", "longbench")
+    assert (info["model"], info["benchmark"]) == (settings.model.name, "longbench")
     assert info["cells"] == ["full@1", "cam@0.5"]
     assert info["tasks"]["trec"] == {"metric": "classification", "max_new_tokens": 64}
     assert (info["seed"], info["num_seeds"]) == (0, 2)

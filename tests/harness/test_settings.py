@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from baselines.random import Random
 from harness.settings import Settings
@@ -238,3 +239,21 @@ def test_the_resolved_configuration_is_plain_data() -> None:
     assert resolved["benchmark"]["tasks"] == ["trec"]
     assert type(resolved["benchmark"]["tasks"]) is list
     assert (resolved["limit"], resolved["budget"]) == (3, 0.5)
+
+
+def test_a_local_checkpoint_does_not_borrow_the_default_model_s_name(checkpoint: Path) -> None:
+    def name(*overrides: str) -> str:
+        return compose(*TREC, *overrides).model.name
+
+    path = f"model.path={checkpoint}"
+    assert name(path) == checkpoint.name
+    assert name(path, "model.name=mine") == "mine"
+    assert name(path, "model=llama2-7b-chat") == "llama2-7b-chat"
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda"])
+def test_a_device_that_is_not_there_is_refused_before_loading(device: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=rf"model\.device.*{device}"):
+        compose(*TREC, f"model.device={device}")
