@@ -6,6 +6,7 @@ A user error prints one message and exits with status 2; everything else keeps i
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,7 @@ _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 def main() -> None:
     """Entry point of `run.py` and of the `kvmerge` command."""
+    _show_log()
     started: list[bool] = []  # tells an error of the configuration from one of the run
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
@@ -91,6 +93,13 @@ def check_choices(arguments: Sequence[str]) -> None:
         for name in listed.split(","):
             if name not in choices(group):
                 raise unknown(group, name, choices(group))
+
+
+def _show_log() -> None:
+    """Show what the project itself reports (downloads, repairs), and warnings of the libraries."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("benchmarks", "harness", "kvmerge"):
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 def _choices() -> Choices:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -23,8 +24,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from kvmerge.errors import UserError, unknown
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -123,6 +127,7 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     if spec.path is None:
         assert spec.embedded is not None
+        disable_progress_bar()  # of a second's work
         location: str = str(_converted(spec.name, spec.embedded))
     else:
         location = spec.path
@@ -183,6 +188,7 @@ def _converted(name: str, embedded: Embedded) -> Path:
             f"{embedded.file} has sha256 {digest}, not {embedded.sha256}: the package "
             f"{embedded.package} is not {embedded.requirement}."
         )
+    log.info("converting %s to %s: once, about 25 seconds", embedded.requirement, target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=embedded.file)
     _check_tokenizer(tokenizer, embedded)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=embedded.file, dtype=torch.float32)
