@@ -9,62 +9,56 @@ share a KV head are summed, where the authors' code supports no grouped queries.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvmerge.budget import count
+from baselines.heavy_hitters import HeavyHitters
 from kvmerge.errors import unknown
-from kvmerge.kvmerger import recent_share
 from kvmerge.method import (
     Allowance,
     DecodeStep,
     Entries,
-    Method,
     PrefillLayer,
+    keep_all,
     pick,
-    select,
     top_positions,
 )
 
-SPLITS = ("even", "kvmerger")
+SCORE_NORMS = ("sum", "mean_visible")
 
 
 @dataclass(frozen=True)
-class H2O(Method):
-    """Settings of H2O."""
+class H2O(HeavyHitters):
+    """Settings of H2O; those it shares with the mask simulations are in `HeavyHitters`."""
 
-    split: str = "even"
-    """How the budget is divided: `even` halves (the authors' scripts), or `kvmerger`: as many recent
-    tokens as KVMerger keeps."""
-
-    needs_scores: ClassVar[bool] = True
-    holds: ClassVar[bool] = True
+    score_norm: str = "sum"
+    """`mean_visible` ranks by the mean over the rows that could see a token, not by the sum."""
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise unknown("split", self.split, SPLITS)
+        super().__post_init__()
+        if self.score_norm not in SCORE_NORMS:
+            raise unknown("score_norm", self.score_norm, SCORE_NORMS)
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep the heavy hitters and the recent tokens of one layer."""
-        heavy, recent = self.counts(allowance, layer.length)
-        return select(layer, keep(layer.column_scores(), heavy=heavy, recent=recent))
+        entries = replace(keep_all(layer), scores=self.prompt_scores(layer))
+        return self._evict(entries, allowance, layer.length, new_rows=0)
 
     def hold(self, entries: Entries, step: DecodeStep) -> Entries:
         """Add the step's attention to the scores, then evict the entry that fits least."""
-        assert entries.scores is not None
-        scores = entries.scores + step.mass(entries.scores.shape[1])
-        heavy, recent = self.counts(step.allowance, step.prompt_length)
-        return pick(replace(entries, scores=scores), keep(scores, heavy=heavy, recent=recent))
+        entries = replace(entries, scores=self.updated_scores(entries, step))
+        return self._evict(entries, step.allowance, step.prompt_length, new_rows=step.step + 1)
 
-    def counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
-        """Heavy hitters and recent tokens kept of a prompt of `length` tokens."""
-        share = allowance.budget / 2
-        if self.split == "kvmerger":
-            share = recent_share(allowance.budget)
-        recent = min(count(share, length), allowance.n_keep)
-        return allowance.n_keep - recent, recent
+    def _evict(self, entries: Entries, allowance: Allowance, length: int, new_rows: int) -> Entries:
+        assert entries.scores is not None
+        ranked = entries.scores
+        if self.score_norm == "mean_visible":
+            rows = (length - entries.positions).clamp(min=0, max=self.window)
+            rows += (length + new_rows - entries.positions).clamp(max=new_rows)
+            ranked = ranked / rows
+        heavy, recent = self.counts(allowance, length)
+        return pick(entries, keep(ranked, heavy=heavy, recent=recent))
 
 
 def keep(scores: Tensor, *, heavy: int, recent: int) -> Tensor:

@@ -142,8 +142,8 @@ def compressed(
             if cache is not None and cache.get_seq_length():
                 raise UserError("the given cache already holds tokens; start with an empty one.")
             cache = CompressedCache(_begin(model, row, kwargs))
-        elif "attention_mask" in kwargs:
-            _check_new_mask(kwargs)
+        else:
+            _check_new_tokens(model, cache, kwargs)
         mask = kwargs.get("attention_mask")
         if kwargs.get("position_ids") is None and mask is not None and mask.dim() == 2:
             # Padding must not count as positions.
@@ -195,11 +195,15 @@ def _new_tokens(kwargs: dict[str, Any]) -> int:
     return _batch_shape(kwargs)[1]
 
 
-def _check_new_mask(kwargs: dict[str, Any]) -> None:
-    """Tokens after the prompt must all be real: rows are padded on the left only."""
-    mask = kwargs["attention_mask"]
-    if mask is not None and mask.dim() == 2 and not bool(mask[:, -_new_tokens(kwargs) :].all()):
+def _check_new_tokens(model: PreTrainedModel, cache: CompressedCache, kwargs: dict[str, Any]) -> None:
+    """Tokens after the prompt must all be real, since rows are padded on the left only, and must not
+    outgrow a sliding window."""
+    new = _new_tokens(kwargs)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and not bool(mask[:, -new:].all()):
         raise UserError("tokens after the prompt cannot be padding on a compressed cache.")
+    prompt = max(cache.session.lengths)
+    check_sliding_window(model, prompt, cache.get_seq_length() + new - prompt)
 
 
 def _cache_parameter(model: PreTrainedModel) -> str:

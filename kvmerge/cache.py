@@ -180,13 +180,17 @@ def append_entry(entries: Entries, key: Tensor, value: Tensor, position: int) ->
     def extended(extra: Tensor | None, fill: float) -> Tensor | None:
         return None if extra is None else torch.nn.functional.pad(extra, (0, 1), value=fill)
 
+    bias = extended(entries.bias, 0.0)
+    if bias is not None and entries.next_bias is not None:
+        bias[..., -1] = entries.next_bias
     return Entries(
         torch.cat([entries.keys, key], dim=2),
         torch.cat([entries.values, value], dim=2),
         torch.nn.functional.pad(entries.positions, (0, 1), value=position),
         extended(entries.sizes, 1),
-        extended(entries.bias, 0.0),
+        bias,
         extended(entries.scores, 0.0),
+        entries.state,
     )
 
 

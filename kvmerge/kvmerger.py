@@ -153,21 +153,30 @@ class KVMerger(Method):
         allowance: Allowance,
         rope: Rope | None,
     ) -> Entries:
-        """Merge entries, some of which may be merged already, down to the allowance.
+        """Merge entries, some of which may be merged already, down to the allowance."""
+        scores = entries.scores
+        assert scores is not None
+        set_ids = self.sets(entries, length, layer_idx, allowance)
+        pivot: str | Tensor = self.pivot
+        if pivot == "random":
+            draw = torch.rand(scores.shape, generator=allowance.generator)
+            pivot = draw.to(scores.device)
+        return self.merged(entries, set_ids, pivot, rope)
+
+    def sets(self, entries: Entries, length: int, layer_idx: int, allowance: Allowance) -> Tensor:
+        """Merging sets that leave the allowance: `(batch, kv_heads, n)` ids, -1 where evicted.
 
         Args:
+            entries: with their scores.
             length: prompt tokens, to which the protected fractions refer.
+            layer_idx: chooses the threshold under `budget_mode=eps_layer`.
+            allowance: what may remain.
         """
         scores = entries.scores
         assert scores is not None
-        n_stored = scores.shape[-1]
-        n_recent, n_top = self.protected_counts(allowance, length)
-        protected = torch.zeros_like(scores, dtype=torch.bool)
-        protected[..., n_stored - n_recent :] = True
-        protected.scatter_(-1, top_positions(scores[..., : n_stored - n_recent], n_top), True)
-        set_ids = merging.merging_sets(
+        return merging.merging_sets(
             entries.keys,
-            protected,
+            self.protected(scores, length, allowance),
             budget=None if self.budget_mode == "eps_free" else allowance.n_keep,
             threshold=self._threshold(layer_idx),
             scores=scores,
@@ -176,11 +185,23 @@ class KVMerger(Method):
             max_set=self.max_set,
             underfill=self.underfill,
         )
-        pivot: str | Tensor = self.pivot
-        if pivot == "random":
-            draw = torch.rand(scores.shape, generator=allowance.generator)
-            pivot = draw.to(scores.device)
-        return self.merged(entries, set_ids, pivot, rope)
+
+    def protected(self, scores: Tensor, length: int, allowance: Allowance) -> Tensor:
+        """Which entries stay as they are: the last ones, and the best before them by score.
+
+        Args:
+            scores: `(batch, kv_heads, n)` of the stored entries.
+            length: prompt tokens, to which the protected fractions refer.
+            allowance: must leave room for at least one merged entry.
+
+        Returns:
+            `(batch, kv_heads, n)` bool.
+        """
+        n_recent, n_top = self.protected_counts(allowance, length)
+        candidates = scores[..., : scores.shape[-1] - n_recent]
+        protected = torch.zeros_like(scores, dtype=torch.bool)
+        protected[..., candidates.shape[-1] :] = True
+        return protected.scatter_(-1, top_positions(candidates, n_top), True)
 
     def merged(
         self, entries: Entries, set_ids: Tensor, pivot: str | Tensor, rope: Rope | None = None

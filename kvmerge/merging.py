@@ -84,7 +84,9 @@ def merging_sets(
             f"{int(protected.sum(-1).max())} protected tokens do not fit a budget of {budget}."
         )
     exact = keys if keys.dtype == torch.float64 else keys.float()
-    n_links = None if budget is None else max(0, length - budget)
+    n_links = None  # how many links must be left, where their number is set
+    if budget is not None and (threshold is None or underfill == "split"):
+        n_links = max(0, length - budget)
     if linkage == "adjacent":
         linkable = ~(protected[..., :-1] | protected[..., 1:])
         strength = cosine(exact[..., :-1, :], exact[..., 1:, :])
@@ -96,7 +98,7 @@ def merging_sets(
     else:
         linked, strength = _scan_links(exact, protected, n_links, threshold, linkage)
         linked = linked & (strength >= min_similarity)
-    if n_links is not None and (threshold is None or underfill == "split"):
+    if n_links is not None:
         linked = _strongest(strength, linked, n_links)
     first = torch.ones_like(protected[..., :1])
     set_ids = torch.cat([first, ~linked], dim=-1).cumsum(dim=-1) - 1
@@ -127,9 +129,8 @@ def _capped(strength: Tensor, linked: Tensor, n_links: int | None, max_set: int)
     ranked = torch.sort(
         strength.masked_fill(~linked, -math.inf).flip(-1), dim=-1, descending=True, stable=True
     ).indices
-    ranks = torch.empty_like(ranked).scatter_(
-        -1, linked.shape[-1] - 1 - ranked, torch.arange(linked.shape[-1]).expand_as(ranked)
-    )
+    places = torch.arange(linked.shape[-1], device=linked.device).expand_as(ranked)
+    ranks = torch.empty_like(ranked).scatter_(-1, linked.shape[-1] - 1 - ranked, places)
     while bool((low < high).any()):
         middle = (low + high) // 2
         enough = _broken(linked & (ranks < middle[..., None]), max_set).sum(-1) >= n_links

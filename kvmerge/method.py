@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -77,6 +77,11 @@ class Entries:
     scores: Tensor | None = None
     """`(batch, kv_heads, n)` attention mass of each entry, for methods that go on deciding while
     decoding."""
+    state: Tensor | None = None
+    """`(batch,)` one more number that a method remembers from step to step."""
+    next_bias: Tensor | None = None
+    """`(batch, kv_heads)` bias that the next token's own entry gets, for methods that decide again at
+    every step; None means 0."""
 
     @property
     def is_ragged(self) -> bool:
@@ -182,7 +187,25 @@ def pick(entries: Entries, slots: Tensor) -> Entries:
         chosen(entries.sizes),
         chosen(entries.bias),
         chosen(entries.scores),
+        entries.state,
+        entries.next_bias,
     )
+
+
+HIDDEN = torch.finfo(torch.float32).min
+"""Bias of an entry that is stored but may not be seen: finite, so that a row without any visible entry
+attends to all alike, as in the authors' mask simulations."""
+
+
+def hide(entries: Entries, visible: Tensor) -> Entries:
+    """Let the next token see only some entries, for methods that simulate eviction.
+
+    Args:
+        entries: all that is stored, `n` entries.
+        visible: `(batch, kv_heads, n + 1)` bool; the last column is the next token itself.
+    """
+    bias = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, HIDDEN)
+    return replace(entries, bias=bias[..., :-1], next_bias=bias[..., -1])
 
 
 def top_positions(scores: Tensor, count: int) -> Tensor:

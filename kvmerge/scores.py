@@ -7,8 +7,13 @@ the attention kernel has already computed: `s_j = sum_i exp(q_i k_j * scale - ls
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
+
+Visible = Callable[[Tensor, Tensor], Tensor]
+"""Which columns rows may see: `(rows, 1)` and `(columns,)` indices -> `(rows, columns)` bool."""
 
 _BLOCK_ELEMENTS = 2**21
 """Logits alive at once: small enough for the last-level cache, large enough for one good matmul."""
@@ -60,6 +65,109 @@ def column_sums(
     return sums
 
 
+def last_rows(queries: Tensor, keys: Tensor, rows: int, *, scale: float | None = None) -> Tensor:
+    """The last rows of the causal softmax attention map.
+
+    Args:
+        queries: `(batch, heads, T, head_dim)`, after RoPE.
+        keys: `(batch, kv_heads, T, head_dim)`, after RoPE; query head `h` uses KV head `h // G`.
+        rows: how many rows.
+        scale: factor on the logits; None means `1 / sqrt(head_dim)`.
+
+    Returns:
+        `(batch, heads, rows, T)` float32.
+    """
+    length = keys.shape[2]
+    return attention_rows(queries, keys, length - rows, length, scale=scale)
+
+
+def attention_rows(
+    queries: Tensor,
+    keys: Tensor,
+    begin: int,
+    end: int,
+    *,
+    scale: float | None = None,
+    visible: Visible | None = None,
+) -> Tensor:
+    """Some rows of the causal softmax attention map, of all columns before `end`.
+
+    Args:
+        queries: `(batch, heads, T, head_dim)`, after RoPE.
+        keys: `(batch, kv_heads, T, head_dim)`, after RoPE; query head `h` uses KV head `h // G`.
+        begin: first row.
+        end: the row after the last.
+        scale: factor on the logits; None means `1 / sqrt(head_dim)`.
+        visible: which of the columns up to its own a row may see; None means all.
+
+    Returns:
+        `(batch, heads, end - begin, end)` float32.
+    """
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    scale = head_dim**-0.5 if scale is None else scale
+    grouped = queries[:, :, begin:end].unflatten(1, (kv_heads, -1)).float()
+    logits = torch.einsum("bhgrd,bhtd->bhgrt", grouped, keys[:, :, :end].float()) * scale
+    columns = torch.arange(end, device=keys.device)
+    rows = columns[begin:, None]
+    hidden = columns > rows
+    if visible is not None:
+        hidden |= ~visible(rows, columns)
+    return logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1).flatten(1, 2)
+
+
+def attention_blocks(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    begin: int = 0,
+    scale: float | None = None,
+    visible: Visible | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The attention map from row `begin` on, a block of rows at a time, so that it never exists whole.
+
+    Yields:
+        the first row of the block; its rows, as `attention_rows` gives them.
+    """
+    heads, length = queries.shape[1], queries.shape[2]
+    block = _block_rows(heads, length)
+    for first in range(begin, length, block):
+        last = min(first + block, length)
+        yield first, attention_rows(queries, keys, first, last, scale=scale, visible=visible)
+
+
+def head_column_sums(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    scale: float | None = None,
+) -> Tensor:
+    """Column sums as `column_sums` takes them, but of each query head, and with two more choices.
+
+    Args:
+        queries: `(batch, heads, T, head_dim)`, after RoPE.
+        keys: `(batch, kv_heads, T, head_dim)`, after RoPE.
+        window: sum only the last so many rows; None means all.
+        dtype: weights are rounded to it before the sum, and the sums after it.
+        scale: factor on the logits; None means `1 / sqrt(head_dim)`.
+
+    Returns:
+        `(batch, heads, T)` float32.
+    """
+    batch, heads, length, _ = queries.shape
+    begin = 0 if window is None else max(0, length - window)
+    sums = torch.zeros(batch, heads, length, dtype=torch.float32, device=queries.device)
+    for _, weights in attention_blocks(queries, keys, begin=begin, scale=scale):
+        sums[..., : weights.shape[-1]] += weights.to(dtype).float().sum(dim=2)
+    return sums.to(dtype).float()
+
+
+def _block_rows(heads: int, length: int) -> int:
+    """Rows of the map that are worked on at once."""
+    return max(16, min(256, _BLOCK_ELEMENTS // (heads * max(length, 1))))
+
+
 def _row_column_sums(
     queries: Tensor, keys: Tensor, lse: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
@@ -71,7 +179,7 @@ def _row_column_sums(
     grouped = (queries.float() if lse is None else queries).unflatten(0, (kv_heads, group))
     keys_t = (keys.float() if lse is None else keys).transpose(1, 2)  # (kv_heads, D, T)
     sums = torch.zeros(kv_heads, length, dtype=torch.float32, device=queries.device)
-    block = max(16, min(256, _BLOCK_ELEMENTS // (heads * max(length, 1))))
+    block = _block_rows(heads, length)
     for begin in range(0, length, block):
         end = min(begin + block, length)
         rows = end - begin

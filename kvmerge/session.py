@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Row:
             raise unknown("pos", self.pos, POSITIONS)
         if self.skip_budget not in SKIP_BUDGETS:
             raise unknown("skip_budget", self.skip_budget, SKIP_BUDGETS)
+        if self.layers_skip and self.method.allocates:
+            raise UserError(
+                "layers_skip cannot be combined with a method that divides its budget itself."
+            )
 
     @property
     def acts_on_decode(self) -> bool:
@@ -73,9 +77,9 @@ class Row:
         """
         if not self.layers_skip:
             return self.budget.entries(length), self.budget.fraction(length)
-        skipped = {layer % num_layers for layer in self.layers_skip}
-        if max(skipped) >= num_layers or min(self.layers_skip) < -num_layers:
+        if not all(-num_layers <= layer < num_layers for layer in self.layers_skip):
             raise UserError(f"layers_skip={list(self.layers_skip)}: the model has {num_layers} layers.")
+        skipped = {layer % num_layers for layer in self.layers_skip}
         if layer_idx in skipped:
             return length, 1.0
         share = self.budget.fraction(length)
@@ -197,7 +201,7 @@ class CacheSession:
         )
         check_finite(layer)
         if rows[0].method.alters_prefill:
-            visible = rows[0].method.visible(layer, self._allowance(rows[0], layer_idx))
+            visible = rows[0].method.visible(layer, self._allowance(0, layer_idx))
             out = masked_attention(queries, keys, values, scale, visible)
         return layer, out
 
@@ -210,8 +214,9 @@ class CacheSession:
         for index in allocating:
             prompt = self.rows[index].prompt
             of_prompt = [held[prompt] for held in self._held]
-            allowance = self._allowance(self.rows[index], 0)
-            self._allocated[index] = self.rows[index].method.allocate(of_prompt, allowance)
+            allowance = self._allowance(index, 0)
+            if allowance.n_keep < self.lengths[prompt]:
+                self._allocated[index] = self.rows[index].method.allocate(of_prompt, allowance)
         for held in self._held:
             self._store(held)
         self._held = []
@@ -224,7 +229,7 @@ class CacheSession:
                 index,
                 entries[index],
                 self.lengths[row.prompt],
-                self._hold_rule(row, layer_idx),
+                self._hold_rule(index, layer_idx),
                 self.rope if row.pos == "rolled" else None,
             )
             for index, row in enumerate(self.rows)
@@ -253,10 +258,7 @@ class CacheSession:
 
     def _compress(self, index: int, layer: PrefillLayer) -> Entries:
         row = self.rows[index]
-        allowance = self._allowance(row, layer.layer_idx)
-        if index in self._allocated:
-            n_keep = min(self._allocated[index][layer.layer_idx], layer.length)
-            allowance = replace(allowance, n_keep=n_keep, budget=n_keep / layer.length)
+        allowance = self._allowance(index, layer.layer_idx)
         if allowance.n_keep >= layer.length and not row.method.acts_on_decode:
             kept = keep_all(layer)
         else:
@@ -268,21 +270,27 @@ class CacheSession:
             self.observer(index, layer.layer_idx, layer, kept)
         return kept
 
-    def _allowance(self, row: Row, layer_idx: int, step: int | None = None) -> Allowance:
+    def _allowance(self, index: int, layer_idx: int, step: int | None = None) -> Allowance:
+        row = self.rows[index]
         generator = None
         if row.method.stochastic:
             sample_id = self.sample_ids[row.prompt]
             generator = seeded_generator(row.seed, sample_id, layer_idx, step)
-        n_keep, share = row.allowance(self.lengths[row.prompt], layer_idx, self.num_layers)
+        length = self.lengths[row.prompt]
+        if index in self._allocated:
+            n_keep = min(self._allocated[index][layer_idx], length)
+            return Allowance(n_keep, n_keep / length, generator)
+        n_keep, share = row.allowance(length, layer_idx, self.num_layers)
         return Allowance(n_keep, share, generator)
 
-    def _hold_rule(self, row: Row, layer_idx: int) -> Hold | None:
+    def _hold_rule(self, index: int, layer_idx: int) -> Hold | None:
+        row = self.rows[index]
         if not row.acts_on_decode:
             return None
         length = self.lengths[row.prompt]
 
         def hold(entries: Entries, weights: Tensor, step: int) -> Entries:
-            allowance = self._allowance(row, layer_idx, step)
+            allowance = self._allowance(index, layer_idx, step)
             now = DecodeStep(weights, length, layer_idx, step, allowance, self.rope)
             return row.method.hold(entries, now)
 
