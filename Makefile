@@ -48,7 +48,7 @@ bench: $(READY)  ## time the seven-cell comparison against transformers' own gen
 lock: $(READY)  ## compile requirements.lock anew from requirements.in
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	  --no-emit-index-url requirements.in --output-file requirements.lock
+	  --no-emit-index-url --excludes requirements-exclude.txt requirements.in --output-file requirements.lock
 
 clean:  ## remove the virtual environment and caches of the tools
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
