@@ -37,7 +37,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 unit: $(READY)  ## unit, golden and contract tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 regression: $(READY)  ## a small subset end to end, compared with the committed records
 	$(BIN)/python -m scripts.regression check

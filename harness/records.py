@@ -52,6 +52,10 @@ class Record:
     """Fraction of compared positions where the most likely token is the full cache's."""
     fidelity_tokens: int | None = None
     """Number of positions compared."""
+    requested_entries: int | None = None
+    """Entries per KV head that the budget stands for, before any method or policy divides them."""
+    kept_entries_by_layer: list[float] | None = None
+    """Mean over the KV heads of each layer, after prefill."""
     kept_entries_min: int | None = None
     """Smallest count over layers and KV heads, after prefill."""
     kept_entries_max: int | None = None

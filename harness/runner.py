@@ -130,7 +130,7 @@ def answer(
         where = f"task {job.task.name}, sample {job.sample.id!r} ({len(ids)} prompt tokens)"
         raise UserError(f"{where}: {error}") from error
     return [
-        (cell, _record(settings, tokenizer, job, ids, seed, result, timing))
+        (cell, _record(settings, tokenizer, job, ids, cell, seed, result, timing))
         for (cell, seed), result in zip(job.missing, results, strict=False)
     ]
 
@@ -154,6 +154,7 @@ def _record(
     tokenizer: PreTrainedTokenizerBase,
     job: Job,
     ids: list[int],
+    cell: Cell,
     seed: int,
     result: RowResult,
     timing: Timing,
@@ -177,6 +178,8 @@ def _record(
         kl_to_full=fidelity.kl if fidelity else None,
         top1_agreement=fidelity.top1 if fidelity else None,
         fidelity_tokens=fidelity.tokens if fidelity else None,
+        requested_entries=cell.budget.entries(len(ids)),
+        kept_entries_by_layer=[sum(layer) / len(layer) for layer in result.stats.entries],
         kept_entries_min=min(counts),
         kept_entries_max=max(counts),
         kv_bytes_full=result.stats.kv_bytes // sum(counts) * len(ids) * len(counts),

@@ -129,6 +129,8 @@ def test_lines_hold_the_contracts_fields_and_what_was_measured(finished: Path) -
         prompt = line["prompt_tokens"]
         entries = math.floor(CELLS[cell] * prompt)
         assert line["kept_entries"] == line["kept_entries_min"] == line["kept_entries_max"] == entries
+        assert line["requested_entries"] == entries
+        assert line["kept_entries_by_layer"] == [entries] * 2
         assert line["budget_achieved"] == pytest.approx(entries / prompt)
         per_entry = LAYERS * KV_HEADS * HEAD_DIM * 2 * 4  # keys and values, float32
         assert line["kv_bytes"] == entries * per_entry
