@@ -175,9 +175,11 @@ def _row_column_sums(
     heads, length, head_dim = queries.shape
     kv_heads = keys.shape[0]
     group = heads // kv_heads
+    # Logits in float32 even for half-precision states: rounded ones change what is selected.
+    exact = torch.promote_types(queries.dtype, torch.float32)
     # One matmul serves all query heads of a group: their rows are stacked.
-    grouped = (queries.float() if lse is None else queries).unflatten(0, (kv_heads, group))
-    keys_t = (keys.float() if lse is None else keys).transpose(1, 2)  # (kv_heads, D, T)
+    grouped = queries.to(exact).unflatten(0, (kv_heads, group))
+    keys_t = keys.to(exact).transpose(1, 2)  # (kv_heads, D, T)
     sums = torch.zeros(kv_heads, length, dtype=torch.float32, device=queries.device)
     block = _block_rows(heads, length)
     for begin in range(0, length, block):
@@ -185,7 +187,7 @@ def _row_column_sums(
         rows = end - begin
         visible = end if causal else length
         tile = grouped[:, :, begin:end].reshape(kv_heads, group * rows, head_dim) * scale
-        logits = torch.bmm(tile, keys_t[:, :, :visible]).float()
+        logits = torch.bmm(tile, keys_t[:, :, :visible])
         by_head = logits.view(kv_heads, group, rows, visible)
         if causal:
             future = torch.ones(rows, rows, dtype=torch.bool, device=queries.device).triu_(1)

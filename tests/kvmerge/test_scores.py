@@ -151,3 +151,11 @@ def test_shapes_that_do_not_fit(queries, keys):
 def test_lse_of_another_shape():
     with pytest.raises(ValueError, match="lse has shape"):
         column_sums(torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_states_are_scored_in_float32(dtype):
+    queries, keys = (normal(1, heads, 300, 16, seed=heads).to(dtype) for heads in (4, 2))
+    _, lse = prefill_attention(queries, keys, keys, 0.25)
+    exact = column_sums(queries.double(), keys.double(), scale=0.25)
+    torch.testing.assert_close(column_sums(queries, keys, lse, scale=0.25), exact, rtol=2e-3, atol=0)
