@@ -113,19 +113,24 @@ def _null_if_not_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def file_name(cell_name: str) -> str:
+    """A cell's name as files and folders have it: `:`, `,` and `/` of its options become `-`."""
+    return cell_name.translate(str.maketrans(":,/", "---"))
+
+
 def prediction_path(output_dir: Path, task: str, cell_name: str) -> Path:
-    """Where the lines of one task and cell live; `:` and `,` of a variant become `-`.
+    """Where the lines of one task and cell live.
 
     Raises `UserError` where a name would leave its folder.
     """
-    for name in (task, cell_name):
+    cell = file_name(cell_name)
+    for name in (task, cell):
         if not name or name.startswith(".") or "/" in name or "\\" in name:
             raise UserError(
                 f"{name!r} cannot name a results file: "
                 "use a name without '/', '\\' and without a leading '.'."
             )
-    file_name = cell_name.replace(":", "-").replace(",", "-")
-    return output_dir / "predictions" / task / f"{file_name}.jsonl"
+    return output_dir / "predictions" / task / f"{cell}.jsonl"
 
 
 def append_record(path: Path, record: Record) -> None:

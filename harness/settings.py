@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
 from harness.cells import Cell, make_cell, parse_cells
+from harness.records import file_name
 from kvmerge.errors import UserError, unknown
 from kvmerge.models import ModelSpec
 from kvmerge.resolve import method_settings
@@ -196,7 +197,7 @@ def _default_output_dir(cells: Sequence[Cell], choices: Choices, benchmark: str,
     if choices.experiment and "cells" not in choices.given:
         run = choices.experiment
     elif len(cells) == 1:
-        run = cells[0].name.replace(":", "-").replace(",", "-")
+        run = file_name(cells[0].name)
     else:
         names = ",".join(cell.name for cell in cells)
         run = f"cells-{hashlib.sha256(names.encode()).hexdigest()[:8]}"

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from torch import Tensor
 from tqdm import tqdm
 
+from harness.cli import check_choices
 from harness.settings import Choices, Settings, settings_from
 from harness.summary import write_atomically
 from kvmerge import merging
@@ -78,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
+        check_choices(overrides)
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             config = compose("config", overrides=["method=kvmerger", f"limit={SAMPLES}", *overrides])
         settings = settings_from(config, Choices("kvmerger"))
         path = calibrate(settings)
-    except UserError as error:
+    except (UserError, HydraException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"use it with: method=kvmerger method.budget_mode=eps_layer method.thresholds={path}")

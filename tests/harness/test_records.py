@@ -188,9 +188,12 @@ def test_prediction_paths_follow_the_contract() -> None:
     assert prediction_path(Path("out"), "trec", "kvmerger:sigma=3,pivot=score@0.35").name == (
         "kvmerger-sigma=3-pivot=score@0.35.jsonl"
     )
+    assert prediction_path(Path("out"), "trec", "kvmerger:thresholds=a/b.json@0.5").name == (
+        "kvmerger-thresholds=a-b.json@0.5.jsonl"
+    )
 
 
-@pytest.mark.parametrize(("task", "cell"), [("../x", "full@1"), ("trec", "a/b@1"), ("", "full@1")])
+@pytest.mark.parametrize(("task", "cell"), [("../x", "full@1"), ("trec", "../b@1"), ("", "full@1")])
 def test_a_name_cannot_leave_its_folder(task: str, cell: str) -> None:
     with pytest.raises(UserError, match="cannot name a results file"):
         prediction_path(Path("out"), task, cell)
