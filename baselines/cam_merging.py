@@ -20,7 +20,7 @@ def merge_values(
     """Fold the values of the evicted tokens into the `merge_budget` tokens after each.
 
     Token `i` in `[start, T - recent)` adds `x_i v_i / merge_budget` to tokens `i+1 … i+merge_budget`,
-    in ascending order and in place: what a token receives, it passes on (methods.md 3.2). Receivers
+    in ascending order and in place: what a token receives, it passes on (docs/methods.md). Receivers
     past the end are cut while the divisor stays, as in the authors' code: that mass is lost.
 
     Args:

@@ -19,7 +19,7 @@ def merge_probabilities(attention: Tensor, *, start: int, recent: int) -> Tensor
     """Probability that each evicted token is merged: its score against the best it competes with.
 
     `p_i = clamp(s_i / max(s[0:start], s[i:i+recent]), 0, 1)` for `start <= i < T - recent`, NaN
-    counting as 0 (methods.md 3.2).
+    counting as 0 (docs/methods.md).
 
     Args:
         attention: `(batch, kv_heads, T)` column sums, or the `(batch, kv_heads, T, T)` map of which

@@ -119,7 +119,7 @@ class H2OSimPrefill(HeavyHitters):
 
 
 def decode_mask(scores: Tensor, *, heavy: int, recent: int) -> tuple[Tensor, Tensor]:
-    """What the next step may see, and the scores it starts from (`utils_hh`, methods.md 2.3).
+    """What the next step may see, and the scores it starts from (`utils_hh`, docs/methods.md).
 
     Two quirks are kept. The token that has just left the recent window is hidden for one step though
     its score is kept (the mask is one column wider than the candidates). And with `recent=0` no score
@@ -145,7 +145,7 @@ def decode_mask(scores: Tensor, *, heavy: int, recent: int) -> tuple[Tensor, Ten
 
 
 def prefill_mask(scores: Tensor, *, heavy: int, recent: int) -> Tensor:
-    """What each row of a single pass may see (`utils_lm_eval`, methods.md 2.4).
+    """What each row of a single pass may see (`utils_lm_eval`, docs/methods.md).
 
     The heavy hitters are open to every row that comes after them, chosen by the attention of all rows,
     later ones included: an oracle leak that is part of the authors' code. Beside them a row sees itself

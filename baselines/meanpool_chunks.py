@@ -1,7 +1,7 @@
 """Mean pooling of chunks: the control that says what KVMerger's merging sets are worth.
 
 KVMerger's recent and top tokens stay; the others, in order, are cut into chunks of equal length, and
-each chunk becomes its mean. Nothing depends on the similarity of keys (methods.md 5.7).
+each chunk becomes its mean. Nothing depends on the similarity of keys (docs/methods.md).
 """
 
 from __future__ import annotations

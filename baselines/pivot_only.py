@@ -1,7 +1,7 @@
 """Pivots only: the control that says what merging is worth beside selection.
 
 KVMerger's merging sets are formed, and of each the pivot is kept as it is and the rest dropped
-(methods.md 5.7).
+(docs/methods.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random eviction: the control that any selection must beat (methods.md 5.6).
+"""Random eviction: the control that any selection must beat (docs/methods.md).
 
 The last tokens are kept as KVMerger keeps its recent ones; the rest of the budget is drawn uniformly
 without replacement, anew for each KV head.

@@ -1,4 +1,4 @@
-"""What a budget means, and the only place that rounds one (methods.md 0.3).
+"""What a budget means, and the only place that rounds one (docs/methods.md).
 
 A budget is what *remains* of the cache: a fraction of the prompt tokens, or a number of entries
 per KV head and layer.

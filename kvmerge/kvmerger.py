@@ -129,7 +129,7 @@ class KVMerger(Method):
         return self.budget_mode != "eps_free" and self.underfill == "split"
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
-        """Merge one layer down to the allowance (methods.md 4.3)."""
+        """Merge one layer down to the allowance (docs/methods.md)."""
         entries = replace(keep_all(layer), scores=layer.column_scores())
         if allowance.n_keep >= layer.length:
             return entries
@@ -236,7 +236,7 @@ class KVMerger(Method):
         )
 
     def protected_counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
-        """Recent and top tokens kept as they are (methods.md 4.1), leaving room to merge into.
+        """Recent and top tokens kept as they are (docs/methods.md), leaving room to merge into.
 
         Raises `UserError` where no merged entry would remain.
         """

@@ -23,7 +23,7 @@ UNDERFILLS = ("split", "keep")
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Cosine similarity along the last axis; a zero vector has cosine 0 with all (methods.md 0.5)."""
+    """Cosine similarity along the last axis; a zero vector has cosine 0 with all (docs/methods.md)."""
     norms = left.norm(dim=-1).clamp_min(1e-8) * right.norm(dim=-1).clamp_min(1e-8)
     return (left * right).sum(dim=-1) / norms
 
@@ -40,7 +40,7 @@ def merging_sets(
     max_set: int | None = None,
     underfill: str = "split",
 ) -> Tensor:
-    """Group neighbouring tokens with similar keys into merging sets (methods.md 4.3 and 4.4).
+    """Group neighbouring tokens with similar keys into merging sets (docs/methods.md).
 
     `budget` alone links the most similar neighbours until exactly `budget` entries remain
     (`exact_links`); `threshold` alone links every pair above it (`eps_free`, the paper's Algorithm 1);
@@ -298,14 +298,14 @@ def gaussian_merge(
     """Merge each set into one key and one value with Gaussian weights around its pivot.
 
     `g_i = exp(-|k_p - k_i|^2 / (2 sigma^2))`, `w_i = g_i / sum g`, `k* = sum w_i k_i` and
-    `v* = sum w_i v_i` (methods.md 4.3, steps 4 to 6). A singleton comes back bit for bit.
+    `v* = sum w_i v_i` (docs/methods.md). A singleton comes back bit for bit.
 
     Args:
         keys: `(batch, kv_heads, T, head_dim)`.
         values: `(batch, kv_heads, T, head_dim)`.
         set_ids: `(batch, kv_heads, T)` as `merging_sets` returns them; -1 is left out.
         scores: `(batch, kv_heads, T)`, which choose the pivot.
-        sigma: width of the Gaussian in key distance, or a rule's name (methods.md 4.5).
+        sigma: width of the Gaussian in key distance, or a rule's name (docs/methods.md).
         value_scale: `none` stores the mean value; `size` multiplies it by the set's size, as the
             paper prints it.
         pivot: see `pivot_tokens`.

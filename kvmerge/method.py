@@ -211,7 +211,7 @@ def hide(entries: Entries, visible: Tensor) -> Entries:
 def top_positions(scores: Tensor, count: int) -> Tensor:
     """Positions of the `count` largest scores along the last axis, ascending; ties: lower first.
 
-    `torch.topk` leaves the order of ties open, so this is a stable sort (methods.md 0.5).
+    `torch.topk` leaves the order of ties open, so this is a stable sort (docs/methods.md).
     """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(dim=-1).values

@@ -40,7 +40,7 @@ def column_sums(
         lengths: `(batch,)` real tokens of left-padded rows; padded columns get 0.
 
     Returns:
-        `(batch, kv_heads, T)` float32 (methods.md 0.2). Without padding each KV head sums to `G * T`.
+        `(batch, kv_heads, T)` float32 (docs/methods.md). Without padding each KV head sums to `G * T`.
 
     Raises:
         ValueError: if the shapes do not fit together.

@@ -1,4 +1,4 @@
-"""Calibrate KVMerger's threshold for each layer (`budget_mode=eps_layer`, methods.md 4.4).
+"""Calibrate KVMerger's threshold for each layer (`budget_mode=eps_layer`, docs/methods.md).
 
     python -m scripts.calibrate model=smollm2-135m benchmark=mini budget=0.35 limit=4
 
@@ -34,7 +34,7 @@ from kvmerge.resolve import config_dir
 from kvmerge.session import Row
 
 SAMPLES = 20
-"""Samples used where the command sets no limit (methods.md 4.4)."""
+"""Samples used where the command sets no limit (docs/methods.md)."""
 OUT = Path("results") / "calibration"
 
 

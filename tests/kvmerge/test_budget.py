@@ -1,4 +1,4 @@
-"""Budgets: what is accepted, and how each is rounded (methods.md 0.3)."""
+"""Budgets: what is accepted, and how each is rounded (docs/methods.md)."""
 
 import math
 
