@@ -27,41 +27,54 @@ def encode_truncating_middle(
     """
     if fmt.max_length < 2:
         raise UserError(f"max_length must be 2 or more (one token a side), got {fmt.max_length}.")
-    ids = _tokens(tokenizer, text)
+    ids = tokens(tokenizer, text)
     if len(ids) > fmt.max_length:
         half = fmt.max_length // 2
         head, tail = (
             tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:])
         )
         text = f"{head}{tail}"
-    if not wrap or fmt.chat == "none":
-        return _tokens(tokenizer, text)
+    return encode_wrapped(tokenizer, text, fmt) if wrap else tokens(tokenizer, text)
+
+
+def encode_wrapped(tokenizer: PreTrainedTokenizerBase, text: str, fmt: PromptFormat) -> list[int]:
+    """Return the token ids of `text` in the model's chat format (`fmt.chat`).
+
+    Special tokens are added, except to the tokenizer's own chat template, which holds them. Raises
+    UserError for an unusable format.
+    """
+    if fmt.chat == "none":
+        return tokens(tokenizer, text)
     if fmt.chat == "template":
-        return _tokens(tokenizer, _fill_template(tokenizer, text), add_special_tokens=False)
+        return tokens(tokenizer, _fill_template(tokenizer, text, fmt), add_special_tokens=False)
     if "{prompt}" not in fmt.chat:
         raise UserError(
             f"unknown chat format {fmt.chat!r}. Give 'template' (the tokenizer's own), 'none', "
             f"or a text holding {{prompt}}, e.g. '[INST]{{prompt}}[/INST]'."
         )
     # Not str.format: prompts and wraps may hold other braces.
-    return _tokens(tokenizer, fmt.chat.replace("{prompt}", text))
+    return tokens(tokenizer, fmt.chat.replace("{prompt}", text))
 
 
-def _tokens(
+def tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
 ) -> list[int]:
+    """Return the token ids of a text, however long."""
     # Not verbose: the tokenizer would warn of a prompt that is about to be cut.
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
     return list(encoded["input_ids"])
 
 
-def _fill_template(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def _fill_template(tokenizer: PreTrainedTokenizerBase, text: str, fmt: PromptFormat) -> str:
     if tokenizer.chat_template is None:
         raise UserError(
             "the model's tokenizer has no chat template. Set the model's chat format to 'none' "
             "or to a text holding {prompt}."
         )
     wrapped = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": text}],
+        tokenize=False,
+        add_generation_prompt=True,
+        **fmt.template_options,
     )
     return str(wrapped)

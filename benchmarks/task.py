@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kvmerge.errors import UserError, unknown
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -20,14 +22,17 @@ class Task:
 
     name: str
     metric: str
-    """Name of a function in `benchmarks.metrics`."""
+    """What the benchmark scores it by; results name it."""
     max_new_tokens: int
+    """Longest answer; where a continuation is scored instead, its length."""
     chat: bool = True
     """Whether the prompt is wrapped in the model's chat format."""
     first_line: bool = False
     """Whether the scorer keeps only the first line of the prediction."""
     stop_at_newline: bool = False
-    """Whether decoding also ends at a newline (after at least one token)."""
+    """Whether decoding also ends at a newline."""
+    min_new_tokens: int = 0
+    """Tokens before which no answer ends."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,21 @@ class Sample:
     """The official template filled, before truncation and chat wrap."""
     answers: tuple[str, ...]
     all_classes: tuple[str, ...] | None = None
+    groups: Mapping[str, str | int] = field(default_factory=dict)
+    """What the sample's scores are also reported by, e.g. `{"length": "0-4k"}`."""
+    tokens: int | None = None
+    """Prompt tokens, where the sample is made to a length; a plan needs no tokenizer then."""
     row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample as token ids."""
+
+    prompt: list[int]
+    """What is fed to prefill."""
+    continuation: list[int] | None = None
+    """Text whose probability is measured after the prompt, instead of an answer."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,10 @@ class PromptFormat:
     chat: str = "template"
     """`template`: the tokenizer's own chat template; `none`: no wrap; otherwise a text holding
     `{prompt}`, e.g. `[INST]{prompt}[/INST]`."""
+    context: int | None = None
+    """Positions that the model was trained for, prompt and answer together; None: not stated."""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template is called with, e.g. `{"enable_thinking": False}`."""
 
 
 class Benchmark(Protocol):
@@ -70,12 +93,16 @@ class Benchmark(Protocol):
 
     def encode(
         self, sample: Sample, task: Task, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat
-    ) -> list[int]:
-        """Token ids fed to prefill: truncated, wrapped and tokenised by the official protocol."""
+    ) -> Encoded:
+        """Truncate, wrap and tokenise by the official protocol."""
         ...
 
-    def score(self, sample: Sample, task: Task, prediction: str) -> float:
-        """The official per-sample score, 0 to 1."""
+    def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
+        """The official scoring of one prediction.
+
+        `score`, 0 to 1, and beside it the parts that the task's score is made of, if it is not the
+        mean of the samples' scores (`harness.bootstrap`). Never called for a continuation.
+        """
         ...
 
     def notes(self) -> list[str]:
@@ -85,3 +112,22 @@ class Benchmark(Protocol):
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of each data file in use, by task name (for provenance and safe resuming)."""
         ...
+
+
+def choose_tasks(all_tasks: Sequence[Task], names: Sequence[str] | None, of: str) -> Sequence[Task]:
+    """Return the named tasks in the benchmark's own order; None means all.
+
+    Raises UserError naming what does not exist in `of`, e.g. `LongBench`.
+    """
+    if names is None:
+        return all_tasks
+    given = [names] if isinstance(names, str) else [str(name) for name in names]
+    known = [task.name for task in all_tasks]
+    if not given:
+        raise UserError(
+            f"benchmark.tasks is empty. Name tasks of {of}, e.g. [{known[0]}]; null takes all."
+        )
+    for name in given:
+        if name not in known:
+            raise unknown(f"{of} task", name, known)
+    return tuple(task for task in all_tasks if task.name in given)

@@ -33,6 +33,8 @@ class Metric:
     score: Callable[[Array], Array]
     """From means of the parts, `(..., parts)`, to scores as published, `(...)`."""
     higher_is_better: bool = True
+    averaged: bool = True
+    """Whether the score is one of 0 to 100 that has a place in an average over tasks."""
 
 
 def _percent(means: Array) -> Array:
@@ -48,10 +50,15 @@ def _perplexity(means: Array) -> Array:
     return np.exp(means[..., 0] / means[..., 1])
 
 
+def _nothing(means: Array) -> Array:
+    return np.full(means.shape[:-1], np.nan)
+
+
 _MEAN = Metric(("score",), _percent)
 _SPECIAL = {
-    "rouge_gm": Metric(("rouge1", "rouge2", "rougeL"), _geometric_mean),
-    "perplexity": Metric(("nll", "tokens"), _perplexity, higher_is_better=False),
+    "rouge_gm": Metric(("rouge1", "rouge2", "rougel"), _geometric_mean),
+    "perplexity": Metric(("nll", "tokens"), _perplexity, higher_is_better=False, averaged=False),
+    "unscored": Metric((), _nothing, averaged=False),
 }
 
 
@@ -89,7 +96,7 @@ def gather(records: Iterable[Record], metric: Metric) -> Samples:
             value = record.score if part == "score" else record.extra.get(part)
             if not isinstance(value, int | float) or not np.isfinite(value):
                 raise ValueError(f"sample {record.id!r} has no finite {part!r}, but {value!r}")
-            if metric.higher_is_better and not -1e-6 <= value <= 1 + 1e-6:
+            if metric.averaged and not -1e-6 <= value <= 1 + 1e-6:
                 raise ValueError(f"sample {record.id!r} has {part!r} = {value}, not 0 to 1")
             values.append(float(value))
         by_id[record.id].append(values)

@@ -15,7 +15,7 @@ _CHARACTERS_PER_TOKEN = 3.5
 
 def print_plan(settings: Settings, console: Console) -> None:
     """Print samples, answers and the estimated cost of what is left to run. Writes nothing."""
-    jobs = list(pending(settings))
+    jobs, _ = pending(settings)
     table = Table(title=f"{settings.model.name} on {settings.benchmark.name}", title_justify="left")
     for column in (
         "task",
@@ -31,7 +31,8 @@ def print_plan(settings: Settings, console: Console) -> None:
     for task in settings.benchmark.tasks:
         of_task = [job for job in jobs if job.task == task]
         prompts = [
-            min(round(len(job.sample.prompt) / _CHARACTERS_PER_TOKEN), settings.model.max_length)
+            job.sample.tokens
+            or min(round(len(job.sample.prompt) / _CHARACTERS_PER_TOKEN), settings.model.max_length)
             for job in of_task
         ]
         answers = sum(len(job.missing) for job in of_task)

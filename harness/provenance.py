@@ -134,6 +134,7 @@ def write_run(
     settings: Settings,
     path: Path,
     prints: Mapping[str, Any],
+    counts: Mapping[str, int],
     notes: Iterable[str],
     seconds: float | None = None,
 ) -> None:
@@ -141,6 +142,7 @@ def write_run(
 
     Args:
         prints: the merged fingerprint.
+        counts: samples that each task has in all.
         notes: what a reader of the results must know.
         seconds: wall time of the finished run; None while it is under way.
     """
@@ -148,7 +150,11 @@ def write_run(
     cells = list(dict.fromkeys([*earlier.get("cells", []), *(c.name for c in settings.cells)]))
     tasks = dict(earlier.get("tasks", {}))
     for task in settings.benchmark.tasks:
-        tasks[task.name] = {"metric": task.metric, "max_new_tokens": task.max_new_tokens}
+        tasks[task.name] = {
+            "metric": task.metric,
+            "max_new_tokens": task.max_new_tokens,
+            "samples": counts[task.name],
+        }
     runs = [run for run in earlier.get("runs", []) if run.get("seconds") is not None]
     runs.append({"ended": _now() if seconds is not None else None, "seconds": seconds})
     content = {

@@ -63,10 +63,16 @@ class Record:
     """Bytes of K and V that the full cache holds for the same prompt."""
     size_bytes: int | None = None
     """Bytes of the size vectors or logit biases kept beside K and V."""
+    merged_tokens: float | None = None
+    """Prompt tokens that share another's entry, mean over layers and KV heads. With `kept_entries` and
+    `evicted_tokens` they sum to `prompt_tokens`. None where the method keeps no set sizes."""
+    evicted_tokens: float | None = None
+    """Prompt tokens that no entry stands for, mean over layers and KV heads."""
     prefill_seconds: float | None = None
     decode_seconds: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Parts of the metric (`rouge1`, `rouge2`, `rougeL`; `nll`, `tokens`); keys of the line too."""
+    """Parts of the metric (`rouge1`, `rouge2`, `rougel`; `nll`, `tokens`) and `groups`, what the scores
+    are also reported by; keys of the line too."""
 
     def __post_init__(self) -> None:
         hidden = sorted(_FIELDS.intersection(self.extra))

@@ -61,7 +61,8 @@ class Settings:
     @property
     def prompt_format(self) -> PromptFormat:
         """The model's prompt format."""
-        return PromptFormat(self.model.max_length, self.model.chat)
+        model = self.model
+        return PromptFormat(model.max_length, model.chat, model.context, model.template_options)
 
     @property
     def results_dir(self) -> Path:
@@ -87,8 +88,12 @@ class Settings:
         return [self.seed + run for run in range(self.num_seeds if cell.method.stochastic else 1)]
 
     def samples(self, task: Task) -> list[Sample]:
-        """The samples of a task that this run takes: the limit first, then the shard."""
-        return self.benchmark.samples(task)[: self.limit][self.shard :: self.num_shards]
+        """The samples of a task that this run takes."""
+        return self.of_run(self.benchmark.samples(task))
+
+    def of_run(self, samples: list[Sample]) -> list[Sample]:
+        """Those of a task's samples that this run takes: the limit first, then the shard."""
+        return samples[: self.limit][self.shard :: self.num_shards]
 
 
 def settings_from(config: DictConfig, choices: Choices) -> Settings:

@@ -103,7 +103,7 @@ class Run:
     @property
     def averaged_tasks(self) -> tuple[str, ...]:
         """The tasks scored 0 to 100; a perplexity has no place in an average with them."""
-        return tuple(t for t, metric in self.tasks.items() if metric_named(metric).higher_is_better)
+        return tuple(t for t, metric in self.tasks.items() if metric_named(metric).averaged)
 
     @property
     def full_cell(self) -> str | None:

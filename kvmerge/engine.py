@@ -59,6 +59,8 @@ class RowResult:
     """Generated tokens, the stop token included where one ended the answer."""
     stats: RowStats
     fidelity: Fidelity | None = None
+    nll: float | None = None
+    """Negative log-likelihood in nats of a given continuation, summed over all its tokens."""
 
 
 @dataclass
@@ -234,6 +236,74 @@ def run_sample(
                 replays = [comparison.replay(answer) for comparison in comparisons]
                 figures = fidelity(replays, order.index(reference), len(answer))
             comparisons[0].timing.fidelity += time.perf_counter() - started
+    return _in_order(order, comparisons, answers, figures)
+
+
+@torch.inference_mode()
+def score_continuation(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    continuation: Sequence[int],
+    rows: Sequence[Row],
+    *,
+    sample_id: str = "",
+    reference: int | None = None,
+    observer: Observer | None = None,
+) -> tuple[list[RowResult], Timing]:
+    """Measure how likely a given text is after the prompt, fed to every row's compressed cache.
+
+    The first token's probability comes from the prefill, so it is the same for every row. Fidelity
+    figures are taken along the continuation. Arguments and errors otherwise as in `run_sample`.
+
+    Args:
+        continuation: token ids, at least one.
+
+    Returns:
+        a result for each row, its `nll` set and without tokens; the time spent.
+    """
+    order, comparisons = _comparisons(model, rows, sample_id, observer)
+    targets = torch.tensor(continuation, device=model.device)
+    figures: list[Fidelity | None] = [None] * len(rows)
+    totals: list[list[float]] = []
+    with hooked(model):
+        for comparison in comparisons:
+            first = comparison.prefill(input_ids, len(continuation))
+            start = -float(first.log_softmax(dim=-1)[targets[0]])
+            totals.append([start] * len(comparison.rows))
+        started = time.perf_counter()
+        if len(continuation) > 1:
+            replays = [
+                _weighed(comparison.replay(continuation), targets[1:], nll)
+                for comparison, nll in zip(comparisons, totals, strict=True)
+            ]
+            if reference is not None:
+                figures = fidelity(replays, order.index(reference), len(continuation))
+            for replay in replays:
+                for _ in replay:
+                    pass
+        comparisons[0].timing.decode += time.perf_counter() - started
+    results, timing = _in_order(order, comparisons, [[] for _ in rows], figures)
+    for row, nll in zip(order, (nll for of_rows in totals for nll in of_rows), strict=True):
+        results[row].nll = nll
+    return results, timing
+
+
+def _weighed(replay: Iterator[Tensor], targets: Tensor, nll: list[float]) -> Iterator[Tensor]:
+    """Pass logits on, adding to each row's `nll` what the tokens that follow cost."""
+    for logits in replay:
+        wanted, targets = targets[: logits.shape[1]], targets[logits.shape[1] :]
+        for row, of_row in enumerate(logits):  # one at a time: a vocabulary is large
+            nll[row] += float(torch.nn.functional.cross_entropy(of_row, wanted, reduction="sum"))
+        yield logits
+
+
+def _in_order(
+    order: Sequence[int],
+    comparisons: Sequence[Comparison],
+    answers: Sequence[list[int]],
+    figures: Sequence[Fidelity | None],
+) -> tuple[list[RowResult], Timing]:
+    """Results in the order that the rows were given in, and the time of all comparisons."""
     stats = [row_stats for comparison in comparisons for row_stats in comparison.stats]
     results = {
         row: RowResult(answer, row_stats, figure)
@@ -242,9 +312,9 @@ def run_sample(
     timing = Timing(
         prefill=sum(comparison.timing.prefill for comparison in comparisons),
         decode=sum(comparison.timing.decode for comparison in comparisons),
-        fidelity=comparisons[0].timing.fidelity,
+        fidelity=sum(comparison.timing.fidelity for comparison in comparisons),
     )
-    return [results[row] for row in range(len(rows))], timing
+    return [results[row] for row in range(len(order))], timing
 
 
 def _comparisons(

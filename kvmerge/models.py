@@ -78,6 +78,10 @@ class ModelSpec:
     """`auto`: a GPU where there is one; otherwise a torch device."""
     stop: Sequence[str] = ()
     """Texts of tokens that end an answer, beside the model's own end tokens."""
+    context: int | None = None
+    """Positions that the model was trained for, prompt and answer together; None: not stated."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """What the tokenizer's chat template is called with."""
     embedded: Embedded | None = None
     shape: Shape | None = None
 

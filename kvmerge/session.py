@@ -103,6 +103,8 @@ class RowStats:
     """Bytes of the keys and values of those entries."""
     size_bytes: int = 0
     """Bytes of what is stored beside them (set sizes, logit biases)."""
+    represented: list[list[int]] | None = None
+    """Prompt tokens that the entries stand for, by layer and KV head; None unless sizes are kept."""
 
     def add_layer(self, kept: Entries) -> None:
         """Count one more layer."""
@@ -110,6 +112,7 @@ class RowStats:
         counts = [length] * kv_heads
         if kept.sizes is not None:
             counts = (kept.sizes[0] > 0).sum(-1).tolist()
+            self.represented = [*(self.represented or []), kept.sizes[0].sum(-1).tolist()]
             self.size_bytes += sum(counts) * kept.sizes.element_size()
         if kept.bias is not None:
             self.size_bytes += sum(counts) * kept.bias.element_size()

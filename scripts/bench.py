@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for index in range(options.samples):
         task = settings.benchmark.tasks[index % len(settings.benchmark.tasks)]
         sample = settings.benchmark.samples(task)[index // len(settings.benchmark.tasks)]
-        ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format)
+        ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format).prompt
         prompts.append(torch.tensor([ids], device=model.device))
     figures = measure(settings, model, prompts, options.answer_tokens, options.repeats)
     _show(figures)

@@ -102,7 +102,7 @@ def calibrate(settings: Settings) -> Path:
     links = Links(method, cell.budget)
     jobs = [(task, sample) for task in settings.benchmark.tasks for sample in settings.samples(task)]
     for task, sample in tqdm(jobs, unit="sample", desc="calibrate"):
-        ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format)
+        ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format).prompt
         prompt = torch.tensor([ids], device=model.device)
         run_sample(model, prompt, [Row(method, cell.budget)], Stop(1, frozenset()), observer=links)
     thresholds = [links.threshold(layer) for layer in sorted(links.by_layer)]

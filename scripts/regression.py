@@ -167,7 +167,7 @@ def _measure_sample(
     sample: Sample,
     perturb: bool,
 ) -> dict[str, Any]:
-    ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format)
+    ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format).prompt
     rows = [settings.row(cell, settings.seed) for cell in settings.cells]
     full = next(index for index, cell in enumerate(settings.cells) if cell.is_full)
     selection = Selection(rows, perturb)
@@ -187,7 +187,7 @@ def _measure_sample(
             "entries": sorted({n for layer in comparison.stats[index].entries for n in layer}),
             "selection": selection.digests[index],
             "logits": [round(value, 4) for value in last[index, top].tolist()],
-            "score": round(settings.benchmark.score(sample, task, text), 6),
+            "score": round(settings.benchmark.score(sample, task, text)["score"], 6),
         }
     return {
         "prompt_hash": prompt_hash(ids),

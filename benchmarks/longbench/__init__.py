@@ -24,8 +24,8 @@ from benchmarks.loading import (
     sha256,
     shown,
 )
-from benchmarks.metrics import score_task
-from benchmarks.task import PromptFormat, Sample, Task
+from benchmarks.longbench.metrics import score_task
+from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from kvmerge.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ TASKS: tuple[Task, ...] = (
     Task("vcsum", "rouge_zh", 512),
     Task("trec", "classification", 64, **_FEW_SHOT),
     Task("triviaqa", "qa_f1", 32, **_FEW_SHOT),
-    Task("samsum", "rouge_l", 128, **_FEW_SHOT, stop_at_newline=True),
+    Task("samsum", "rouge_l", 128, **_FEW_SHOT, stop_at_newline=True, min_new_tokens=1),
     Task("lsht", "classification", 64, **_FEW_SHOT),
     Task("passage_count", "count", 32),
     Task("passage_retrieval_en", "retrieval", 32),
@@ -110,7 +110,7 @@ def score(
 
     The best over `answers`, 0 if there are none; trec, triviaqa, samsum and lsht look at the first
     line alone. Raises UserError for an unknown dataset, otherwise what the official scorer raises
-    (`benchmarks.metrics`).
+    (`benchmarks.longbench.metrics`).
     """
     return score_task(find_task(dataset), prediction, answers, all_classes)
 
@@ -135,7 +135,7 @@ class LongBench:
         tasks: Sequence[str] | None = None,
         revision: str = REVISION,
     ) -> None:
-        self.tasks: Sequence[Task] = _choose(tasks)
+        self.tasks = choose_tasks(TASKS, tasks, "LongBench")
         self.revision = revision
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()
         if self.data_dir is not None:
@@ -166,13 +166,13 @@ class LongBench:
 
     def encode(
         self, sample: Sample, task: Task, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat
-    ) -> list[int]:
+    ) -> Encoded:
         """Return the token ids fed to prefill (`benchmarks.encoding`)."""
-        return encode_truncating_middle(tokenizer, sample.prompt, fmt, wrap=task.chat)
+        return Encoded(encode_truncating_middle(tokenizer, sample.prompt, fmt, wrap=task.chat))
 
-    def score(self, sample: Sample, task: Task, prediction: str) -> float:
+    def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
         """Return the official score of one prediction, 0 to 1."""
-        return score_task(task, prediction, sample.answers, sample.all_classes)
+        return {"score": score_task(task, prediction, sample.answers, sample.all_classes)}
 
     def notes(self) -> list[str]:
         """Return what the code metric is computed with, if it is used: it moves scores."""
@@ -227,18 +227,6 @@ class LongBench:
                 f"Delete it and run again."
             )
         return path
-
-
-def _choose(names: Sequence[str] | None) -> Sequence[Task]:
-    """Return the named tasks, in the official order."""
-    if names is None:
-        return TASKS
-    if isinstance(names, str):
-        names = [names]
-    if not names:
-        raise UserError("benchmark.tasks is empty. Name tasks, e.g. [qasper,trec], or null = all.")
-    chosen = {find_task(str(name)) for name in names}
-    return tuple(task for task in TASKS if task in chosen)
 
 
 def _check_folder(folder: Path, tasks: Sequence[Task]) -> None:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.encoding import encode_truncating_middle
 from benchmarks.loading import TEXT, TEXTS, TEXTS_OR_NULL, parse_rows, read_bytes, sha256
-from benchmarks.metrics import score_task
+from benchmarks.longbench.metrics import score_task
 from benchmarks.mini.build import ROOM, build, expected_sha256
 from benchmarks.mini.tasks import TASKS
-from benchmarks.task import PromptFormat, Sample, Task
+from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from kvmerge.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Mini:
             raise unknown("length of the mini benchmark", length, ROOM)
         self.length = length
         self.name = "mini" if length == "short" else f"mini_{length}"
-        self.tasks: Sequence[Task] = _choose(tasks)
+        self.tasks = choose_tasks(tuple(TASKS), tasks, "mini")
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(
@@ -98,13 +98,13 @@ class Mini:
 
     def encode(
         self, sample: Sample, task: Task, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat
-    ) -> list[int]:
+    ) -> Encoded:
         """Return the token ids fed to prefill (`benchmarks.encoding`)."""
-        return encode_truncating_middle(tokenizer, sample.prompt, fmt, wrap=task.chat)
+        return Encoded(encode_truncating_middle(tokenizer, sample.prompt, fmt, wrap=task.chat))
 
-    def score(self, sample: Sample, task: Task, prediction: str) -> float:
+    def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
         """Return the score of one prediction by LongBench's metric, 0 to 1."""
-        return score_task(task, prediction, sample.answers, sample.all_classes)
+        return {"score": score_task(task, prediction, sample.answers, sample.all_classes)}
 
     def fingerprint(self) -> dict[str, str]:
         """Return the SHA-256 of each chosen task's file."""
@@ -138,17 +138,3 @@ class Mini:
             path = self.data_dir / f"{task.name}.jsonl"
             return read_bytes(path), path
         return build(task, self.length), Path(f"{self.name}/{task.name}.jsonl")
-
-
-def _choose(names: Sequence[str] | None) -> Sequence[Task]:
-    """Return the named tasks, in the benchmark's order."""
-    if names is None:
-        return TASKS
-    names = [names] if isinstance(names, str) else [str(name) for name in names]
-    if not names:
-        raise UserError("benchmark.tasks is empty. Name tasks, or give null for all.")
-    known = [task.name for task in TASKS]
-    for name in names:
-        if name not in known:
-            raise unknown("task of the mini benchmark", name, known)
-    return tuple(task for task in TASKS if task.name in names)

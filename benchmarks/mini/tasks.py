@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 from benchmarks.mini.text import code, docstrings, paragraphs, sentences, size
 from benchmarks.mini.words import (
@@ -142,7 +143,8 @@ def code_completion(rng: Random, room: int) -> Made:
 Maker = Callable[[Random, int], Made]
 
 # All but passkey are texts to go on with, not requests to a chat model.
-_LINE: dict[str, bool] = {"chat": False, "first_line": True, "stop_at_newline": True}
+_ONE_LINE: dict[str, Any] = {"chat": False, "stop_at_newline": True, "min_new_tokens": 1}
+_LINE: dict[str, Any] = {**_ONE_LINE, "first_line": True}
 
 MAKERS: dict[Task, Maker] = {
     Task("passkey", "count", 24): passkey,
@@ -152,7 +154,7 @@ MAKERS: dict[Task, Maker] = {
     Task("classification", "classification", 8, **_LINE): classification,
     Task("quotation", "rouge_l", 24, **_LINE): quotation,
     # No first-line rule: code_sim finds the line itself.
-    Task("code_completion", "code_sim", 24, chat=False, stop_at_newline=True): code_completion,
+    Task("code_completion", "code_sim", 24, **_ONE_LINE): code_completion,
 }
 
 TASKS = tuple(MAKERS)

@@ -131,7 +131,7 @@ def test_lengths_in_tokens_of_the_default_model(built, tokenizer, length):
     benchmark, counts = built[length], []
     for task in benchmark.tasks:
         for sample in benchmark.samples(task):
-            ids = benchmark.encode(sample, task, tokenizer, PromptFormat(max_length=3500))
+            ids = benchmark.encode(sample, task, tokenizer, PromptFormat(max_length=3500)).prompt
             assert len(ids) in TOKENS[length], (task.name, sample.id)
             assert 3 <= len(tokenizer.encode(sample.answers[0])) <= task.max_new_tokens <= 24
             counts.append(len(ids))
@@ -142,7 +142,7 @@ def test_only_the_request_is_wrapped_in_the_chat_format(built, tokenizer):
     benchmark = built["short"]
     for task in benchmark.tasks:
         sample = benchmark.samples(task)[0]
-        ids = benchmark.encode(sample, task, tokenizer, PromptFormat(max_length=3500))
+        ids = benchmark.encode(sample, task, tokenizer, PromptFormat(max_length=3500)).prompt
         shown = tokenizer.decode(ids)
         assert ("<|im_start|>" in shown) == task.chat == (task.name == "passkey")
         assert sample.prompt in shown
@@ -154,9 +154,9 @@ def test_gold_answers_score_one_and_those_of_other_samples_little(built, task, l
     benchmark = built[length]
     samples = benchmark.samples(task)
     for sample in samples:
-        assert benchmark.score(sample, task, sample.answers[0]) == pytest.approx(1, abs=1e-6)
+        assert benchmark.score(sample, task, sample.answers[0])["score"] == pytest.approx(1, abs=1e-6)
     others = [
-        benchmark.score(sample, task, other.answers[0])
+        benchmark.score(sample, task, other.answers[0])["score"]
         for sample in samples
         for other in samples
         if other is not sample

@@ -15,6 +15,7 @@ from tests.tiny_run import compose
 
 Tiny = Callable[..., Settings]
 
+COUNTS = {"trec": 2, "lcc": 5, "qasper": 3, "samsum": 1}
 TREC = ("benchmark=longbench", "benchmark.tasks=[trec]")
 
 
@@ -122,9 +123,9 @@ def test_another_setting_of_a_cell_is_refused_and_another_cell_is_added(tmp_path
 def test_a_run_that_failed_before_its_first_prediction_binds_nobody(tiny: Tiny) -> None:
     settings = tiny("seed=3", "cells=[cam@0.01]")
     path = settings.results_dir / "run.json"
-    provenance.write_run(settings, path, prints("seed=3"), [])
+    provenance.write_run(settings, path, prints("seed=3"), COUNTS, [])
     assert check_resumable(path, prints()) == prints()
-    provenance.write_run(tiny("cells=[cam@0.5]"), path, prints(), [])
+    provenance.write_run(tiny("cells=[cam@0.5]"), path, prints(), COUNTS, [])
     assert read_run(path)["cells"] == ["cam@0.5"]
 
 
@@ -153,15 +154,19 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_run_json_says_what_made_the_predictions(tiny: Tiny) -> None:
     settings = tiny("benchmark.tasks=[trec,lcc]", "cells=[full@1,cam@0.5]", "limit=1")
     path = settings.results_dir / "run.json"
-    provenance.write_run(settings, path, fingerprint(settings, {"trec": "aa"}), ["a note"])
+    provenance.write_run(settings, path, fingerprint(settings, {"trec": "aa"}), COUNTS, ["a note"])
     under_way = read_run(path)
     assert under_way["runs"] == [{"ended": None, "seconds": None}]
-    provenance.write_run(settings, path, under_way["fingerprint"], ["a note"], seconds=1.5)
+    provenance.write_run(settings, path, under_way["fingerprint"], COUNTS, ["a note"], seconds=1.5)
 
     info = read_run(path)
     assert (info["model"], info["benchmark"]) == (settings.model.name, "longbench")
     assert info["cells"] == ["full@1", "cam@0.5"]
-    assert info["tasks"]["trec"] == {"metric": "classification", "max_new_tokens": 64}
+    assert info["tasks"]["trec"] == {
+        "metric": "classification",
+        "max_new_tokens": 64,
+        "samples": 2,
+    }
     assert (info["seed"], info["num_seeds"]) == (0, 2)
     assert (info["shard"], info["num_shards"]) == (0, 1)
     assert (info["dtype"], info["notes"]) == ("float32", ["a note"])
@@ -177,7 +182,7 @@ def test_run_json_keeps_the_cells_tasks_and_times_of_earlier_runs(tiny: Tiny) ->
     for task, cell in (("lcc", "h2o@0.5"), ("trec", "full@1"), ("trec", "h2o@0.5")):
         settings = tiny(f"benchmark.tasks=[{task}]", f"cells=[{cell}]")
         path = settings.results_dir / "run.json"
-        provenance.write_run(settings, path, {}, [], seconds=2.0)
+        provenance.write_run(settings, path, {}, COUNTS, [], seconds=2.0)
         predict(settings.results_dir)
     info = read_run(path)
     assert info["cells"] == ["h2o@0.5", "full@1"]

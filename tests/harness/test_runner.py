@@ -147,7 +147,7 @@ def test_prompt_and_score_are_the_benchmarks_own(finished: Path, tiny: Tiny) -> 
     fmt = PromptFormat(3500, "template")
     for task in settings.benchmark.tasks:
         for sample in settings.benchmark.samples(task):
-            ids = settings.benchmark.encode(sample, task, tokenizer, fmt)
+            ids = settings.benchmark.encode(sample, task, tokenizer, fmt).prompt
             digest = hashlib.sha256(",".join(str(i) for i in ids).encode()).hexdigest()[:16]
             for cell in CELLS:
                 line = read_lines(finished)[task.name, cell, 0, sample.id]
@@ -169,7 +169,7 @@ def test_the_full_cell_answers_as_the_models_own_generate(finished: Path, tiny: 
     model, tokenizer = load(settings.model)
     (task,) = settings.benchmark.tasks
     for sample in settings.benchmark.samples(task):
-        ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format)
+        ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format).prompt
         whole = model.generate(  # type: ignore[operator]
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),

@@ -179,7 +179,7 @@ def test_rouge_geometric_mean_is_of_the_averages(tmp_path: Path) -> None:
     # own scores would be another number.
     parts = [(0.2, 0.0, 0.06), (0.4, 0.16, 0.3)]
     lines = [
-        record(str(i), 0.1, extra={"rouge1": a, "rouge2": b, "rougeL": c})
+        record(str(i), 0.1, extra={"rouge1": a, "rouge2": b, "rougel": c})
         for i, (a, b, c) in enumerate(parts)
     ]
     write_run(tmp_path, {"t": "rouge_gm"}, {"full@1": {"t": lines}})
@@ -196,7 +196,7 @@ def test_rouge_geometric_mean_is_of_the_averages(tmp_path: Path) -> None:
         ("perplexity", record("7", 3.0, extra={"nll": 1.0}), "tokens"),
         (
             "rouge_gm",
-            record("7", 0.1, extra={"rouge1": None, "rouge2": 1.0, "rougeL": 1.0}),
+            record("7", 0.1, extra={"rouge1": None, "rouge2": 1.0, "rougel": 1.0}),
             "rouge1",
         ),
     ],

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import longbench
-from benchmarks.metrics import METRICS, code_sim, rouge_l, rouge_zh, score_task
+from benchmarks.longbench.metrics import METRICS, code_sim, rouge_l, rouge_zh, score_task
 from benchmarks.task import Task
 
 RECORDED = json.loads(Path(__file__).with_name("longbench_scores.json").read_text("utf-8"))
@@ -71,7 +71,7 @@ def test_rouge_overflows_where_official_eval_does():
     # Official eval.py run as a script, Python 3.11: 990 words are the most that score (989 through
     # jieba). A process of its own, because test tools change the recursion limit.
     code = (
-        "from benchmarks.metrics import rouge_l, rouge_zh\n"
+        "from benchmarks.longbench.metrics import rouge_l, rouge_zh\n"
         "for metric, most in ((rouge_l, 990), (rouge_zh, 989)):\n"
         "    texts = ['\\n'.join(map(str, range(n))) for n in (most, most + 1)]\n"
         "    print([metric(text, text) > 0 for text in texts])\n"
