@@ -69,7 +69,7 @@ class D2O(Method):
         shares = [allowance.budget] * len(layers)
         if self.alloc == "variance":
             sums = [head_column_sums(each.queries, each.keys, scale=each.scale) for each in layers]
-            levels = torch.cat([variance_level(of_layer) for of_layer in sums])
+            levels = torch.cat([variance_level(of_layer).cpu() for of_layer in sums])
             shares = layer_shares(levels, allowance.budget).tolist()
         if not self.bug_compat:
             return [max(1, count(share, length)) for share in shares]

