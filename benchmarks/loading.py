@@ -49,14 +49,14 @@ def sha256(data: bytes) -> str:
 
 
 def parse_rows(
-    data: bytes, source: str, fields: Mapping[str, Kind], *, id_field: str
+    data: bytes, source: str, fields: Mapping[str, Kind], *, id_field: str | None
 ) -> list[tuple[str, dict[str, Any]]]:
     """Parse JSON lines (UTF-8, blank lines skipped) into pairs of place and row.
 
     The place names `source` and the line, for messages. Every row must hold `fields`, each of its
-    kind; `id_field`, one of them, may not repeat. Further fields are passed through. Lines end at
-    `\\n` alone, because U+2028 and its like occur inside strings. Raises UserError with the place
-    of the first bad row, or saying that there are none.
+    kind; `id_field`, one of them, may not repeat, and None allows repetitions. Further fields are
+    passed through. Lines end at `\\n` alone, because U+2028 and its like occur inside strings.
+    Raises UserError with the place of the first bad row, or saying that there are none.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
     first_seen: dict[str, int] = {}
@@ -66,12 +66,13 @@ def parse_rows(
         place = f"{source}, line {number}"
         row = _parse_line(line, place)
         _check_fields(row, fields, place)
-        before = first_seen.setdefault(row[id_field], number)
-        if before != number:
-            raise UserError(
-                f"{place}: {id_field} {row[id_field]!r} is already that of line {before}; "
-                f"every row needs its own. Remove or rename one of the two."
-            )
+        if id_field is not None:
+            before = first_seen.setdefault(row[id_field], number)
+            if before != number:
+                raise UserError(
+                    f"{place}: {id_field} {row[id_field]!r} is already that of line {before}; "
+                    f"every row needs its own. Remove or rename one of the two."
+                )
         rows.append((place, row))
     if not rows:
         raise UserError(f"{source} holds no rows; expected one JSON object a line.")

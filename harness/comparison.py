@@ -8,20 +8,29 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from harness.gates import Verdict, gates, summary_lines
+from harness.reference import load_references
 from harness.summary import Run, averages, load_run, sample_mean
 from harness.tables import gaps, setting, task_label
 
 _TASK_WIDTH = 22
 _CELL_WIDTH = 12
+_GATE_STYLE = {
+    Verdict.OUTSIDE: "bold red",
+    Verdict.INSIDE: "green",
+    Verdict.NOT_COMPARABLE: "yellow",
+}
 
 
 def print_comparison(output_dir: Path, console: Console) -> None:
-    """Print tasks in rows and cells in columns, then the average, achieved budget and KL to full.
+    """Print the gates, then tasks in rows and cells in columns, average, achieved budget and KL.
 
     Where the console is too narrow for all cells, they follow in further blocks. Raises
     `UserError` as `load_run` does.
     """
     run = load_run(output_dir)
+    for verdict, line in summary_lines(gates(run, load_references())):
+        console.print(line, style=_GATE_STYLE[verdict], highlight=False)
     fit = max(1, (console.width - _TASK_WIDTH) // _CELL_WIDTH)
     for start in range(0, len(run.cells), fit):
         console.print(_block(run, run.cells[start : start + fit]))

@@ -27,6 +27,8 @@ _PACKAGES = (
     "torch",
     "transformers",
     "tokenizers",
+    "accelerate",
+    "bitsandbytes",
     "numpy",
     "rouge",
     "jieba",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ _COLUMNS = [
     "budget",
     "task",
     "score",
+    "samples",
+    "tolerance",
     "over",
     "confidence",
     "provenance",
@@ -37,6 +41,10 @@ class Reference:
     """A task of the benchmark, or the name of an aggregate."""
     published: str
     """The number as printed in the source, 0 to 100; empty where it was not found."""
+    samples: int | None
+    """Samples that the number is over; None where the source does not say."""
+    tolerance: float | None
+    """Points by which a full cache may differ and still reproduce the number; None: no band."""
     over: tuple[str, ...]
     """An aggregate's members (tasks or aggregates), whose plain mean it is; empty if unknown."""
     confidence: str
@@ -48,6 +56,13 @@ class Reference:
     def score(self) -> float | None:
         """The number; None where it was not found."""
         return float(self.published) if self.published else None
+
+    def fits(self, model: str) -> bool:
+        """Whether a model is the one named, or a version of it where the source states none.
+
+        `mistral-7b-instruct` fits `mistral-7b-instruct-v0.1` and `-v0.2`.
+        """
+        return bool(re.fullmatch(rf"{re.escape(self.model)}(-v[\d.]+)?", model))
 
     @property
     def cell(self) -> str:
@@ -86,15 +101,32 @@ def _reference(row: Mapping[str, str]) -> Reference:
         raise ValueError("confidence must be O or S, and provenance must not be empty")
     if row["score"]:
         float(row["score"])
-    texts = {name: text for name, text in row.items() if name not in ("score", "over")}
-    return Reference(**texts, published=row["score"], over=tuple(row["over"].split()))
+    samples = int(row["samples"]) if row["samples"] else None
+    tolerance = float(row["tolerance"]) if row["tolerance"] else None
+    if tolerance is not None and not (row["score"] and samples and 0 < tolerance < math.inf):
+        raise ValueError("a tolerance must be above 0, and needs score and samples")
+    parsed = ("score", "samples", "tolerance", "over")
+    return Reference(
+        **{name: text for name, text in row.items() if name not in parsed},
+        published=row["score"],
+        samples=samples,
+        tolerance=tolerance,
+        over=tuple(row["over"].split()),
+    )
 
 
 def for_benchmark(references: Iterable[Reference], benchmark: str, model: str) -> list[Reference]:
-    """Those of a benchmark: for this model if there are any, otherwise for every model.
+    """Those of a benchmark: that fit this model if there are any, otherwise for every model.
 
     What was read in an official repository comes first.
     """
     found = [reference for reference in references if reference.benchmark == benchmark]
-    found = [reference for reference in found if reference.model == model] or found
+    found = [reference for reference in found if reference.fits(model)] or found
     return sorted(found, key=lambda reference: reference.confidence != "O")
+
+
+def members(name: str, over: Mapping[str, Iterable[str]]) -> set[str]:
+    """Name the tasks that an aggregate goes back to, through other aggregates; for a task, itself."""
+    if name not in over:
+        return {name}
+    return {task for member in over[name] for task in members(member, over)}

@@ -55,6 +55,8 @@ class Settings:
     shard: int
     num_shards: int
     fidelity: bool
+    batch_size: int | str
+    """Samples run at once: a number, or `auto`."""
     resolved: dict[str, Any]
     """The configuration as plain data, for provenance."""
 
@@ -101,8 +103,8 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
     cells = _cells(config, choices)
     model = _build(config.model)
     if {"model.path"} <= choices.given and not {"model", "model.name"} & choices.given:
-        # Not the default model's weights any more, so not its name either.
-        model = replace(model, name=Path(str(model.path)).name)
+        # Not the default model's weights any more, so neither its name nor its context.
+        model = replace(model, name=Path(str(model.path)).name, context=None)
     benchmark = _build(config.benchmark)
     seed = _whole(config, "seed", least=0)
     num_seeds = _whole(config, "num_seeds", least=1)
@@ -129,6 +131,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         shard=shard,
         num_shards=num_shards,
         fidelity=fidelity,
+        batch_size="auto" if config.batch_size == "auto" else _whole(config, "batch_size", least=1),
         resolved=_plain(config),
     )
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from harness.bootstrap import RESAMPLES, Scored, aggregate, metric_named
-from harness.reference import Reference, for_benchmark
+from harness.gates import PROFILE, Gate, gates, outside, profile_of
+from harness.groups import group_values, scores_by
+from harness.reference import Reference, for_benchmark, members
 from harness.summary import Run, averages, differences, split_cell, summarise
 
+MARK = " †"
+MARK_NOTE = (
+    "†: the full cache is outside its published band, so these rows do not count as a reproduction."
+)
 INTERVAL = f"95% percentile bootstrap interval over samples, {RESAMPLES:,} resamples"
 
 
@@ -141,8 +148,7 @@ def official_aggregates(run: Run, references: Iterable[Reference]) -> dict[str, 
 
     Only those named `average...` whose every member this run has.
     """
-    official = [r for r in references if r.benchmark == run.benchmark and r.confidence == "O"]
-    over = {r.task: r.over for r in official if r.over}
+    over = _official_members(run, references)
     found: dict[str, dict[str, Scored]] = {}
     for name in over:
         if not name.startswith("average"):
@@ -154,18 +160,81 @@ def official_aggregates(run: Run, references: Iterable[Reference]) -> dict[str, 
     return found
 
 
+def _official_members(run: Run, references: Iterable[Reference]) -> dict[str, tuple[str, ...]]:
+    official = [r for r in references if r.benchmark == run.benchmark and r.confidence == "O"]
+    return {r.task: r.over for r in official if r.over}
+
+
 def _scores_of(run: Run, cell: str) -> dict[str, Scored]:
     return {task: run.scores[task, cell] for task in run.tasks if (task, cell) in run.scores}
 
 
+def gate_table(run: Run, references: Iterable[Reference]) -> Table | None:
+    """The full cache against the published bands; None where nothing is published."""
+    found = gates(run, references)
+    if not found:
+        return None
+    return Table(
+        name="gate",
+        title="Gate: does the full cache reproduce the published scores?",
+        caption=f"Full cache: {setting(run)}. Where it is outside the band, the other rows of that "
+        "task do not count as a reproduction. The bands and their reasons: docs/reproducing.md.",
+        header=("task", "n", "ours", "published", "tolerance", "verdict", "reason", "source"),
+        rows=tuple(_gate_row(gate) for gate in found),
+        notes=(),
+        data=_tidy(
+            run,
+            [
+                {
+                    "task": gate.task,
+                    "n": gate.samples,
+                    "ours": gate.ours,
+                    "published": gate.published and gate.published.score,
+                    "tolerance": gate.published and gate.published.tolerance,
+                    "verdict": str(gate.verdict),
+                    "reason": gate.reason,
+                }
+                for gate in found
+            ],
+            ["task", "n", "ours", "published", "tolerance", "verdict", "reason"],
+        ),
+    )
+
+
+def _gate_row(gate: Gate) -> tuple[str, ...]:
+    published = gate.published
+    tolerance = published.tolerance if published else None
+    return (
+        gate.task,
+        str(gate.samples),
+        "" if gate.ours is None else f"{gate.ours:.2f}",
+        published.published if published else "",
+        "" if tolerance is None else f"{tolerance:g}",
+        str(gate.verdict),
+        gate.reason,
+        published.provenance if published else "",
+    )
+
+
 def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
-    """Tasks in rows, cells in columns, the averages last; each score with its interval."""
+    """Tasks in rows, cells in columns, the averages last; each score with its interval.
+
+    A dagger marks the tasks whose full cache is outside its published band, and the averages that
+    they go into.
+    """
+    references = list(references)
+    over = {"average": run.averaged_tasks} | _official_members(run, references)
+    marked = outside(gates(run, references))
+
+    def label(name: str, text: str) -> str:
+        return text + MARK * bool(members(name, over) & marked)
+
     rows = []
     data = []
     for task in run.tasks:
         ns = [len(run.samples[task, cell].ids) for cell in run.cells if (task, cell) in run.samples]
         texts = [_score_text(run.scores.get((task, cell))) for cell in run.cells]
-        rows.append((task_label(run, task), _span(ns) if ns else "0", *texts))
+        rows.append((label(task, task_label(run, task)), _span(ns) if ns else "0", *texts))
         data += [
             _score_row(cell, task, run.scores[task, cell], len(run.samples[task, cell].ids))
             for cell in run.cells
@@ -173,9 +242,9 @@ def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
         ]
     averaged = {"average": averages(run)} | official_aggregates(run, references)
     for name, by_cell in averaged.items():
-        rows.append((name, "", *(_score_text(by_cell.get(cell)) for cell in run.cells)))
+        rows.append((label(name, name), "", *(_score_text(by_cell.get(cell)) for cell in run.cells)))
         data += [_score_row(cell, name, scored) for cell, scored in by_cell.items()]
-    notes = gaps(run)
+    notes = [*([MARK_NOTE] if marked else []), *gaps(run)]
     lacking = [cell for cell in run.cells if cell not in averaged["average"]]
     if lacking and run.averaged_tasks:
         notes.append(f"No average for {', '.join(lacking)}: not every task has records.")
@@ -196,6 +265,48 @@ def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
         rows=tuple(rows),
         notes=tuple(notes),
         data=_tidy(run, data, ["method", "budget", "task", "n", "score", "ci_low", "ci_high"]),
+    )
+
+
+def group_tables(run: Run) -> list[Table]:
+    """One table for each thing that samples are grouped by, and one for each two of them.
+
+    What has the same value everywhere is left out.
+    """
+    names = [name for name, values in group_values(run).items() if len(values) > 1]
+    return [_group_table(run, by) for by in (*((name,) for name in names), *combinations(names, 2))]
+
+
+def _group_table(run: Run, by: tuple[str, ...]) -> Table:
+    """Tasks and groups in rows, cells in columns; blank where a group has no samples."""
+    found = scores_by(run, by)
+    by_key = {(one.task, one.group, one.cell): one for one in found}
+    tasks = dict.fromkeys(one.task for one in found)
+    values = group_values(run)
+    rows = []
+    for task, group in product(tasks, product(*(values[name] for name in by))):
+        scores = [by_key.get((task, group, cell)) for cell in run.cells]
+        counts = {one.n for one in scores if one is not None}
+        texts = [_score_text(one.scored if one else None) for one in scores]
+        n = _span(counts) if counts else "0"
+        rows.append((task_label(run, task), *map(str, group), n, *texts))
+    return Table(
+        name=f"scores_by_{'_and_'.join(by)}",
+        title=f"Scores by {' and '.join(by)}",
+        caption=f"Scores of the samples of each group: {setting(run)}. In brackets: {INTERVAL} within "
+        "the group. Blank where a group has no samples.",
+        header=("task", *by, "n", *run.cells),
+        rows=tuple(rows),
+        notes=tuple(gaps(run)),
+        data=_tidy(
+            run,
+            [
+                _score_row(one.cell, one.task, one.scored, one.n)
+                | dict(zip(by, one.group, strict=True))
+                for one in found
+            ],
+            ["method", "budget", "task", *by, "n", "score", "ci_low", "ci_high"],
+        ),
     )
 
 
@@ -310,6 +421,8 @@ def difference_table(run: Run) -> Table | None:
 
 def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
     """Published numbers beside ours, with provenance; None where nothing is published."""
+    references = list(references)
+    marked = outside(gates(run, references))
     published = [
         reference
         for reference in for_benchmark(references, run.benchmark, run.model)
@@ -317,18 +430,18 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
     ]
     if not published:
         return None
-    same_model = all(reference.model == run.model for reference in published)
+    same_model = all(reference.fits(run.model) for reference in published)
     rows = []
     data = []
     for reference in published:
         # Each source has its own aggregates: two of them may mean different things by "average".
         over = {r.task: r.over for r in published if r.provenance == reference.provenance and r.over}
         scored = aggregate(reference.task, _scores_of(run, reference.cell), over)
-        same = scored is not None and reference.score is not None and reference.model == run.model
+        same = scored is not None and reference.score is not None and reference.fits(run.model)
         difference = scored.value - reference.score if same else np.nan  # type: ignore[union-attr, operator]
         rows.append(
             (
-                reference.task,
+                reference.task + MARK * bool(members(reference.task, over) & marked),
                 reference.cell,
                 reference.model,
                 reference.published,
@@ -358,6 +471,10 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
             f"Nothing published was found for {run.model}: the models differ, so the two columns "
             "show tendencies only and no difference is formed."
         )
+    if profile_of(run) != PROFILE:
+        notes.append(f"Ours is by profile {profile_of(run)}, the published numbers are not.")
+    if marked:
+        notes.append(MARK_NOTE)
     return Table(
         name="published",
         title="Published numbers beside ours",

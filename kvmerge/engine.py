@@ -3,7 +3,8 @@
 All methods here leave the prefill untouched: hidden states are those of full attention, and a method
 only decides, layer by layer, what stays in the cache. So each layer, as it finishes, is handed to the
 compressor of every cell and then freed; the cells are the rows of one batch from then on. Running a
-single cell is the same code with one row.
+single cell is the same code with one row, and so are several samples: each has a prefill of its own,
+and the rows of all decode together.
 
 Since compression happens after the prompt's attention, the first answer token is the same for every
 method and budget; what a method changes shows from the second on.
@@ -24,8 +25,8 @@ from kvmerge.attention import forward, hooked
 from kvmerge.method import Entries, PrefillLayer
 from kvmerge.session import Observer, Row, RowStats, check_sliding_window, session_for
 
-_REPLAY_TOKENS = 64
-"""Tokens fed at once when an answer is replayed: bounds the logits alive to rows x 64 x vocabulary."""
+_REPLAY_TOKENS = 512
+"""Tokens fed at once when a text is replayed, over all rows: bounds the logits that are alive."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,35 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Request:
+    """One prompt and what is to be run on it."""
+
+    input_ids: Tensor
+    """`(1, T)`."""
+    rows: Sequence[Row]
+    sample_id: str = ""
+    """Seeds the methods that draw, together with each row's seed and the layer."""
+    reference: int | None = None
+    """Row to compute fidelity figures against, normally the full cache; None: none."""
+    observer: Observer | None = None
+    """Called with every compressed layer."""
+
+
+@dataclass(frozen=True)
 class Fidelity:
-    """How far a row's next-token distributions are from the full cache's, along the same answer."""
+    """How far a row's next-token distributions are from the full cache's, along the same text."""
 
     kl: float
     """Mean KL(full || row) in nats over the positions."""
     top1: float
     """Share of positions where both would choose the same token."""
     tokens: int
-    """Positions compared: the second token of the full cache's answer to its last, stop included."""
+    """Positions compared: the second token of the text to its last, a stop token included."""
 
 
 @dataclass
 class RowResult:
-    """One answer."""
+    """What became of one row."""
 
     token_ids: list[int]
     """Generated tokens, the stop token included where one ended the answer."""
@@ -65,15 +81,19 @@ class RowResult:
 
 @dataclass
 class Timing:
-    """Seconds spent on a sample, shared by its rows."""
+    """Seconds spent on a sample, shared by its rows; on a batch of samples, an equal part each."""
 
     prefill: float = 0.0
     decode: float = 0.0
     fidelity: float = 0.0
 
 
+Result = tuple[list[RowResult], Timing]
+"""A result for each row of a request, in its order; the time spent."""
+
+
 class Comparison:
-    """One sample, from prompt to answers."""
+    """One prompt's rows, from the prefill that they share."""
 
     def __init__(
         self,
@@ -82,12 +102,13 @@ class Comparison:
         sample_id: str = "",
         observer: Observer | None = None,
     ) -> None:
-        """Prepare rows for a model that is hooked (see `run_sample`)."""
+        """Prepare rows for a model that is hooked (see `run_samples`)."""
         self.model = model
         self.rows = list(rows)
         self.session = session_for(model, rows, [sample_id], observer)
-        self.timing = Timing()
-        self._prompt_length = 0
+        self.prompt_length = 0
+        self.first_logits = torch.empty(0)
+        """`(vocabulary,)` float32 logits of the first answer token, the same for every row."""
 
     @property
     def stats(self) -> list[RowStats]:
@@ -103,99 +124,196 @@ class Comparison:
             capacity: new entries that each row must have room for.
 
         Returns:
-            `(vocabulary,)` float32 logits of the first answer token, the same for every row.
+            `first_logits`.
         """
-        check_sliding_window(self.model, input_ids.shape[1], capacity)
-        started = time.perf_counter()
-        self._prompt_length = input_ids.shape[1]
-        self.session.begin([self._prompt_length], capacity)
-        positions = torch.arange(self._prompt_length, device=input_ids.device).unsqueeze(0)
+        self.prompt_length = input_ids.shape[1]
+        check_sliding_window(self.model, self.prompt_length, capacity)
+        self.session.begin([self.prompt_length], capacity)
+        positions = torch.arange(self.prompt_length, device=input_ids.device).unsqueeze(0)
         logits = forward(self.model, self.session, input_ids, positions, logits_to_keep=1)
-        self.timing.prefill += time.perf_counter() - started
-        return logits[0, -1].float()
+        self.first_logits = logits[0, -1].float()
+        return self.first_logits
+
+
+class Decoder:
+    """Comparisons after their prefill, decoded as one batch.
+
+    The batch holds the rows of the first comparison, then those of the second, and so on; each
+    comparison's session attends for its own.
+    """
+
+    def __init__(self, comparisons: Sequence[Comparison]) -> None:
+        """Take over comparisons of one model, at least one."""
+        self.comparisons = list(comparisons)
+        self.model = self.comparisons[0].model
+
+    def attend(
+        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        """Attention of one layer, called by the model (see `kvmerge.attention.Session`)."""
+        parts = []
+        begin = 0
+        for comparison in self.comparisons:
+            rows = slice(begin, begin + len(comparison.session.order))
+            begin = rows.stop
+            if rows.stop > rows.start:
+                parts.append(
+                    comparison.session.attend(layer_idx, queries[rows], keys[rows], values[rows], scale)
+                )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.inference_mode()
-    def decode(self, first_logits: Tensor, stop: Stop) -> list[list[int]]:
+    def decode(self, stop: Stop) -> list[list[list[int]]]:
         """Greedy decoding of all rows together; a finished row leaves the batch.
 
-        Args:
-            first_logits: `(vocabulary,)` as `prefill` returns them.
-
         Returns:
-            Generated token ids of each row, the stop token included where one ended the answer.
+            Generated token ids by comparison and row, the stop token included where one ended the
+            answer.
         """
-        started = time.perf_counter()
-        device = first_logits.device
+        device = self.model.device
         stop_ids = torch.tensor(sorted(stop.token_ids), dtype=torch.long, device=device)
-        answers: list[list[int]] = [[] for _ in self.rows]
-        logits = first_logits.expand(len(self.rows), -1)
+        answers: list[list[list[int]]] = [[[] for _ in each.rows] for each in self.comparisons]
+        first = [each.first_logits.expand(len(each.rows), -1) for each in self.comparisons]
+        logits = torch.cat(first)
         for step in range(stop.max_new_tokens):
             if step < stop.min_new_tokens:
                 logits = logits.index_fill(-1, stop_ids, -math.inf)
             tokens = logits.argmax(dim=-1)
-            for row, token in zip(list(self.session.order), tokens.tolist(), strict=True):
-                answers[row].append(token)
+            for (index, row), token in zip(self._active(), tokens.tolist(), strict=True):
+                answers[index][row].append(token)
                 if token in stop.token_ids:
-                    self.session.retire(row)
-            if not self.session.order or step + 1 == stop.max_new_tokens:
+                    self.comparisons[index].session.retire(row)
+            active = self._active()
+            if not active or step + 1 == stop.max_new_tokens:
                 break
-            fed = torch.tensor([[answers[row][-1]] for row in self.session.order], device=device)
-            logits = self._step(fed, step)[:, -1]
-        self.timing.decode += time.perf_counter() - started
+            fed = torch.tensor([[answers[index][row][-1]] for index, row in active], device=device)
+            logits = self.feed(fed, step)[:, -1]
         return answers
 
-    def _step(self, tokens: Tensor, generated: int) -> Tensor:
-        """Feed `(rows, n)` tokens after `generated` answer tokens; logits `(rows, n, vocabulary)`."""
-        begin = self._prompt_length + generated  # the true position, not the length of the cache
-        positions = torch.arange(begin, begin + tokens.shape[1], device=tokens.device)
-        return forward(self.model, self.session, tokens, positions.expand(tokens.shape))
-
-    def replay(self, answer: Sequence[int]) -> Iterator[Tensor]:
-        """Feed an answer to every row, from its state after prefill, and yield the logits.
+    @torch.inference_mode()
+    def replay(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
+        """Feed each comparison's rows a text of its own, from their state after prefill.
 
         Args:
-            answer: token ids; the logits after each but the last are yielded.
+            texts: token ids, one text a comparison; the logits after each but the last are yielded.
 
         Yields:
-            `(rows, n, vocabulary)` float32 logits of the tokens that follow, `n` at most 64.
+            for each comparison, `(rows, n, vocabulary)` logits of the tokens that follow. `n` may
+            differ between comparisons, and is 0 where a text has ended.
         """
-        self.session.rewind()
-        fed = torch.tensor([answer[:-1]], device=self.model.device).expand(len(self.rows), -1)
-        for begin in range(0, fed.shape[1], _REPLAY_TOKENS):
-            yield self._step(fed[:, begin : begin + _REPLAY_TOKENS], begin).float()
+        for comparison in self.comparisons:
+            comparison.session.rewind()
+        lengths = [len(text) - 1 for text in texts]
+        rows = [index for index, each in enumerate(self.comparisons) for _ in each.rows]
+        chunk = max(1, _REPLAY_TOKENS // len(rows))
+        for begin in range(0, max(lengths), chunk):
+            width = min(chunk, max(lengths) - begin)
+            fed = torch.zeros(len(rows), width, dtype=torch.long)  # what follows a text is not read
+            for slot, index in enumerate(rows):
+                piece = texts[index][begin : begin + width]
+                fed[slot, : len(piece)] = torch.tensor(piece)
+            logits = self.feed(fed.to(self.model.device), begin)
+            by_comparison = logits.split([len(each.rows) for each in self.comparisons])
+            yield [
+                of_rows[:, : max(0, length - begin)]
+                for of_rows, length in zip(by_comparison, lengths, strict=True)
+            ]
+
+    def _active(self) -> list[tuple[int, int]]:
+        """Comparison and row of each slot of the batch."""
+        return [(i, row) for i, each in enumerate(self.comparisons) for row in each.session.order]
+
+    def feed(self, tokens: Tensor, generated: int) -> Tensor:
+        """Feed `(slots, n)` tokens that follow `generated` others after each prompt.
+
+        Returns:
+            `(slots, n, vocabulary)` logits; a slot is an active row, in batch order.
+        """
+        # the true positions, not the lengths of the caches
+        begins = [self.comparisons[i].prompt_length + generated for i, _ in self._active()]
+        offsets = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.tensor(begins, device=tokens.device).unsqueeze(1) + offsets
+        return forward(self.model, self, tokens, positions)
 
 
-@torch.inference_mode()
-def fidelity(replays: Sequence[Iterator[Tensor]], reference: int, tokens: int) -> list[Fidelity | None]:
-    """Compare every row with a reference along the reference's answer, teacher forced.
+class Tally:
+    """What the rows of one sample make of a text, added up piece by piece."""
 
-    The first token is left out, since it is decided before anything is compressed; the stop position
-    is in.
+    def __init__(self, text: Sequence[int], first_logits: Sequence[Tensor], reference: int | None):
+        """Count the first token of the text, which is decided before anything is compressed.
+
+        Args:
+            text: token ids, at least one.
+            first_logits: `(vocabulary,)` of each row.
+            reference: the row that stands for the full cache; None: no fidelity.
+        """
+        self.text = text
+        self.reference = reference
+        self.nll = [-float(logits.log_softmax(dim=-1)[text[0]]) for logits in first_logits]
+        self.divergence = [0.0] * len(self.nll)
+        self.agreement = [0] * len(self.nll)
+        self.compared = 0
+        """Tokens after the first that were counted."""
+
+    def add(self, rows: Sequence[Tensor]) -> None:
+        """Count the next tokens by the logits `(n, vocabulary)` that each row gives them."""
+        begin, count = 1 + self.compared, len(rows[0])
+        wanted = torch.tensor(self.text[begin : begin + count], device=rows[0].device)
+        self.compared += count
+        full = None if self.reference is None else rows[self.reference].float().log_softmax(dim=-1)
+        for row, logits in enumerate(rows):  # one at a time: a vocabulary is large
+            log_p = logits.float().log_softmax(dim=-1)
+            self.nll[row] -= float(log_p.gather(-1, wanted.unsqueeze(-1)).sum())
+            if full is not None:
+                self.divergence[row] += float((full.exp() * (full - log_p)).sum())
+                self.agreement[row] += int((log_p.argmax(-1) == full.argmax(-1)).sum())
+
+    def fidelity(self) -> list[Fidelity | None]:
+        """A figure for each row; None without a reference, or where the text has only one token."""
+        if self.reference is None or not self.compared:
+            return [None] * len(self.nll)
+        return [
+            Fidelity(max(0.0, kl / self.compared), same / self.compared, self.compared)
+            for kl, same in zip(self.divergence, self.agreement, strict=True)
+        ]
+
+
+def run_samples(model: PreTrainedModel, requests: Sequence[Request], stop: Stop) -> list[Result]:
+    """Answer several prompts with every row of each: a prefill a prompt, one batch for decoding.
 
     Args:
-        replays: logits of one or several comparisons along the same answer (`Comparison.replay`);
-            their rows are numbered through.
-        reference: the row that stands for the full cache.
-        tokens: tokens of the answer, the stop token included.
+        model: any supported decoder; its attention implementation is replaced for the call.
+        requests: the prompts.
+        stop: when answers end.
 
-    Returns:
-        A figure for each row; None where the answer has only one token.
+    Raises:
+        UserError: if the model cannot hold a prompt and its answer, or a method the budget.
     """
-    divergence: list[float] = []
-    agreement: list[int] = []
-    for parts in zip(*replays, strict=True):
-        logits = torch.cat(parts)
-        best, log_p = logits.argmax(dim=-1), logits.log_softmax(dim=-1)
-        full = log_p[reference]
-        divergence = divergence or [0.0] * len(logits)
-        agreement = agreement or [0] * len(logits)
-        for row in range(len(logits)):  # one at a time: a vocabulary is large
-            divergence[row] += float((full.exp() * (full - log_p[row])).sum())
-            agreement[row] += int((best[row] == best[reference]).sum())
-    return [
-        Fidelity(max(0.0, kl / (tokens - 1)), same / (tokens - 1), tokens - 1)
-        for kl, same in zip(divergence, agreement, strict=True)
-    ]
+    with hooked(model):
+        samples = [_Sample(model, request, stop.max_new_tokens) for request in requests]
+        started = time.perf_counter()
+        of_comparisons = iter(Decoder(_comparisons(samples)).decode(stop))
+        answers = [
+            [answer for _ in sample.comparisons for answer in next(of_comparisons)]
+            for sample in samples
+        ]
+        decoded = time.perf_counter()
+        compared = [index for index, sample in enumerate(samples) if sample.reference is not None]
+        texts = [answers[index][samples[index].reference or 0] for index in compared]
+        tallies = dict(
+            zip(compared, _tally([samples[index] for index in compared], texts), strict=True)
+        )
+        replayed = time.perf_counter()
+    shares = (decoded - started) / len(samples), (replayed - decoded) / len(samples)
+    results = []
+    for index, (sample, of_rows) in enumerate(zip(samples, answers, strict=True)):
+        figures = tallies[index].fidelity() if index in tallies else [None] * len(of_rows)
+        rows = [
+            RowResult(answer, stats, figure)
+            for answer, stats, figure in zip(of_rows, sample.stats, figures, strict=True)
+        ]
+        results.append((sample.in_order(rows), Timing(sample.seconds, *shares)))
+    return results
 
 
 def run_sample(
@@ -207,132 +325,100 @@ def run_sample(
     sample_id: str = "",
     reference: int | None = None,
     observer: Observer | None = None,
-) -> tuple[list[RowResult], Timing]:
-    """Answer one prompt with every row.
-
-    Args:
-        model: any supported decoder; its attention implementation is replaced for the call.
-        input_ids: `(1, T)` prompt.
-        rows: the cells to run.
-        stop: when answers end.
-        sample_id: seeds the methods that draw, together with each row's seed and the layer.
-        reference: row to compute fidelity figures against, normally the full cache; None: none.
-        observer: called with every compressed layer.
-
-    Raises:
-        UserError: if the model cannot hold prompt and answer, or a method the budget.
-    """
-    order, comparisons = _comparisons(model, rows, sample_id, observer)
-    answers: list[list[int]] = []
-    figures: list[Fidelity | None] = [None] * len(rows)
-    with hooked(model):
-        for comparison in comparisons:
-            logits = comparison.prefill(input_ids, stop.max_new_tokens)
-            answers += comparison.decode(logits, stop)
-        if reference is not None:
-            answer = answers[order.index(reference)]
-            started = time.perf_counter()
-            if len(answer) > 1:
-                replays = [comparison.replay(answer) for comparison in comparisons]
-                figures = fidelity(replays, order.index(reference), len(answer))
-            comparisons[0].timing.fidelity += time.perf_counter() - started
-    return _in_order(order, comparisons, answers, figures)
+) -> Result:
+    """Answer one prompt `(1, T)` with every row: `run_samples` of one `Request`."""
+    request = Request(input_ids, rows, sample_id, reference, observer)
+    return run_samples(model, [request], stop)[0]
 
 
-@torch.inference_mode()
-def score_continuation(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    continuation: Sequence[int],
-    rows: Sequence[Row],
-    *,
-    sample_id: str = "",
-    reference: int | None = None,
-    observer: Observer | None = None,
-) -> tuple[list[RowResult], Timing]:
-    """Measure how likely a given text is after the prompt, fed to every row's compressed cache.
+def score_continuations(
+    model: PreTrainedModel, requests: Sequence[Request], texts: Sequence[Sequence[int]]
+) -> list[Result]:
+    """Measure how likely a given text is after each prompt, fed to every row's compressed cache.
 
     The first token's probability comes from the prefill, so it is the same for every row. Fidelity
-    figures are taken along the continuation. Arguments and errors otherwise as in `run_sample`.
+    figures are taken along the text. Errors as in `run_samples`.
 
     Args:
-        continuation: token ids, at least one.
+        model: any supported decoder.
+        requests: the prompts.
+        texts: for each, token ids, at least one.
 
     Returns:
-        a result for each row, its `nll` set and without tokens; the time spent.
+        results with `nll` set and without tokens.
     """
-    order, comparisons = _comparisons(model, rows, sample_id, observer)
-    targets = torch.tensor(continuation, device=model.device)
-    figures: list[Fidelity | None] = [None] * len(rows)
-    totals: list[list[float]] = []
     with hooked(model):
-        for comparison in comparisons:
-            first = comparison.prefill(input_ids, len(continuation))
-            start = -float(first.log_softmax(dim=-1)[targets[0]])
-            totals.append([start] * len(comparison.rows))
+        samples = [
+            _Sample(model, request, len(text)) for request, text in zip(requests, texts, strict=True)
+        ]
         started = time.perf_counter()
-        if len(continuation) > 1:
-            replays = [
-                _weighed(comparison.replay(continuation), targets[1:], nll)
-                for comparison, nll in zip(comparisons, totals, strict=True)
-            ]
-            if reference is not None:
-                figures = fidelity(replays, order.index(reference), len(continuation))
-            for replay in replays:
-                for _ in replay:
-                    pass
-        comparisons[0].timing.decode += time.perf_counter() - started
-    results, timing = _in_order(order, comparisons, [[] for _ in rows], figures)
-    for row, nll in zip(order, (nll for of_rows in totals for nll in of_rows), strict=True):
-        results[row].nll = nll
-    return results, timing
+        tallies = _tally(samples, texts)
+        seconds = (time.perf_counter() - started) / len(samples)
+    results = []
+    for sample, tally in zip(samples, tallies, strict=True):
+        rows = [
+            RowResult([], stats, figure, nll)
+            for stats, figure, nll in zip(sample.stats, tally.fidelity(), tally.nll, strict=True)
+        ]
+        results.append((sample.in_order(rows), Timing(sample.seconds, decode=seconds)))
+    return results
 
 
-def _weighed(replay: Iterator[Tensor], targets: Tensor, nll: list[float]) -> Iterator[Tensor]:
-    """Pass logits on, adding to each row's `nll` what the tokens that follow cost."""
-    for logits in replay:
-        wanted, targets = targets[: logits.shape[1]], targets[logits.shape[1] :]
-        for row, of_row in enumerate(logits):  # one at a time: a vocabulary is large
-            nll[row] += float(torch.nn.functional.cross_entropy(of_row, wanted, reduction="sum"))
-        yield logits
+class _Sample:
+    """A request after its prefills: one that most rows share, and one a row that alters its own.
 
-
-def _in_order(
-    order: Sequence[int],
-    comparisons: Sequence[Comparison],
-    answers: Sequence[list[int]],
-    figures: Sequence[Fidelity | None],
-) -> tuple[list[RowResult], Timing]:
-    """Results in the order that the rows were given in, and the time of all comparisons."""
-    stats = [row_stats for comparison in comparisons for row_stats in comparison.stats]
-    results = {
-        row: RowResult(answer, row_stats, figure)
-        for row, answer, row_stats, figure in zip(order, answers, stats, figures, strict=True)
-    }
-    timing = Timing(
-        prefill=sum(comparison.timing.prefill for comparison in comparisons),
-        decode=sum(comparison.timing.decode for comparison in comparisons),
-        fidelity=sum(comparison.timing.fidelity for comparison in comparisons),
-    )
-    return [results[row] for row in range(len(order))], timing
-
-
-def _comparisons(
-    model: PreTrainedModel, rows: Sequence[Row], sample_id: str, observer: Observer | None
-) -> tuple[list[int], list[Comparison]]:
-    """One comparison for the rows that share a prefill, and one for each that alters it.
-
-    Returns:
-        the rows' indices in the order of the comparisons' rows; the comparisons.
+    Rows are numbered in the order of the comparisons here; `in_order` gives the request's.
     """
-    shared = [index for index, row in enumerate(rows) if not row.method.alters_prefill]
-    alone = [[index] for index, row in enumerate(rows) if row.method.alters_prefill]
-    groups = [group for group in (shared, *alone) if group]
-    comparisons = []
-    for group in groups:
-        watch = None if observer is None else _renumbered(observer, group)
-        comparisons.append(Comparison(model, [rows[i] for i in group], sample_id, watch))
-    return [index for group in groups for index in group], comparisons
+
+    def __init__(self, model: PreTrainedModel, request: Request, capacity: int) -> None:
+        rows = request.rows
+        shared = [index for index, row in enumerate(rows) if not row.method.alters_prefill]
+        alone = [[index] for index, row in enumerate(rows) if row.method.alters_prefill]
+        groups = [group for group in (shared, *alone) if group]
+        self.order = [index for group in groups for index in group]
+        self.reference = None if request.reference is None else self.order.index(request.reference)
+        self.comparisons = []
+        started = time.perf_counter()
+        for group in groups:
+            observer = request.observer and _renumbered(request.observer, group)
+            comparison = Comparison(model, [rows[i] for i in group], request.sample_id, observer)
+            comparison.prefill(request.input_ids, capacity)
+            self.comparisons.append(comparison)
+        self.seconds = time.perf_counter() - started
+
+    @property
+    def stats(self) -> list[RowStats]:
+        """What each row keeps."""
+        return [stats for comparison in self.comparisons for stats in comparison.stats]
+
+    def tally(self, text: Sequence[int]) -> Tally:
+        """A tally of a text for all rows."""
+        first = [each.first_logits for each in self.comparisons for _ in each.rows]
+        return Tally(text, first, self.reference)
+
+    def in_order(self, results: Sequence[RowResult]) -> list[RowResult]:
+        """Sort the rows' results into the request's order."""
+        by_index = dict(zip(self.order, results, strict=True))
+        return [by_index[index] for index in range(len(results))]
+
+
+def _comparisons(samples: Sequence[_Sample]) -> list[Comparison]:
+    return [comparison for sample in samples for comparison in sample.comparisons]
+
+
+def _tally(samples: Sequence[_Sample], texts: Sequence[Sequence[int]]) -> list[Tally]:
+    """Replay a text for each sample, all in one batch."""
+    if not samples:
+        return []
+    tallies = [sample.tally(text) for sample, text in zip(samples, texts, strict=True)]
+    of_each = [text for sample, text in zip(samples, texts, strict=True) for _ in sample.comparisons]
+    for parts in Decoder(_comparisons(samples)).replay(of_each):
+        pieces = iter(parts)
+        for sample, tally in zip(samples, tallies, strict=True):
+            rows = [row for _ in sample.comparisons for row in next(pieces)]
+            if len(rows[0]):
+                tally.add(rows)
+    return tallies
 
 
 def _renumbered(observer: Observer, indices: Sequence[int]) -> Observer:

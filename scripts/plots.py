@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from harness.bootstrap import Estimate
+from harness.groups import GroupScore, group_values, scores_by
 from harness.summary import Run, averages, sample_mean, split_cell, write_atomically
 from harness.tables import INTERVAL, count_tasks, gaps, setting, task_label
 
@@ -45,6 +47,8 @@ _STYLE: Any = {
     "pdf.fonttype": 42,
 }
 _BARS_A_ROW = 44
+_PANELS_A_ROW = 4
+_NUMBERED_SQUARES = 60
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def draw_all(run: Run, by_method: Mapping[str, Look]) -> list[Plot]:
             scores_by_task(run, by_method),
             average_by_budget(run, by_method),
             kl_by_budget(run, by_method),
+            *heat_maps(run),
         ]
     return [plot for plot in drawn if plot is not None]
 
@@ -210,6 +215,74 @@ def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
         f"{count_tasks(len(tasks))}: {setting(run)}."
     )
     return _render(figure, "kl_by_budget", title, " ".join((caption, *gaps(run))))
+
+
+def heat_maps(run: Run) -> list[Plot]:
+    """Score by depth and length, a panel a cell: one figure for each task that is grouped by both."""
+    if not {"depth", "length"} <= group_values(run).keys():
+        return []
+    by_task: dict[str, list[GroupScore]] = {}
+    for score in scores_by(run, ("depth", "length")):
+        if score.task in run.averaged_tasks:
+            by_task.setdefault(score.task, []).append(score)
+    return [_heat_map(run, task, scores) for task, scores in by_task.items()]
+
+
+def _heat_map(run: Run, task: str, scores: Sequence[GroupScore]) -> Plot:
+    title = f"Score by depth and length: {task}"
+    counts = sorted({score.n for score in scores})
+    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    caption = (
+        f"Score by depth (percent of the text before it) and length (tokens) on {task}; samples "
+        f"a square: {n}, grey where there are none. {setting(run)}."
+    )
+    figure = _heat_map_figure(run, title, scores)
+    return _render(figure, f"heat_map_{task}", title, " ".join((caption, *gaps(run))))
+
+
+def _heat_map_figure(run: Run, title: str, scores: Sequence[GroupScore]) -> Figure:
+    values = group_values(run)
+    depths, lengths = values["depth"], values["length"]
+    cells = [cell for cell in run.cells if any(score.cell == cell for score in scores)]
+    n_columns = min(_PANELS_A_ROW, len(cells))
+    n_rows = math.ceil(len(cells) / n_columns)
+    width = max(2.1 * n_columns + 1.2, 5.0)
+    figure = Figure((width, n_rows * (0.22 * len(depths) + 1.0) + 0.9), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    # Perceptually uniform, and read alike without colour vision and in grey.
+    colours = mpl.colormaps["viridis"].with_extremes(bad="#e4e4e4")
+    for axis in axes.flat[len(cells) :]:
+        axis.remove()
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for score in scores:
+            if score.cell == cell:
+                depth, length = score.group
+                grid[depths.index(depth), lengths.index(length)] = score.scored.value
+        image = axis.imshow(grid, cmap=colours, vmin=0, vmax=100, aspect="auto")
+        axis.set_title(_wrap(cell), loc="left", fontsize=8.5)
+        axis.grid(visible=False)
+        axis.tick_params(length=0)
+        axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+        axis.set_yticks(range(len(depths)), [str(depth) for depth in depths])
+        axis.set_xlabel("length, tokens", fontsize=8)
+        if grid.size <= _NUMBERED_SQUARES:
+            _number_squares(axis, grid)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("depth, %")
+    figure.colorbar(image, ax=figure.axes, label="score", aspect=30)
+    subtitle = "\n".join(textwrap.wrap(setting(run), int(width * 15)))
+    figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=7.5, color="#555555")
+    return figure
+
+
+def _number_squares(axis: Axes, grid: np.ndarray) -> None:
+    """Write each score into its square, light on the dark end of the colours."""
+    for (row, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            ink = _INK if value > 60 else "white"
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=ink)
 
 
 def _lines(axis: Axes, run: Run, points: dict[str, Estimate], by_method: Mapping[str, Look]) -> None:

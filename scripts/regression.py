@@ -28,11 +28,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.task import Sample, Task
-from harness.runner import prompt_hash, stop_rule
+from harness.answering import prompt_hash, stop_rule
 from harness.settings import Choices, Settings, settings_from
 from harness.summary import write_atomically
 from kvmerge.attention import hooked
-from kvmerge.engine import Comparison
+from kvmerge.engine import Comparison, Decoder
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, PrefillLayer
 from kvmerge.models import load
@@ -175,10 +175,11 @@ def _measure_sample(
     comparison = Comparison(model, rows, sample.id, selection)
     with hooked(model):
         first = comparison.prefill(torch.tensor([ids], device=model.device), stop.max_new_tokens)
-        answers = comparison.decode(first, stop)
+        decoder = Decoder([comparison])
+        (answers,) = decoder.decode(stop)
         last = first.expand(len(rows), -1)
-        for logits in comparison.replay(answers[full]):
-            last = logits[:, -1]
+        for (logits,) in decoder.replay([answers[full]]):
+            last = logits[:, -1].float()
     top = last[full].topk(_TOP_LOGITS).indices
     cells = {}
     for index, cell in enumerate(settings.cells):

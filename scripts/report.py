@@ -24,6 +24,8 @@ from harness.tables import (
     Table,
     budget_table,
     difference_table,
+    gate_table,
+    group_tables,
     reference_table,
     runs_table,
     score_table,
@@ -31,6 +33,7 @@ from harness.tables import (
 from kvmerge.errors import UserError
 from scripts.plots import Look, Plot, draw_all, looks
 from scripts.render import is_numeric, write_table
+from scripts.submission import report_submissions
 
 __all__ = ["main", "print_comparison", "write_report"]
 
@@ -73,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_report(output_dirs: Sequence[Path], out: Path | None = None) -> Path:
     """Refresh each summary.csv and write tables/, plots/ and report.html; gives the page's path.
 
-    Several runs have one folder each below tables/ and plots/, and one table of all of them.
+    Several runs have one folder each below tables/ and plots/, and one table of all of them. A run
+    on the ZeroSCROLLS test split also gets its submissions/ (`scripts.submission`).
     Raises `UserError` where an output_dir cannot be read or is given twice.
     """
     resolved = [output_dir.resolve() for output_dir in output_dirs]
@@ -82,6 +86,8 @@ def write_report(output_dirs: Sequence[Path], out: Path | None = None) -> Path:
         raise UserError(f"{', '.join(twice)} is given twice. Give each output_dir once.")
     out = out or (output_dirs[0] if len(output_dirs) == 1 else _OUT)
     runs = [write_summary(output_dir) for output_dir in output_dirs]
+    for run in runs:
+        report_submissions(run)
     references = load_references()
     by_method = looks(runs)
     sections = [
@@ -106,8 +112,10 @@ def _section(
     run: Run, slug: str, references: Sequence[Reference], by_method: Mapping[str, Look]
 ) -> Section:
     tables = (
+        gate_table(run, references),
         score_table(run, references),
         difference_table(run),
+        *group_tables(run),
         budget_table(run),
         reference_table(run, references),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import harness.runner
+import harness.answering
 from harness import cli
 from kvmerge.errors import UserError
 from kvmerge.resolve import choices
@@ -238,7 +238,7 @@ def test_an_interrupt_is_no_error_and_keeps_what_is_finished(
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(harness.runner, "run_sample", interrupted)
+    monkeypatch.setattr(harness.answering, "run_samples", interrupted)
     output = command(*given, "method=h2o", "num_shards=2")
     assert output.status == 130
     assert "the same command resumes" in output.err
@@ -263,7 +263,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(harness.runner, "run_sample", broken)
+    monkeypatch.setattr(harness.answering, "run_samples", broken)
     output = command(*given, "method=h2o", "num_shards=2")
     assert output.status == 1
     assert "a fault" in output.err

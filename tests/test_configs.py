@@ -90,7 +90,7 @@ def test_a_benchmarks_file_builds_it_with_all_its_tasks(name: str) -> None:
     benchmark = instantiate(composed(f"benchmark={name}").benchmark, _convert_="all")
     assert benchmark.name == name
     names = [task.name for task in benchmark.tasks]
-    assert len(set(names)) == len(names) > 1
+    assert len(set(names)) == len(names) > 0
 
 
 @pytest.mark.parametrize("name", choices("experiment"))

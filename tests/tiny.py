@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kvmerge.engine import Comparison, Decoder
 from kvmerge.method import PrefillLayer
 from kvmerge.scores import column_sums
 
@@ -95,3 +97,8 @@ def layer(
     if scores is None:
         scores = column_sums(queries, keys)
     return PrefillLayer(queries, keys, values, scores, 0, LAYERS, head_dim**-0.5)
+
+
+def replayed(comparison: Comparison, text: Sequence[int]) -> Tensor:
+    """`(rows, n, vocabulary)` logits of one comparison along a text, its first token left out."""
+    return torch.cat([parts[0] for parts in Decoder([comparison]).replay([text])], dim=1)

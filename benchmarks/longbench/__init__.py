@@ -7,31 +7,20 @@ Tasks, answer lengths, prompts and scoring follow THUDM/LongBench `LongBench/` a
 from __future__ import annotations
 
 import functools
-import logging
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.encoding import encode_truncating_middle
-from benchmarks.loading import (
-    TEXT,
-    TEXTS,
-    TEXTS_OR_NULL,
-    parse_rows,
-    read_bytes,
-    sha256,
-    shown,
-)
+from benchmarks.loading import TEXT, TEXTS, TEXTS_OR_NULL, Kind, parse_rows, sha256, shown
 from benchmarks.longbench.metrics import score_task
+from benchmarks.longbench.profiles import find_profile
+from benchmarks.source import Archive, Folder, HubFile, Source
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from kvmerge.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 _FEW_SHOT: dict[str, Any] = {"chat": False, "first_line": True}
 
@@ -73,11 +62,19 @@ FIELDS = {
 }
 """Official fields in use; `length` and `language` may be present and are ignored."""
 
-REPOSITORY = "THUDM/LongBench"
-REVISION = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
-ARCHIVE = "data.zip"
-ARCHIVE_SHA256 = "cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64"
-"""SHA-256 of the archive at `REVISION`."""
+ARCHIVE = HubFile(
+    repo="THUDM/LongBench",
+    filename="data.zip",
+    revision="5e628be450b7e67fb7ae6e201bd6d8f7056f7672",
+    sha256="cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64",
+    size=113_932_529,
+    licence="MIT (repository); the texts keep the terms of their datasets",
+)
+FILES = (ARCHIVE,)
+"""What the benchmark reads from the hub."""
+
+ROWS = {task.name: 200 for task in TASKS} | {"multifieldqa_en": 150, "lcc": 500, "repobench-p": 500}
+"""Rows that each task officially has."""
 
 
 def find_task(name: str) -> Task:
@@ -121,44 +118,57 @@ class LongBench:
     Args:
         data_dir: folder to read; None takes `data.zip` of the hub's `THUDM/LongBench` instead.
         tasks: names of the tasks to run; None means all 21.
-        revision: commit, branch or tag of the hub repository. The archive of the default one is
-            checked against its known SHA-256.
+        revision: commit, branch or tag of the hub repository; None takes the pinned commit, whose
+            archive has a known SHA-256. The results note another.
+        profile: how prompts are cut and wrapped: `official`, or `kcf` for KVCache-Factory's way
+            (`benchmarks.longbench.profiles`).
 
-    Raises UserError for a task that does not exist, and for a missing folder or file.
+    Raises UserError for a task or profile that does not exist, for a missing folder or file, and
+    for a revision of a folder.
     """
 
     name = "longbench"
+    title = "LongBench"
+    all_tasks: Sequence[Task] = TASKS
+    fields: Mapping[str, Kind] = FIELDS
+    suffix = ".jsonl"
+    """What follows a task's name in the name of its file."""
+    pinned = ARCHIVE
+    """A file of the hub repository, at the revision that is taken by default."""
 
     def __init__(
         self,
         data_dir: str | None = None,
         tasks: Sequence[str] | None = None,
-        revision: str = REVISION,
+        revision: str | None = None,
+        profile: str = "official",
     ) -> None:
-        self.tasks = choose_tasks(TASKS, tasks, "LongBench")
+        self.profile = find_profile(profile)
+        chosen = choose_tasks(self.all_tasks, tasks, self.title)
+        self.tasks = tuple(self.profile.adapt(task) for task in chosen)
         self.revision = revision
-        self.data_dir = None if data_dir is None else Path(data_dir).expanduser()
-        if self.data_dir is not None:
-            _check_folder(self.data_dir, self.tasks)
+        self.source = self._source(data_dir)
 
     def samples(self, task: Task) -> list[Sample]:
         """Return all rows of `task`, in file order.
 
         Raises UserError naming the file, and the line of a row that breaks the official schema.
         """
-        data, source = self._read(task)
-        rows = parse_rows(data, source, FIELDS, id_field="_id")
+        data, place = self.source.read(task.name)
+        rows = parse_rows(data, place, self.fields, id_field="_id")
         # The official scorer uses the label set of the last record for every record.
         labels = rows[-1][1]["all_classes"]
         for place, row in rows:
-            _check_row(row, labels, task, place)
+            self.check_dataset(row, task, place)
+            _check_answers(row, labels, task, place)
         return [
             Sample(
                 id=row["_id"],
                 task=task.name,
-                prompt=prompt(row),
+                prompt=template(task.name).format_map(row),
                 answers=tuple(row["answers"]),
                 all_classes=None if labels is None else tuple(labels),
+                groups=self.groups(row),
                 row=row,
             )
             for _, row in rows
@@ -167,85 +177,59 @@ class LongBench:
     def encode(
         self, sample: Sample, task: Task, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat
     ) -> Encoded:
-        """Return the token ids fed to prefill (`benchmarks.encoding`)."""
-        return Encoded(encode_truncating_middle(tokenizer, sample.prompt, fmt, wrap=task.chat))
+        """Return the token ids fed to prefill, by the profile."""
+        return Encoded(self.profile.encode(tokenizer, sample.prompt, task, fmt))
 
     def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
         """Return the official score of one prediction, 0 to 1."""
         return {"score": score_task(task, prediction, sample.answers, sample.all_classes)}
 
     def notes(self) -> list[str]:
-        """Return what the code metric is computed with, if it is used: it moves scores."""
+        """Return what moves scores: another profile, the code metric, data of another revision."""
+        notes = list(self.profile.notes)
         if any(task.metric == "code_sim" for task in self.tasks):
-            return ["code_sim is fuzzywuzzy's ratio on difflib, as without python-Levenshtein."]
-        return []
+            notes.append("code_sim is fuzzywuzzy's ratio on difflib, as without python-Levenshtein.")
+        if self.revision not in (None, self.pinned.revision):
+            notes.append(
+                f"The data are those of revision {self.revision} of {self.pinned.repo}, whose SHA-256 "
+                "is not known here."
+            )
+        return notes
 
     def fingerprint(self) -> dict[str, str]:
         """Return the SHA-256 of each chosen task's file; it is the same in a folder and a zip."""
-        return {task.name: sha256(self._read(task)[0]) for task in self.tasks}
+        return {task.name: sha256(self.source.read(task.name)[0]) for task in self.tasks}
 
-    def _read(self, task: Task) -> tuple[bytes, str]:
-        """Return a task's file and how to name it in messages."""
-        file_name = f"{task.name}.jsonl"
-        if self.data_dir is not None:
-            path = self.data_dir / file_name
-            return read_bytes(path), str(path)
-        try:
-            with zipfile.ZipFile(self._archive) as archive:
-                for member in archive.namelist():
-                    if member.rpartition("/")[2] == file_name:
-                        return archive.read(member), f"{self._archive}, {member}"
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"cannot read {self._archive}: {error}.") from error
-        raise UserError(f"{self._archive} holds no {file_name}.")
+    def check_dataset(self, row: Mapping[str, Any], task: Task, place: str) -> None:
+        """Refuse a row of another task."""
+        if row["dataset"] != task.name:
+            raise UserError(f"{place}: dataset is {row['dataset']!r}, expected {task.name!r}.")
 
-    @functools.cached_property
-    def _archive(self) -> Path:
-        """The official archive in the hub's cache, downloaded if it is not there yet."""
-        from huggingface_hub import hf_hub_download
+    def groups(self, row: Mapping[str, Any]) -> dict[str, str | int]:
+        """Return what a row's scores are also reported by: nothing (`Sample.groups`)."""
+        return {}
 
-        wanted = f"{ARCHIVE} of the hub's dataset {REPOSITORY} (revision {self.revision})"
-        logger.info("Fetching %s, 114 MB unless it is in the hub's cache", wanted)
-        try:
-            path = Path(
-                hf_hub_download(
-                    repo_id=REPOSITORY,
-                    filename=ARCHIVE,
-                    repo_type="dataset",
-                    revision=self.revision,
-                )
-            )
-        except Exception as error:
-            # A broken download arrives as an OSError, or as httpx's or the Xet client's own error.
+    def hub(self) -> Source:
+        """Return the source of the rows where no folder is given."""
+        return Archive(ARCHIVE.at(self.revision), suffix=self.suffix)
+
+    def _source(self, data_dir: str | None) -> Source:
+        if data_dir is None:
+            return self.hub()
+        if self.revision is not None:
             raise UserError(
-                f"cannot fetch {wanted}: {error}\n"
-                f"If you have the files, pass benchmark.data_dir=DIR, a folder with <task>.jsonl."
-            ) from error
-        if self.revision == REVISION and (found := sha256(read_bytes(path))) != ARCHIVE_SHA256:
-            raise UserError(
-                f"{path} is damaged: its SHA-256 is {found}, expected {ARCHIVE_SHA256}. "
-                f"Delete it and run again."
+                f"benchmark.revision={self.revision} is of the hub and benchmark.data_dir={data_dir} "
+                "is a folder. Give one of the two."
             )
-        return path
+        folder = Folder(Path(data_dir).expanduser(), suffix=self.suffix)
+        folder.require([task.name for task in self.tasks], known=[task.name for task in self.all_tasks])
+        return folder
 
 
-def _check_folder(folder: Path, tasks: Sequence[Task]) -> None:
-    """Say what is missing before anything runs."""
-    if not folder.is_dir():
-        raise UserError(
-            f"benchmark.data_dir {folder} is not a folder. It must hold one <task>.jsonl a task."
-        )
-    missing = [f"{task.name}.jsonl" for task in tasks if not (folder / f"{task.name}.jsonl").is_file()]
-    if missing:
-        there = [task.name for task in TASKS if (folder / f"{task.name}.jsonl").is_file()]
-        hint = f" To run what is there: benchmark.tasks=[{','.join(there)}]." if there else ""
-        raise UserError(f"benchmark.data_dir {folder} has no {', '.join(missing)}.{hint}")
-
-
-def _check_row(row: Mapping[str, Any], labels: Sequence[str] | None, task: Task, place: str) -> None:
-    """Refuse a row of another task, and one that would fail at scoring, hours into a run."""
-    if row["dataset"] != task.name:
-        raise UserError(f"{place}: dataset is {row['dataset']!r}, expected {task.name!r}.")
+def _check_answers(
+    row: Mapping[str, Any], labels: Sequence[str] | None, task: Task, place: str
+) -> None:
+    """Refuse a row that would fail at scoring, hours into a run."""
     try:
         score_task(task, "", row["answers"], labels)
     except Exception as error:

@@ -55,6 +55,11 @@ def test_bad_row_is_named(bad, words):
         parse(encode(row()) + b"\n\n" + bad)
 
 
+def test_ids_may_repeat_where_the_benchmark_says_so():
+    places = [place for place, _ in parse_rows(encode(row(), row()), "t", FIELDS, id_field=None)]
+    assert places == ["t, line 1", "t, line 2"]
+
+
 def test_long_values_are_shortened_in_messages():
     with pytest.raises(UserError) as caught:
         parse(encode(row(answers="x" * 100_000)))

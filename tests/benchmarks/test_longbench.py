@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import longbench
-from benchmarks.longbench import REVISION, TASKS, LongBench, find_task, prompt, template
+from benchmarks.longbench import (
+    ARCHIVE,
+    FILES,
+    ROWS,
+    TASKS,
+    LongBench,
+    find_task,
+    prompt,
+    template,
+)
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError
 
@@ -146,6 +155,26 @@ def test_samples_from_a_folder(tmp_path):
     assert benchmark.fingerprint() == {"trec": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+@pytest.mark.parametrize("name", ["0" * 48, "f" * 24])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"context": "a\r\nb\r\u2028\ufffd\x85"},
+        {"context": "长" * 200_000},
+        {"input": "", "context": "", "answers": [""]},
+        {"all_classes": None},
+        {"all_classes": []},
+        {"extra": {"nested": [1, None]}},
+    ],
+    ids=["line ends", "long", "empty", "no classes", "empty classes", "further fields"],
+)
+def test_any_row_of_the_official_layout_is_taken(tmp_path, name, fields):
+    given = row(**fields, _id=name)
+    write(tmp_path, "qasper", given)
+    (sample,) = LongBench(str(tmp_path), ["qasper"]).samples(find_task("qasper"))
+    assert (sample.id, sample.row, sample.prompt) == (name, given, prompt(given))
+
+
 @pytest.mark.parametrize(
     ("task", "bad", "words"),
     [
@@ -207,7 +236,7 @@ def test_missing_folder_and_files_are_named(tmp_path):
         LongBench(str(tmp_path / "nowhere"))
     write(tmp_path, "qasper", row())
     with pytest.raises(UserError, match=r"has no trec\.jsonl\..*benchmark\.tasks=\[qasper\]"):
-        LongBench(str(tmp_path), ["qasper", "trec"])
+        LongBench(str(tmp_path), ["trec"])
 
 
 # The official archive
@@ -220,47 +249,59 @@ def hub(monkeypatch, tmp_path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("data/qasper_e.jsonl", "not this one")
         archive.write(path, "data/qasper.jsonl")
-    calls = []
+    files = []
 
-    def download(**arguments):
-        calls.append(arguments)
-        return str(tmp_path / "data.zip")
+    def fetch(file):
+        files.append(file)
+        return tmp_path / "data.zip"
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    return calls
+    monkeypatch.setattr("benchmarks.source.fetch", fetch)
+    return files
 
 
-def test_archive_is_read_like_a_folder(hub, tmp_path, caplog):
-    caplog.set_level("INFO")
-    remote = LongBench(tasks=["qasper"], revision="main")
+def test_archive_is_read_like_a_folder(hub, tmp_path):
+    remote = LongBench(tasks=["qasper"])
     assert hub == []  # nothing is fetched before it is needed
     task = find_task("qasper")
     local = LongBench(str(tmp_path), ["qasper"])
     assert remote.samples(task) == local.samples(task)
     assert remote.fingerprint() == local.fingerprint()
-    request = {"repo_id": "THUDM/LongBench", "filename": "data.zip", "repo_type": "dataset"}
-    assert hub == [request | {"revision": "main"}]
-    assert "data.zip of the hub's dataset THUDM/LongBench (revision main)" in caplog.text
+    assert set(hub) == set(FILES)
 
 
 def test_archive_without_the_task(hub):
     with pytest.raises(UserError, match=r"data\.zip holds no trec\.jsonl"):
-        LongBench(tasks=["trec"], revision="main").samples(find_task("trec"))
+        LongBench(tasks=["trec"]).samples(find_task("trec"))
 
 
-def test_default_revision_is_pinned_and_checked(hub):
-    with pytest.raises(UserError, match=r"data\.zip is damaged: its SHA-256 is"):
-        LongBench(tasks=["qasper"]).samples(find_task("qasper"))
-    assert hub[0]["revision"] == REVISION
+def test_the_default_archive_is_pinned():
+    assert (ARCHIVE.repo, ARCHIVE.filename, ARCHIVE.size) == (
+        "THUDM/LongBench",
+        "data.zip",
+        113_932_529,
+    )
+    assert len(ARCHIVE.revision) == 40
+    assert len(ARCHIVE.sha256) == 64
 
 
-@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("no route")])
-def test_no_network(monkeypatch, error):
-    def download(**_):
-        raise error
+def test_another_revision_is_not_checked_and_noted(hub):
+    benchmark = LongBench(tasks=["qasper"], revision="main")
+    benchmark.samples(find_task("qasper"))
+    assert [(file.repo, file.revision, file.sha256) for file in hub] == [
+        ("THUDM/LongBench", "main", None)
+    ]
+    (note,) = benchmark.notes()
+    assert "revision main of THUDM/LongBench" in note
+    assert LongBench(tasks=["qasper"]).notes() == []
+    assert LongBench(tasks=["qasper"], revision=ARCHIVE.revision).notes() == []
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(
-        UserError, match=r"cannot fetch data\.zip .*no route\n.*benchmark\.data_dir=DIR"
-    ):
-        LongBench(tasks=["qasper"]).samples(find_task("qasper"))
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    write(tmp_path, "qasper", row())
+    with pytest.raises(UserError, match=r"benchmark\.revision=main is of the hub"):
+        LongBench(str(tmp_path), ["qasper"], revision="main")
+
+
+def test_official_row_counts():
+    assert list(ROWS) == NAMES
+    assert sum(ROWS.values()) == 4750

@@ -15,14 +15,14 @@ import torch
 
 from kvmerge.attention import hooked
 from kvmerge.budget import Budget
-from kvmerge.engine import Comparison, Stop, run_sample
+from kvmerge.engine import Comparison, Decoder, Stop, run_sample
 from kvmerge.errors import UserError
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Method
 from kvmerge.resolve import choices, load_method
 from kvmerge.session import Row
 from tests.kvmerge import naive_engine
-from tests.tiny import HEAD_DIM, LAYERS, layer, new_model, prompt, shared_model
+from tests.tiny import HEAD_DIM, LAYERS, layer, new_model, prompt, replayed, shared_model
 
 METHODS = choices("method")
 COMPRESSING = [name for name in METHODS if name != "full"]
@@ -154,7 +154,7 @@ def stored_bytes(model, input_ids, each, answer):
         comparison.prefill(input_ids, len(answer))
         sizes.append(sum(cache.nbytes() for cache in comparison.session.layers))
         for step, token in enumerate(answer):
-            comparison._step(torch.tensor([[token]]), step)
+            Decoder([comparison]).feed(torch.tensor([[token]]), step)
             sizes.append(sum(cache.nbytes() for cache in comparison.session.layers))
     return sizes
 
@@ -410,7 +410,7 @@ def test_half_precision_is_finite(name, dtype, kv_heads):
     comparison = Comparison(model, [rows[1]])
     with hooked(model), torch.inference_mode():
         assert comparison.prefill(prompt(50), 8).isfinite().all()
-        assert torch.cat(list(comparison.replay([5, 6, 7, 8])), dim=1).isfinite().all()
+        assert replayed(comparison, [5, 6, 7, 8]).isfinite().all()
 
 
 # --- 9. protected tokens survive

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.reference import Reference, for_benchmark, load_references
+from harness.reference import Reference, for_benchmark, load_references, members
 from kvmerge.errors import UserError
 
 REFERENCES = load_references()
@@ -109,22 +109,53 @@ def test_a_benchmark_prefers_its_own_model_and_official_numbers() -> None:
     assert for_benchmark(REFERENCES, "mini", "smollm2-135m") == []
 
 
+@pytest.mark.parametrize(
+    ("model", "fits"),
+    [
+        ("mistral-7b-instruct", True),
+        ("mistral-7b-instruct-v0.1", True),
+        ("mistral-7b-instruct-v0.2", True),
+        ("mistral-7b-instruct-vicuna", False),
+        ("mistral-7b-instruct-v0.2-tuned", False),
+        ("my-mistral-7b-instruct", False),
+        ("mistral-7b", False),
+    ],
+)
+def test_a_source_that_states_no_version_fits_every_one(model: str, fits: bool) -> None:
+    (found,) = find("full", "average", "1", "mistral-7b-instruct")
+    assert found.fits(model) is fits
+    named = {r.model for r in for_benchmark(REFERENCES, "longbench", model)}
+    assert (named == {"mistral-7b-instruct"}) is fits  # without a fit all models are shown
+
+
+def test_members_are_followed_to_the_tasks() -> None:
+    over = {"all": ("first", "c"), "first": ("a", "b")}
+    assert members("all", over) == {"a", "b", "c"}
+    assert members("a", over) == {"a"}
+
+
 def test_a_folder_that_is_not_there_has_no_references(tmp_path: Path) -> None:
     assert load_references(tmp_path / "none") == []
 
 
-HEADER = "benchmark,model,method,budget,task,score,over,confidence,provenance,note\n"
+HEADER = "benchmark,model,method,budget,task,score,samples,tolerance,over,confidence,provenance,note\n"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("benchmark,score\n", "must have the columns"),
-        (HEADER + "b,m,full,1,t,high,,O,p,\n", "line 2: could not convert"),
-        (HEADER + "b,m,full,1,t,1,,X,p,\n", "line 2: confidence must be O or S"),
-        (HEADER + "b,m,full,1,t,1,,O,,\n", "provenance must not be empty"),
-        (HEADER + "b,m,full,1,t,1,,O,p\n", "10 columns"),
-        (HEADER + "b,m,full,1,t,1,,O,p,note, with a comma\n", "10 columns"),
+        (HEADER + "b,m,full,1,t,high,,,,O,p,\n", "line 2: could not convert"),
+        (HEADER + "b,m,full,1,t,1,,,,X,p,\n", "line 2: confidence must be O or S"),
+        (HEADER + "b,m,full,1,t,1,,,,O,,\n", "provenance must not be empty"),
+        (HEADER + "b,m,full,1,t,1,,,,O,p\n", "12 columns"),
+        (HEADER + "b,m,full,1,t,1,,,,O,p,note, with a comma\n", "12 columns"),
+        (HEADER + "b,m,full,1,t,1,many,,,O,p,\n", "line 2: invalid literal for int"),
+        (HEADER + "b,m,full,1,t,1,5,wide,,O,p,\n", "line 2: could not convert"),
+        (HEADER + "b,m,full,1,t,1,5,0,,O,p,\n", "a tolerance must be above 0"),
+        (HEADER + "b,m,full,1,t,1,5,inf,,O,p,\n", "a tolerance must be above 0"),
+        (HEADER + "b,m,full,1,t,1,,2,,O,p,\n", "and needs score and samples"),
+        (HEADER + "b,m,full,1,t,,5,2,,O,p,\n", "and needs score and samples"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:

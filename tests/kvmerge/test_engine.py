@@ -1,5 +1,6 @@
 """The engine against a naive one, and against transformers' own cache."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,13 +15,22 @@ from kvmerge import engine
 from kvmerge.api import _cache_parameter
 from kvmerge.attention import hooked
 from kvmerge.budget import Budget
-from kvmerge.engine import Comparison, Stop, fidelity, run_sample
+from kvmerge.engine import (
+    Comparison,
+    Decoder,
+    Request,
+    Stop,
+    Tally,
+    run_sample,
+    run_samples,
+    score_continuations,
+)
 from kvmerge.errors import UserError
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Method, keep_all
 from kvmerge.session import CacheSession, Row, seeded_generator
 from tests.kvmerge import naive_engine
-from tests.tiny import FAMILIES, new_model, prompt, shared_model
+from tests.tiny import FAMILIES, new_model, prompt, replayed, shared_model
 
 NEVER: frozenset[int] = frozenset()
 
@@ -85,14 +95,14 @@ def test_a_batch_decodes_each_row_as_alone(kv_heads, rows):
 @pytest.mark.parametrize("rows", [ROWS, [ROWS[0], *HELD]], ids=["append", "hold"])
 def test_replay_gives_the_logits_of_each_row_alone(monkeypatch, rows, chunk):
     """After rows have left and the caches are rewound, in chunks of several tokens."""
-    monkeypatch.setattr(engine, "_REPLAY_TOKENS", chunk)
+    monkeypatch.setattr(engine, "_REPLAY_TOKENS", chunk * len(rows))
     model, input_ids = shared_model(), prompt(43)
     answer = naive_engine.greedy(model, input_ids, rows[0], 8)
     comparison = Comparison(model, rows, "s")
     with hooked(model), torch.inference_mode():
         first = comparison.prefill(input_ids, 8)
-        comparison.decode(first, Stop(8, frozenset(answer[3:5])))
-        replays = [torch.cat(list(comparison.replay(answer)), dim=1) for _ in range(2)]
+        Decoder([comparison]).decode(Stop(8, frozenset(answer[3:5])))
+        replays = [replayed(comparison, answer) for _ in range(2)]
     for index, each in enumerate(rows):
         wanted = naive_engine.step_logits(model, input_ids, each, answer[:-1], "s")
         torch.testing.assert_close(first, wanted[0], atol=1e-4, rtol=0)
@@ -143,18 +153,166 @@ def test_an_answer_of_one_token_has_no_fidelity():
     assert [result.fidelity for result in results] == [None, None]
 
 
-def test_fidelity_of_known_distributions():
-    full = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
-    other = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
-    both = torch.cat([full, other])
-    one = fidelity([iter([both[:, :1], both[:, 1:]])], 0, 3)
-    two = fidelity([iter([full]), iter([other])], 0, 3)
+def test_a_tally_of_known_distributions():
+    full = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    other = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    first = torch.tensor([0.2, 0.8]).log()
+    whole = Tally([1, 0, 1], [first, first], reference=0)
+    whole.add([full, other])
+    pieces = Tally([1, 0, 1], [first, first], reference=0)
+    for n in range(2):
+        pieces.add([full[n : n + 1], other[n : n + 1]])
     kl = (0.5 * torch.tensor([2.0, 2 / 3]).log()).sum().item() / 2
-    for figures in (one, two):
+    for tally in (whole, pieces):
+        figures = tally.fidelity()
         assert figures[0].kl == 0
         assert figures[1].kl == pytest.approx(kl, abs=1e-6)
         assert figures[1].top1 == 0.5
         assert figures[1].tokens == 2
+        assert tally.nll == pytest.approx(
+            [-math.log(0.8 * 0.5 * 0.1), -math.log(0.8 * 0.25 * 0.1)], abs=1e-6
+        )
+
+
+# --- several prompts in one batch
+
+
+BATCH = [(43, ROWS), (17, ROWS[:3]), (60, [*HELD, ROWS[0]])]
+
+
+def requests(reference=0):
+    return [
+        Request(prompt(length, seed=length), rows, f"s{length}", reference) for length, rows in BATCH
+    ]
+
+
+def alone(model, stop):
+    return [
+        run_sample(
+            model, each.input_ids, each.rows, stop, sample_id=each.sample_id, reference=each.reference
+        )[0]
+        for each in requests()
+    ]
+
+
+def test_samples_of_a_batch_are_answered_as_alone():
+    model = shared_model()
+    free = alone(model, Stop(12, NEVER))
+    stops = frozenset(free[0][2].token_ids[3:5] + free[1][0].token_ids[6:7])
+    for stop in (Stop(12, NEVER), Stop(12, stops, min_new_tokens=2)):
+        wanted = alone(model, stop)
+        found = [results for results, _ in run_samples(model, requests(), stop)]
+        lengths = {len(each.token_ids) for results in wanted for each in results}
+        assert len(lengths) > 1 or stop.token_ids == NEVER
+        for one, batch in zip(wanted, found, strict=True):
+            assert [each.token_ids for each in batch] == [each.token_ids for each in one]
+            assert [each.stats for each in batch] == [each.stats for each in one]
+            for lone, together in zip(one, batch, strict=True):
+                assert (lone.fidelity is None) == (together.fidelity is None)
+                if lone.fidelity is not None:
+                    assert together.fidelity.kl == pytest.approx(lone.fidelity.kl, abs=1e-4)
+                    assert together.fidelity.tokens == lone.fidelity.tokens
+
+
+def test_logits_of_a_batch_are_those_of_each_sample_alone(monkeypatch):
+    model = shared_model()
+    texts = [prompt(n, seed=n)[0].tolist() for n in (9, 1, 14)]
+
+    def comparisons():
+        made = [Comparison(model, each.rows, each.sample_id) for each in requests()]
+        for comparison, each in zip(made, requests(), strict=True):
+            comparison.prefill(each.input_ids, 14)
+        return made
+
+    with hooked(model), torch.inference_mode():
+        wanted = [
+            replayed(each, text) if len(text) > 1 else None
+            for each, text in zip(comparisons(), texts, strict=True)
+        ]
+        monkeypatch.setattr(engine, "_REPLAY_TOKENS", 5 * sum(len(rows) for _, rows in BATCH))
+        parts = list(Decoder(comparisons()).replay(texts))
+    for index, logits in enumerate(wanted):
+        found = torch.cat([part[index] for part in parts], dim=1)
+        if logits is None:
+            assert found.shape[1] == 0
+        else:
+            torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+
+
+def test_continuations_of_a_batch_are_weighed_as_alone():
+    model = shared_model()
+    texts = [prompt(n, seed=n)[0].tolist() for n in (9, 1, 14)]
+    together = score_continuations(model, requests(), texts)
+    for each, text, (results, _) in zip(requests(), texts, together, strict=True):
+        ((wanted, _),) = score_continuations(model, [each], [text])
+        assert [r.nll for r in results] == pytest.approx([r.nll for r in wanted], abs=1e-3)
+        assert [r.fidelity is None for r in results] == [len(text) == 1] * len(results)
+
+
+def test_only_samples_with_a_reference_are_compared():
+    model = shared_model()
+    mixed = [requests(reference)[0] for reference in (None, 1)]
+    first, second = (results for results, _ in run_samples(model, mixed, Stop(6, NEVER)))
+    assert [each.fidelity for each in first] == [None] * len(ROWS)
+    assert second[1].fidelity.kl == pytest.approx(0, abs=1e-6)
+    assert second[0].fidelity.kl > 0
+
+
+# --- the probability of a given text
+
+
+@pytest.mark.parametrize("rows", [ROWS, [*HELD, *ROWS[:4]]], ids=["append", "hold"])
+@pytest.mark.parametrize("reference", [None, 0])
+def test_a_continuation_is_weighed_by_each_row_alone(monkeypatch, rows, reference):
+    monkeypatch.setattr(engine, "_REPLAY_TOKENS", 4 * len(rows))
+    model, input_ids, text = shared_model(), prompt(43), prompt(12, seed=5)[0]
+    request = Request(input_ids, rows, "s", reference)
+    ((results, _),) = score_continuations(model, [request], [text.tolist()])
+    for result, each in zip(results, rows, strict=True):
+        logits = naive_engine.step_logits(model, input_ids, each, text[:-1].tolist(), "s")
+        wanted = torch.nn.functional.cross_entropy(logits, text, reduction="sum")
+        assert result.nll == pytest.approx(float(wanted), abs=1e-3)
+        assert result.token_ids == []
+        assert (result.fidelity is None) == (reference is None)
+    assert len({round(result.nll, 3) for result in results}) > len(rows) // 2
+
+
+def test_the_full_caches_continuation_equals_one_plain_forward():
+    model, input_ids, text = shared_model(), prompt(43), prompt(12, seed=5)
+    (((result,), _),) = score_continuations(model, [Request(input_ids, [ROWS[0]])], [text[0].tolist()])
+    with torch.inference_mode():
+        logits = model(torch.cat([input_ids, text], dim=1)).logits[0, 42:-1]
+    wanted = torch.nn.functional.cross_entropy(logits, text[0], reduction="sum")
+    assert result.nll == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_fidelity_along_a_continuation():
+    model, input_ids, text = shared_model(), prompt(43), prompt(12, seed=5)[0].tolist()
+    ((results, _),) = score_continuations(model, [Request(input_ids, ROWS, "s", 0)], [text])
+    log_p = [
+        naive_engine.step_logits(model, input_ids, each, text[:-1], "s")[1:].log_softmax(-1)
+        for each in ROWS
+    ]
+    for result, own in zip(results, log_p, strict=True):
+        kl = (log_p[0].exp() * (log_p[0] - own)).sum(-1).mean()
+        assert result.fidelity.kl == pytest.approx(float(kl), abs=1e-4)
+        assert result.fidelity.tokens == len(text) - 1
+
+
+def test_a_continuation_of_one_token_needs_no_cache():
+    model, input_ids = shared_model(), prompt(43)
+    ((results, _),) = score_continuations(model, [Request(input_ids, ROWS[:3], "", 0)], [[7]])
+    assert len({result.nll for result in results}) == 1
+    assert results[0].nll > 0
+    assert [result.fidelity for result in results] == [None] * 3
+
+
+def test_a_continuation_with_rows_that_alter_the_prefill():
+    model, input_ids, text = shared_model(), prompt(40), prompt(9, seed=5)[0].tolist()
+    rows = [row(Banded(5), 0.5), row(Full(), 1), row(Banded(99), 0.5)]
+    ((results, _),) = score_continuations(model, [Request(input_ids, rows, "", 1)], [text])
+    assert results[2].nll == pytest.approx(results[1].nll, abs=1e-4)
+    assert abs(results[0].nll - results[1].nll) > 1e-3
 
 
 # --- against transformers
@@ -204,8 +362,8 @@ def test_decode_from_the_entries_equals_transformers(family, each):
     comparison = Comparison(model, [each], "s")
     with hooked(model), torch.inference_mode():
         comparison.prefill(input_ids, 8)
-        replayed = torch.cat(list(comparison.replay(answer)), dim=1)[0]
-    torch.testing.assert_close(replayed, logits, atol=1e-4, rtol=0)
+        logits_again = replayed(comparison, answer)[0]
+    torch.testing.assert_close(logits_again, logits, atol=1e-4, rtol=0)
 
 
 def test_the_full_cache_equals_a_forward_without_cache():
@@ -217,9 +375,9 @@ def test_the_full_cache_equals_a_forward_without_cache():
     comparison = Comparison(model, [ROWS[0]])
     with hooked(model), torch.inference_mode():
         first = comparison.prefill(input_ids, 8)
-        replayed = torch.cat(list(comparison.replay(answer)), dim=1)[0]
+        logits_again = replayed(comparison, answer)[0]
     torch.testing.assert_close(first, wanted[0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(replayed, wanted[1:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_again, wanted[1:], atol=1e-4, rtol=0)
 
 
 # --- stopping
@@ -333,6 +491,9 @@ def test_statistics_count_real_entries():
     assert results[3].stats.entries == counts
     assert counts[0][0] != counts[0][1]  # padding was left out
     assert results[3].stats.kv_bytes == sum(map(sum, counts)) * per_entry
+    assert results[0].stats.represented is None
+    assert results[1].stats.represented == [[60, 60]] * 2  # merged, not evicted
+    assert results[3].stats.represented == [entries.sizes[0].sum(-1).tolist() for entries in ragged]
 
 
 def test_a_layer_that_is_not_finite_is_named():

@@ -1,0 +1,195 @@
+"""From jobs to records: samples are encoded, run in batches, and their results written down."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from baselines.full import Full
+from benchmarks.task import Encoded, Sample, Task
+from harness.batching import BatchSize, is_out_of_memory
+from harness.cells import Cell
+from harness.records import Record
+from harness.settings import Settings
+from kvmerge.budget import Budget
+from kvmerge.engine import (
+    Request,
+    Result,
+    RowResult,
+    Stop,
+    Timing,
+    run_samples,
+    score_continuations,
+)
+from kvmerge.errors import UserError
+from kvmerge.models import stop_token_ids
+from kvmerge.session import Row
+
+Lines = list[tuple[Cell, Record]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample and the cells, with seeds, that still lack its line."""
+
+    task: Task
+    sample: Sample
+    missing: tuple[tuple[Cell, int], ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job, ready for the engine."""
+
+    job: Job
+    encoded: Encoded
+    request: Request
+
+    @property
+    def entries(self) -> int:
+        """Entries per KV head and layer that all its rows may hold in the end."""
+        length, more = len(self.encoded.prompt), self.job.task.max_new_tokens
+        return sum(row.budget.entries(length) + more for row in self.request.rows)
+
+
+class Answerer:
+    """Answers jobs with a loaded model."""
+
+    def __init__(
+        self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.settings = settings
+        self.model = model
+        self.tokenizer = tokenizer
+        rows = sum(len(settings.seeds(cell)) for cell in settings.cells)
+        self.batch_size = BatchSize(settings.batch_size, model, rows)
+
+    def answer(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Lines]]:
+        """Answer jobs of one task with every missing cell; yields each once its batch is done."""
+        waiting: list[Prepared] = []
+        coming = iter(jobs)
+        while True:
+            while len(waiting) < self.batch_size.most and (job := next(coming, None)) is not None:
+                waiting.append(self._prepare(job))
+            if not waiting:
+                return
+            taken = self.batch_size.take([prepared.entries for prepared in waiting])
+            batch = waiting[:taken]
+            try:
+                results = self._run(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.batch_size.shrink(taken)
+                continue
+            del waiting[:taken]
+            for prepared, result in zip(batch, results, strict=True):
+                yield prepared.job, self._lines(prepared, result)
+
+    def _prepare(self, job: Job) -> Prepared:
+        settings = self.settings
+        encoded = settings.benchmark.encode(
+            job.sample, job.task, self.tokenizer, settings.prompt_format
+        )
+        rows = [settings.row(cell, seed) for cell, seed in job.missing]
+        reference = None
+        if settings.fidelity:
+            full = [index for index, (cell, _) in enumerate(job.missing) if cell.is_full]
+            reference = full[0] if full else len(rows)
+            if not full:  # its answer is needed but not asked for, or already recorded
+                rows.append(Row(Full(), Budget.parse(1)))
+        prompt = torch.tensor([encoded.prompt], device=self.model.device)
+        sample_id = f"{settings.benchmark.name}/{job.task.name}/{job.sample.id}"
+        return Prepared(job, encoded, Request(prompt, rows, sample_id, reference))
+
+    def _run(self, batch: Sequence[Prepared]) -> list[Result]:
+        requests = [prepared.request for prepared in batch]
+        texts = [prepared.encoded.continuation for prepared in batch]
+        try:
+            if any(text is None for text in texts):
+                stop = stop_rule(self.settings, self.model, self.tokenizer, batch[0].job.task)
+                return run_samples(self.model, requests, stop)
+            return score_continuations(self.model, requests, [text or [] for text in texts])
+        except UserError as error:
+            named = (f"{p.job.sample.id!r} ({len(p.encoded.prompt)} prompt tokens)" for p in batch)
+            where = f"task {batch[0].job.task.name}, sample {', '.join(named)}"
+            raise UserError(f"{where}: {error}") from error
+
+    def _lines(self, prepared: Prepared, result: Result) -> Lines:
+        results, timing = result
+        return [
+            (cell, self._record(prepared, cell, seed, of_row, timing))
+            for (cell, seed), of_row in zip(prepared.job.missing, results, strict=False)
+        ]
+
+    def _record(
+        self, prepared: Prepared, cell: Cell, seed: int, result: RowResult, timing: Timing
+    ) -> Record:
+        job, encoded = prepared.job, prepared.encoded
+        length = len(encoded.prompt)
+        prediction = str(self.tokenizer.decode(result.token_ids, skip_special_tokens=True))
+        marks = self._marks(job, encoded, prediction, result)
+        groups = {"groups": dict(job.sample.groups)} if job.sample.groups else {}
+        counts = [count for layer in result.stats.entries for count in layer]
+        kept = sum(counts) / len(counts)
+        stood_for = None
+        if result.stats.represented is not None:
+            sums = [count for layer in result.stats.represented for count in layer]
+            stood_for = sum(sums) / len(sums)
+        fidelity = result.fidelity
+        return Record(
+            id=job.sample.id,
+            seed=seed,
+            prediction=prediction,
+            answers=job.sample.answers,
+            score=marks["score"],
+            prompt_hash=prompt_hash(encoded.prompt),
+            prompt_tokens=length,
+            generated_tokens=len(result.token_ids),
+            kept_entries=kept,
+            budget_achieved=kept / length,
+            kv_bytes=result.stats.kv_bytes,
+            kl_to_full=fidelity.kl if fidelity else None,
+            top1_agreement=fidelity.top1 if fidelity else None,
+            fidelity_tokens=fidelity.tokens if fidelity else None,
+            requested_entries=cell.budget.entries(length),
+            kept_entries_by_layer=[sum(layer) / len(layer) for layer in result.stats.entries],
+            kept_entries_min=min(counts),
+            kept_entries_max=max(counts),
+            kv_bytes_full=result.stats.kv_bytes // sum(counts) * length * len(counts),
+            size_bytes=result.stats.size_bytes,
+            merged_tokens=None if stood_for is None else stood_for - kept,
+            evicted_tokens=None if stood_for is None else length - stood_for,
+            prefill_seconds=round(timing.prefill, 4),
+            decode_seconds=round(timing.decode, 4),
+            extra={key: value for key, value in marks.items() if key != "score"} | groups,
+        )
+
+    def _marks(
+        self, job: Job, encoded: Encoded, prediction: str, result: RowResult
+    ) -> Mapping[str, float]:
+        """The score and its parts: the benchmark's, or those of the continuation's probability."""
+        if encoded.continuation is None or result.nll is None:
+            return self.settings.benchmark.score(job.sample, job.task, prediction)
+        tokens = len(encoded.continuation)
+        return {"score": math.exp(result.nll / tokens), "nll": result.nll, "tokens": tokens}
+
+
+def stop_rule(
+    settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> Stop:
+    """When answers of a task end: the model's end tokens, and for some tasks a newline."""
+    ids = stop_token_ids(model, tokenizer, settings.model)
+    if task.stop_at_newline:
+        ids |= {tokenizer.encode("\n", add_special_tokens=False)[-1]}
+    return Stop(task.max_new_tokens, ids, task.min_new_tokens)
+
+
+def prompt_hash(ids: list[int]) -> str:
+    """Short digest of the tokens fed to prefill."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

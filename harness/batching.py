@@ -1,0 +1,91 @@
+"""How many samples are run at once, by the memory that their caches need.
+
+Every sample has a prefill of its own; a batch shares the decode steps, which read all weights for a
+few rows. So more rows cost little time, until memory runs out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from kvmerge.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MOST_ROWS = 64
+"""Rows decoded together under `auto`; beyond it a step takes longer for each row."""
+_SHARE = 0.25
+"""Part of the free memory that caches may take under `auto`; activations need the rest."""
+
+
+class BatchSize:
+    """The largest batch that is tried; under `auto` it halves whenever memory runs out."""
+
+    def __init__(self, wanted: int | str, model: PreTrainedModel, rows: int) -> None:
+        """Take `auto`, or a number that is kept to.
+
+        Args:
+            rows: rows that each sample brings.
+        """
+        self.auto = wanted == "auto"
+        self.most = max(1, _MOST_ROWS // rows) if self.auto else int(wanted)
+        """Samples that may run together."""
+        self._device = model.device
+        self._entry = entry_bytes(model)
+
+    def take(self, entries: Sequence[int]) -> int:
+        """Say how many of the next samples to run together, at least one.
+
+        Args:
+            entries: entries that each sample's rows may hold in the end, per KV head and layer.
+        """
+        most = min(self.most, len(entries))
+        if not self.auto:
+            return most
+        free = _SHARE * free_bytes(self._device)
+        fitting = (n for n in range(most, 1, -1) if sum(entries[:n]) * self._entry <= free)
+        return next(fitting, 1)
+
+    def shrink(self, used: int) -> None:
+        """Lower the size after a batch of `used` samples ran out of memory, and say so.
+
+        Raises:
+            UserError: if the size was given, or one sample alone is too large.
+        """
+        if used == 1 or not self.auto:
+            raise UserError(
+                f"out of memory with batch_size={used} on {self._device}. Use "
+                + ("batch_size=auto" if used > 1 else "fewer cells or a smaller model.max_length")
+                + " and run the same command again: it resumes."
+            )
+        self.most = used // 2
+        log.warning("out of memory with %d samples at once; going on with %d", used, self.most)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def entry_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one entry, key and value, over all layers and KV heads."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where caches live."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
