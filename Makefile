@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report test lint unit regression bench lock clean
+.PHONY: help setup reproduce report test lint unit regression bench bench-gpu lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,14 +36,24 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(READY)  ## unit, golden and contract tests
+# Only the tests need Triton on a machine without a card: its interpreter runs the GPU kernel. CUDA builds
+# of torch bring the Triton that they want, which is left alone.
+$(VENV)/.triton: $(READY) requirements-kernel.lock
+	$(BIN)/python -c 'import triton' 2>/dev/null || \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-kernel.lock
+	@touch $@
+
+unit: $(READY) $(VENV)/.triton  ## unit, golden and contract tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 regression: $(READY)  ## a small subset end to end, compared with the committed records
 	$(BIN)/python -m scripts.regression check
 
-bench: $(READY)  ## time the seven-cell comparison against transformers' own generate
-	$(BIN)/python -m scripts.bench
+bench: $(READY)  ## measure speed and memory (about 20 minutes); PEER=1: beside kvpress, where it is installed
+	$(BIN)/python -m scripts.bench $(if $(PEER),--peer)
+
+bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
+	$(BIN)/python -m scripts.bench_gpu
 
 lock: $(READY)  ## compile requirements.lock anew from requirements.in
 	$(BIN)/pip install --quiet uv

@@ -31,6 +31,7 @@ _PACKAGES = (
     "bitsandbytes",
     "numpy",
     "rouge",
+    "rouge-score",
     "jieba",
     "hydra-core",
     "pandas",

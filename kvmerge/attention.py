@@ -120,21 +120,49 @@ def prefill_attention(
     Returns:
         output `(1, heads, T, head_dim)`; lse `(1, heads, T)` float32 natural log, or None.
     """
-    heads, kv_heads = queries.shape[1], keys.shape[1]
-    if queries.device.type == "cpu":
-        group = heads // kv_heads
-        # KV heads go to the batch axis, so that a group shares its keys by a stride of 0.
-        packed = queries[0].unflatten(0, (kv_heads, group))
-        shared = [state[0].unsqueeze(1).expand(-1, group, -1, -1) for state in (keys, values)]
-        # No public call returns the log-sum-exp on the CPU.
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            packed, *shared, 0.0, True, scale=scale
+    if queries.is_cuda and queries.shape[-1] % 8 == 0 and _can_use_flash(queries, keys, values):
+        # No public call returns the log-sum-exp. This kernel takes grouped heads as they are.
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            queries, keys, values, 0.0, True, scale=scale
         )
-        return out.flatten(0, 1).unsqueeze(0), lse.flatten(0, 1).unsqueeze(0)
-    out = scaled_dot_product_attention(
-        queries, keys, values, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
+        return out, lse
+    # KV heads go to the batch axis, so that a group shares its keys by a stride of 0.
+    packed = queries.squeeze(0).unflatten(0, (keys.shape[1], -1))
+    shared_keys, shared_values = (
+        state.transpose(0, 1).expand(-1, packed.shape[1], -1, -1) for state in (keys, values)
     )
-    return out, None
+    out, lse = _packed_attention(packed, shared_keys, shared_values, scale)
+    return out.flatten(0, 1).unsqueeze(0), None if lse is None else lse.flatten(0, 1).unsqueeze(0)
+
+
+def _packed_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of `(kv_heads, group, T, head_dim)` states: output; lse, or None."""
+    if queries.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, True, scale=scale
+        )
+    if queries.is_cuda and _can_use_efficient(queries, keys, values):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            queries, keys, values, None, True, 0.0, True, scale=scale
+        )
+        return out, lse.narrow(-1, 0, queries.shape[2])  # the kernel pads it to a multiple of 32
+    return scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale), None
+
+
+def _can_use_flash(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return torch.backends.cuda.can_use_flash_attention(_kernel_params(queries, keys, values))
+
+
+def _can_use_efficient(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return torch.backends.cuda.can_use_efficient_attention(_kernel_params(queries, keys, values))
+
+
+def _kernel_params(queries: Tensor, keys: Tensor, values: Tensor) -> torch.backends.cuda.SDPAParams:
+    """Causal attention without dropout, in the form that torch's tests of its GPU kernels take."""
+    grouped = queries.shape[1] != keys.shape[1]
+    return torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, True, grouped)
 
 
 def cached_attention(

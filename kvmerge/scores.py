@@ -2,12 +2,14 @@
 
 H2O, CaM and KVMerger rank cache entries by the attention mass a key collects over all prompt rows.
 The map itself has T x T entries a head; its column sums need only the log-sum-exp of each row, which
-the attention kernel has already computed: `s_j = sum_i exp(q_i k_j * scale - lse_i)`.
+the attention kernel has already computed: `s_j = sum_i exp(q_i k_j * scale - lse_i)`. On a GPU with
+Triton the sums are one kernel of their own (`kvmerge.column_sums_triton`); elsewhere, blocks in torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -54,6 +56,11 @@ def column_sums(
         )
     if lse is not None and lse.shape != (batch, heads, length):
         raise ValueError(f"lse has shape {tuple(lse.shape)}, not {(batch, heads, length)}.")
+    if lse is not None and queries.is_cuda and find_spec("triton") is not None:
+        from kvmerge import column_sums_triton as kernel  # CPU builds of torch come without Triton
+
+        if kernel.available(queries):
+            return kernel.column_sums(queries, keys, lse, causal=causal, scale=scale, lengths=lengths)
     scale = head_dim**-0.5 if scale is None else scale
     sums = torch.zeros(batch, kv_heads, length, dtype=torch.float32, device=queries.device)
     for row in range(batch):

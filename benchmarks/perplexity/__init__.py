@@ -62,7 +62,7 @@ class Perplexity:
     def samples(self, task: Task) -> list[Sample]:
         """Return the passages, each up to where the next one begins, in the order of the text."""
         text = self._text.content
-        starts = [_paragraph_at(text, len(text) * i // self.count) for i in range(self.count)]
+        starts = [self._text.paragraph_at(len(text) * i // self.count) for i in range(self.count)]
         ends = [*starts[1:], len(text)]
         return [
             Sample(
@@ -117,11 +117,3 @@ class Perplexity:
     @functools.cached_property
     def _text(self) -> Text:
         return read_text(self.source, self.hub)
-
-
-def _paragraph_at(text: str, position: int) -> int:
-    """Return where the first paragraph at or after a position begins; the position if none does."""
-    if position == 0:
-        return 0
-    found = text.find("\n\n", max(0, position - 2))
-    return position if found < 0 else found + 2

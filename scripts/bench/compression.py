@@ -1,0 +1,66 @@
+"""What does compressing itself cost, beside the prefill that it follows?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from kvmerge.attention import forward, hooked
+from kvmerge.session import CacheSession, session_for
+from scripts.bench.measure import Bench, Report
+
+_CELLS = ("kvmerger@0.5", "kvmerger@0.35", "h2o@0.35", "cam@0.35", "snapkv@0.35", "d2o@0.35")
+
+
+def compression(bench: Bench, length: int = 4096) -> Report:
+    """Share of the prefill's time that each method spends in `compress`, over all layers."""
+    ids = bench.prompt(length)
+    rows: list[dict[str, Any]] = []
+    raw: dict[str, list[list[float]]] = {}
+    for cell in _CELLS:
+        readings = [_shares(bench, ids, cell) for _ in range(bench.repeats + 1)][1:]
+        inside, whole = (statistics.median(column) for column in zip(*readings, strict=True))
+        share = statistics.median(a / b for a, b in readings)
+        raw[cell] = [list(reading) for reading in readings]
+        rows.append(
+            {
+                "cell": cell,
+                "compress s": round(inside, 3),
+                "prefill s": round(whole, 3),
+                "share of the prefill %": round(100 * share, 1),
+            }
+        )
+    return Report(
+        "compression",
+        f"Compressing {length:,} tokens, all layers",
+        "Time inside the method, against the whole prefill that it is part of (scores included).",
+        rows,
+        "KVMerger under 5%",
+        {"seconds": raw},
+    )
+
+
+@torch.inference_mode()
+def _shares(bench: Bench, ids: torch.Tensor, cell: str) -> tuple[float, float]:
+    """Seconds inside the method, and of the whole prefill."""
+    inside = 0.0
+    with hooked(bench.model):
+        session = session_for(bench.model, bench.rows([cell]), ["bench"])
+        compress = CacheSession._compress
+
+        def timed(index: int, layer: Any) -> Any:
+            nonlocal inside
+            started = time.perf_counter()
+            kept = compress(session, index, layer)
+            inside += time.perf_counter() - started
+            return kept
+
+        session._compress = timed  # type: ignore[method-assign]
+        session.begin([ids.shape[1]], 1)
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        started = time.perf_counter()
+        forward(bench.model, session, ids, positions, logits_to_keep=1)
+        return inside, time.perf_counter() - started

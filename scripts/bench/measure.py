@@ -1,0 +1,188 @@
+"""What every benchmark uses: a model twice, prompts of a length, and timing for a noisy machine.
+
+What is compared runs in turn, in one process. Ratios are taken within each round and their median is
+shown, since the runs of a round meet the machine in the same mood.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.texts import read_text
+from harness.cells import parse_cell
+from harness.settings import Choices, Settings, settings_from
+from kvmerge.engine import Request, Stop, run_samples
+from kvmerge.models import load
+from kvmerge.resolve import config_dir
+from kvmerge.session import Row
+
+COMPARISON = (
+    "full@1",
+    "kvmerger@0.5",
+    "h2o@0.5",
+    "cam@0.5",
+    "kvmerger@0.35",
+    "h2o@0.35",
+    "cam@0.35",
+)
+"""The seven cells of the paper's table."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The answer to one question."""
+
+    name: str
+    title: str
+    setting: str
+    """What was measured, and how; the machine and the versions stand apart."""
+    rows: list[dict[str, Any]]
+    """The table, a dictionary a line with the same keys."""
+    target: str = ""
+    """What the project asks of it."""
+    raw: dict[str, Any] = field(default_factory=dict)
+    """Every single reading."""
+
+
+class Bench:
+    """The model under test and prompts for it."""
+
+    def __init__(self, overrides: Sequence[str], repeats: int) -> None:
+        """Take command-line overrides (`model=...`) and the number of counted rounds."""
+        self.overrides = list(overrides)
+        self.repeats = repeats
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings that the model comes from."""
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = compose("config", overrides=["experiment=mini", *self.overrides])
+        return settings_from(config, Choices("kvmerger", "mini"))
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model as the harness runs it."""
+        return self._loaded[0]
+
+    @cached_property
+    def plain(self) -> PreTrainedModel:
+        """The same weights as plain transformers runs them, with SDPA."""
+        return load(replace(self.settings.model, pack_weights=False))[0]
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load(self.settings.model)
+
+    @cached_property
+    def _text_ids(self) -> Tensor:
+        ids = self._loaded[1](read_text("packages").content, verbose=False)["input_ids"]
+        return torch.tensor([ids])
+
+    def prompt(self, length: int, number: int = 0) -> Tensor:
+        """`(1, length)` tokens of real prose, another piece for each number."""
+        ids = self._text_ids
+        while ids.shape[1] < (number + 1) * length:
+            ids = torch.cat([ids, self._text_ids], dim=1)
+        return ids[:, number * length : (number + 1) * length].to(self.model.device)
+
+    def rows(self, cells: Sequence[str]) -> list[Row]:
+        """The rows of cells, one seed each."""
+        return [self.settings.row(parse_cell(cell), 0) for cell in cells]
+
+    def run(self, prompts: Sequence[Tensor], rows: Sequence[Row], tokens: int, batch: int = 1) -> None:
+        """Answer prompts with exactly so many tokens, `batch` prompts at a time."""
+        requests = [Request(ids, rows) for ids in prompts]
+        for begin in range(0, len(requests), batch):
+            run_samples(self.model, requests[begin : begin + batch], Stop(tokens, frozenset()))
+
+    def generate(self, model: PreTrainedModel, prompts: Sequence[Tensor], tokens: int) -> None:
+        """Answer prompts by transformers' own `generate`, with exactly so many tokens."""
+        for ids in prompts:
+            model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+            )
+
+    def in_turn(self, actions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of each action, one after the other in every round; the first round warms up."""
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
+        for attempt in range(self.repeats + 1):
+            for name, action in actions.items():
+                gc.collect()
+                started = time.perf_counter()
+                action()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if attempt:
+                    seconds[name].append(time.perf_counter() - started)
+        return seconds
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest total of what is allocated inside the block and alive at the same time, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and count the storages that it made."""
+        given = {
+            _.untyped_storage().data_ptr() for _ in tree_leaves((args, kwargs)) if isinstance(_, Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            pointer, size = storage.data_ptr(), storage.nbytes()
+            if pointer in given or pointer in self._known:
+                continue
+            self._known.add(pointer)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._freed, pointer, size)
+        return out
+
+    def _freed(self, pointer: int, size: int) -> None:
+        self._known.discard(pointer)
+        self.live -= size
+
+
+def against(seconds: Mapping[str, list[float]], base: str) -> list[dict[str, Any]]:
+    """A table line for each action: median, extremes, and the ratio to `base`."""
+    return [
+        {
+            "run": name,
+            "median s": round(statistics.median(values), 3),
+            "min s": round(min(values), 3),
+            "max s": round(max(values), 3),
+            f"ratio to {base}": round(ratio(values, seconds[base]), 3),
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of one action's seconds divided by another's."""
+    return statistics.median(a / b for a, b in zip(values, base, strict=True))

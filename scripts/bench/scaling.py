@@ -1,0 +1,131 @@
+"""How do time and memory grow with the prompt, and with the number of cells?"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+
+from kvmerge.attention import prefill_attention
+from kvmerge.scores import column_sums
+from scripts.bench.measure import COMPARISON, Bench, LiveBytes, Report, ratio
+
+LENGTHS = (512, 1024, 2048, 4096, 8000)
+SCORES_ONLY = 32_768
+CELLS = (1, 2, 4, 7, 10, 14)
+_MORE = ("streaming_llm", "snapkv", "tova", "random", "pivot_only", "meanpool_sets", "kvmerger_log")
+
+
+def by_length(bench: Bench) -> Report:
+    """Time attention and column sums of one layer, and count the bytes that the sums need."""
+    config = bench.model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = config.hidden_size // heads
+    rows: list[dict[str, Any]] = []
+    raw: dict[str, Any] = {}
+    for length in (*LENGTHS, SCORES_ONLY):
+        generator = torch.Generator().manual_seed(length)
+        queries = torch.randn(1, heads, length, head_dim, generator=generator)
+        keys, values = (
+            torch.randn(1, kv_heads, length, head_dim, generator=generator) for _ in range(2)
+        )
+        scale = head_dim**-0.5
+        _, lse = prefill_attention(queries, keys, values, scale)
+        repeats = bench.repeats if length < SCORES_ONLY else 1
+        seconds: dict[str, list[float]] = {"attention": [], "column sums": []}
+        for _ in range(repeats):
+            started = time.perf_counter()
+            prefill_attention(queries, keys, values, scale)
+            attended = time.perf_counter()
+            column_sums(queries, keys, lse, scale=scale)
+            seconds["attention"].append(attended - started)
+            seconds["column sums"].append(time.perf_counter() - attended)
+        with LiveBytes() as live:
+            column_sums(queries, keys, lse, scale=scale)
+        raw[str(length)] = seconds
+        rows.append(
+            {
+                "tokens": length,
+                "attention s": round(statistics.median(seconds["attention"]), 4),
+                "column sums s": round(statistics.median(seconds["column sums"]), 4),
+                "ratio": round(ratio(seconds["column sums"], seconds["attention"]), 2),
+                "memory of the sums MiB": round(live.peak / 2**20, 1),
+                "the map MiB": round(4 * heads * length**2 / 2**20, 1),
+            }
+        )
+    return Report(
+        "scaling_length",
+        "One layer's attention and column sums, by prompt length",
+        f"Random states of the model's shape ({heads} query and {kv_heads} KV heads of {head_dim}), "
+        f"float32; one reading at {SCORES_ONLY:,} tokens. Memory: largest total of live allocations.",
+        rows,
+        "linear memory",
+        raw,
+    )
+
+
+def by_cells(bench: Bench, length: int = 2048, tokens: int = 32) -> Report:
+    """Time one sample with 1 to 14 cells."""
+    pool = [*COMPARISON, *(f"{name}@0.35" for name in _MORE)]
+    ids = [bench.prompt(length)]
+    rows_of = {str(count): bench.rows(pool[:count]) for count in CELLS}
+    seconds = bench.in_turn(
+        {name: partial(bench.run, ids, rows, tokens) for name, rows in rows_of.items()}
+    )
+    table = [
+        {
+            "cells": int(name),
+            "median s": round(statistics.median(values), 3),
+            "ratio to one cell": round(ratio(values, seconds["1"]), 3),
+        }
+        for name, values in seconds.items()
+    ]
+    return Report(
+        "scaling_cells",
+        "One sample, by the number of cells",
+        f"A prompt of {length:,} tokens, {tokens} answer tokens, fidelity off. The first cell is the "
+        "full cache alone.",
+        table,
+        "close to flat",
+        {"seconds": seconds, "cells": pool},
+    )
+
+
+def picture(reports: Sequence[Report]) -> dict[str, bytes]:
+    """Draw both scalings; PNG and PDF by file name."""
+    by_name = {report.name: report for report in reports}
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        lengths = by_name["scaling_length"].rows
+        for key, colour in (("attention s", "#0072B2"), ("column sums s", "#D55E00")):
+            left.loglog(
+                [row["tokens"] for row in lengths],
+                [row[key] for row in lengths],
+                "o-",
+                color=colour,
+                label=key.removesuffix(" s"),
+            )
+        left.set(xlabel="prompt tokens", ylabel="seconds a layer")
+        left.legend(frameon=False)
+        cells = by_name["scaling_cells"].rows
+        right.plot(
+            [row["cells"] for row in cells],
+            [row["ratio to one cell"] for row in cells],
+            "o-",
+            color="#009E73",
+        )
+        right.set(xlabel="cells", ylabel="time, one cell = 1", ylim=(0, None))
+        files = {}
+        for ending in ("png", "pdf"):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending, dpi=150)
+            files[f"scaling.{ending}"] = buffer.getvalue()
+    return files
