@@ -7,6 +7,7 @@ file whose SHA-256 is wrong.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -15,6 +16,7 @@ import logging
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -222,15 +224,36 @@ def shown_size(size: int | None) -> str:
     return "size unknown" if size is None else tqdm.format_sizeof(size, "B")
 
 
+class NeedsDownload(UserError):
+    """A file that is not in the cache, while downloads are held back."""
+
+
+_held_back: ContextVar[bool] = ContextVar("held_back", default=False)
+
+
+@contextlib.contextmanager
+def no_downloads() -> Iterator[None]:
+    """Hold downloads back inside the block: `fetch` raises `NeedsDownload` instead."""
+    token = _held_back.set(True)
+    try:
+        yield
+    finally:
+        _held_back.reset(token)
+
+
 def fetch(file: HubFile) -> Path:
     """Return the path of a file in the hub's cache, downloaded only if it is not there.
 
     A download is announced (what, from where, how big) and resumes where an earlier one broke off.
     The SHA-256 is checked, once for each state of the file; a wrong file is deleted.
 
-    Raises UserError if the file can be had neither from the cache nor from the hub, or is wrong.
+    Raises UserError if the file can be had neither from the cache nor from the hub, or is wrong, and
+    NeedsDownload inside `no_downloads`.
     """
-    path = cached(file) or _download(file)
+    path = cached(file)
+    if path is None and _held_back.get():
+        raise NeedsDownload(f"{file}, {shown_size(file.size)}, is not in the hub's cache yet.")
+    path = path or _download(file)
     check(file, path)
     return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.source import NeedsDownload, no_downloads
 from harness.runner import pending
 from harness.settings import Settings
 from kvmerge.models import DTYPES
@@ -15,7 +16,17 @@ _CHARACTERS_PER_TOKEN = 3.5
 
 def print_plan(settings: Settings, console: Console) -> None:
     """Print samples, answers and the estimated cost of what is left to run. Writes nothing."""
-    jobs, _ = pending(settings)
+    try:
+        with no_downloads():
+            jobs, _ = pending(settings)
+    except NeedsDownload as error:
+        console.print(
+            f"{error} A run fetches it first; `python scripts/data.py fetch "
+            f"{settings.benchmark.name}` does only that. What the run costs is known then.",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return
     table = Table(title=f"{settings.model.name} on {settings.benchmark.name}", title_justify="left")
     for column in (
         "task",

@@ -44,6 +44,8 @@ COLUMNS = [
     "kept_entries_min",
     "kept_entries_max",
     "size_bytes",
+    "merged_tokens",
+    "evicted_tokens",
     "prefill_seconds",
     "decode_seconds",
 ]
@@ -283,6 +285,8 @@ def summarise(run: Run) -> pd.DataFrame:
                             "kl_to_full",
                             "top1_agreement",
                             "size_bytes",
+                            "merged_tokens",
+                            "evicted_tokens",
                             "prefill_seconds",
                             "decode_seconds",
                         )

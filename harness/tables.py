@@ -317,6 +317,8 @@ _MEANS = [
     "kv_bytes",
     "kv_bytes_full",
     "size_bytes",
+    "merged_tokens",
+    "evicted_tokens",
     "kl_to_full",
     "top1_agreement",
     "prefill_seconds",
@@ -333,7 +335,7 @@ def budget_table(run: Run) -> Table:
         method, budget = split_cell(cell)
         lines = summary[(summary["method"] == method) & (summary["budget"] == budget)]
         if lines.empty:
-            rows.append((cell, "0", *[""] * 9))
+            rows.append((cell, "0", *[""] * 11))
             continue
         values = {name: float(lines[name].mean()) for name in _MEANS}
         values["budget_achieved_min"] = float(lines["budget_achieved_min"].min())
@@ -346,6 +348,8 @@ def budget_table(run: Run) -> Table:
                 f"{values['budget_achieved_mean']:.4f}\n"
                 f"[{values['budget_achieved_min']:.4f}, {values['budget_achieved_max']:.4f}]",
                 f"{values['kept_entries_mean']:.1f}",
+                _number(values["merged_tokens"], ".1f"),
+                _number(values["evicted_tokens"], ".1f"),
                 f"{values['prompt_tokens_mean']:.1f}",
                 _number(values["kv_bytes"] / 2**20, ".2f"),
                 _number(values["kv_bytes_full"] / 2**20, ".2f"),
@@ -359,14 +363,17 @@ def budget_table(run: Run) -> Table:
         name="budgets",
         title="Budget, memory and fidelity",
         caption=f"What each cell kept: {setting(run)}. Means over samples, then tasks; in brackets "
-        "the smallest and largest sample. Entries are per layer and KV head, after prefill; KV "
-        "counts K and V alone, size vectors stand apart. KL(full || cell) in nats and top-1 "
-        "agreement along the full cache's own answer.",
+        "the smallest and largest sample. Entries are per layer and KV head, after prefill; merged are "
+        "the prompt tokens that share another's entry, evicted those that none stands for (told by "
+        "methods that keep sizes). KV counts K and V alone, size vectors stand apart. KL(full || cell) "
+        "in nats and top-1 agreement along the full cache's own answer.",
         header=(
             "cell",
             "tasks",
             "achieved budget",
             "entries kept",
+            "merged",
+            "evicted",
             "prompt tokens",
             "KV MiB",
             "full KV MiB",

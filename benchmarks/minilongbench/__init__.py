@@ -13,12 +13,10 @@ answers of few-shot tasks to the first line. Their scores are therefore not this
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.loading import read_bytes
 from benchmarks.longbench import FIELDS, TASKS, LongBench
-from benchmarks.source import HubFile, Source, fetch
+from benchmarks.source import Files, HubFile, Source
 from benchmarks.task import Task
 
 ROWS = {
@@ -65,17 +63,6 @@ FILES = tuple(_FILES.values())
 _FIELDS = {name: kind for name, kind in FIELDS.items() if name != "dataset"}
 
 
-@dataclass(frozen=True)
-class _HubFiles:
-    """One file of the hub a task, at a revision; None: the pinned one."""
-
-    revision: str | None
-
-    def read(self, name: str) -> tuple[bytes, str]:
-        path = fetch(_FILES[name].at(self.revision))
-        return read_bytes(path), str(path)
-
-
 class MiniLongBench(LongBench):
     """The benchmark: rows from a folder of `<task>.jsonl`, or from the hub.
 
@@ -106,7 +93,7 @@ class MiniLongBench(LongBench):
 
     def hub(self) -> Source:
         """Return the source of the rows where no folder is given."""
-        return _HubFiles(self.revision)
+        return Files({name: file.at(self.revision) for name, file in _FILES.items()})
 
     def notes(self) -> list[str]:
         """Return what LongBench notes, and which tasks do not have MiniLongBench's number of rows."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import longbench, minilongbench
+from benchmarks import longbench, source
 from benchmarks.longbench import LongBench, find_task
 from benchmarks.minilongbench import FILES, REVISION, ROWS, MiniLongBench
 from benchmarks.source import HubFile
@@ -83,7 +83,7 @@ def test_the_hubs_files_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.
         fetched.append(file)
         return tmp_path / Path(file.filename).name
 
-    monkeypatch.setattr(minilongbench, "fetch", fetch)
+    monkeypatch.setattr(source, "fetch", fetch)
     remote = MiniLongBench(tasks=["qasper"])
     assert fetched == []
     local = MiniLongBench(str(tmp_path), ["qasper"])

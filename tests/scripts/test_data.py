@@ -219,16 +219,21 @@ def test_a_dropped_download_is_resumed_by_a_run_and_then_needs_no_network(tmp_pa
 
         settings = ("benchmark=longbench", "benchmark.tasks=[trec]", f"benchmark.revision={REVISION}")
         folders = (f"output_dir={tmp_path / 'out'}", f"hydra.run.dir={tmp_path}")
-        plan = ("run.py", *settings, *folders, "dry_run=true")
+        command = ("run.py", *settings, *folders, "model=tiny-random", "method=full")
+        plan = run(hub, home, *command, "dry_run=true")
+        assert plan.returncode == 0, plan.stderr
+        assert "is not in the hub's cache yet. A run fetches it first" in plan.stdout
+        assert hub.requests == []
+
         hub.reset_after = 16 * 2**20
-        dropped = run(hub, home, *plan)
+        dropped = run(hub, home, *command)
         assert dropped.returncode == 2
         assert "Fetching data.zip of the hub's dataset THUDM/LongBench" in dropped.stderr
         assert f"error: cannot fetch {ARCHIVE.at(REVISION)}" in dropped.stderr.splitlines()[-1]
 
         hub.reset_after = None
         hub.requests.clear()
-        resumed = run(hub, home, *plan)
+        resumed = run(hub, home, *command)
         assert resumed.returncode == 0, resumed.stderr
         assert "trec" in resumed.stdout
         (asked,) = hub.ranges()

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from harness.records import Record
 from harness.reference import load_references
 from harness.summary import load_run
 from harness.tables import (
@@ -23,7 +24,7 @@ from harness.tables import (
     score_table,
 )
 from kvmerge.errors import UserError
-from scripts.plots import looks
+from scripts.plots import draw_all, looks
 from scripts.render import latex, markdown
 from scripts.report import main, print_comparison, write_report
 from tests.synthetic_run import record, write_run
@@ -78,7 +79,7 @@ def test_one_command_writes_every_file(reported: Path) -> None:
     }
     plots = {
         f"plots/{p}.{e}"
-        for p in ("scores_by_task", "average_by_budget", "kl_by_budget")
+        for p in ("scores_by_task", "average_by_budget", "kl_by_budget", "perplexity_text")
         for e in ("png", "pdf")
     }
     assert written == tables | plots | {"run.json", "summary.csv", "report.html"}
@@ -190,7 +191,7 @@ class Page(HTMLParser):
 def test_the_page_is_self_contained(reported: Path) -> None:
     text = (reported / "report.html").read_text()
     page = Page(text)
-    assert len(page.loads) == 3
+    assert len(page.loads) == 4
     assert all(load.startswith("data:image/png;base64,iVBOR") for load in page.loads)
     assert "http" not in text
     assert "url(" not in text
@@ -351,6 +352,35 @@ def test_a_narrow_console_gets_blocks_and_loses_nothing(reported: Path) -> None:
     assert all(number in text for number in ("50.00", "37.50", "25.00", "12.50"))
     assert "…" not in text
     assert text.count("average") == 2
+
+
+def test_many_cells_stand_in_rows_where_the_tasks_fit_beside_each_other(tmp_path: Path) -> None:
+    cells = {f"h2o@0.{n}": {"t": [record("0", n / 10)]} for n in range(1, 9)}
+    run = write_run(tmp_path, {"t": "qa_f1"}, cells)
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_comparison(run, console)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    for n in range(1, 9):
+        assert [f"h2o@0.{n}", f"{10 * n}.00", f"{10 * n}.00", "0.500"] in lines
+
+
+def test_a_perplexity_is_drawn_against_the_budget_and_has_no_average(tmp_path: Path) -> None:
+    def line(nll: float, budget: float) -> list[Record]:
+        parts = {"nll": nll, "tokens": 10}
+        return [record("0", 0.0, budget_achieved=budget, extra=parts)]
+
+    cells = {"full@1": {"t": line(10, 1)}, "h2o@0.5": {"t": line(20, 0.5)}}
+    run = write_run(tmp_path, {"t": "perplexity"}, cells)
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_comparison(run, console)
+    text = console.export_text()
+    assert "2.72" in text
+    assert "7.39" in text
+    assert "average" not in text
+    assert "Scores 0 to 100" not in text
+    plots = {plot.name: plot for plot in draw_all(load_run(run), looks([load_run(run)]))}
+    assert "average_by_budget" not in plots
+    assert "lower is better" in plots["perplexity_t"].caption
 
 
 TABLE = Table(
