@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from kvmerge import onednn
+from kvmerge.scores import column_sums
+
 NAME = "kvmerge"
 SESSION = "kvmerge_session"
 """Keyword of the model's forward that carries the session down to the attention function."""
@@ -105,6 +108,26 @@ def forward(
         logits_to_keep=logits_to_keep,
         **{SESSION: session},
     ).logits
+
+
+def attention_and_scores(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of a whole prompt, and how much of it each key received.
+
+    Args:
+        queries: `(1, heads, T, head_dim)`.
+        keys: `(1, kv_heads, T, head_dim)`.
+        values: `(1, kv_heads, T, head_dim)`.
+        scored: whether the scores are wanted.
+
+    Returns:
+        output `(1, heads, T, head_dim)`; column sums `(1, kv_heads, T)` float32, or None.
+    """
+    if onednn.available(queries):
+        return onednn.prefill_attention(queries, keys, values, scale, scored=scored)
+    out, lse = prefill_attention(queries, keys, values, scale)
+    return out, column_sums(queries, keys, lse, scale=scale) if scored else None
 
 
 def prefill_attention(

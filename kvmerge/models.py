@@ -37,7 +37,7 @@ from kvmerge.checkpoints import (
 )
 from kvmerge.errors import UserError, unknown
 from kvmerge.hub import explain, first_line, prepare
-from kvmerge.packing import pack_linear_layers
+from kvmerge.onednn import pack_linear_layers
 
 __all__ = [
     "DTYPES",
@@ -87,7 +87,7 @@ class ModelSpec:
     quantize: str | None = None
     """Weights held in `4bit` (nf4) or `8bit` by bitsandbytes; None: in `dtype`."""
     pack_weights: bool = True
-    """On a CPU in float32, keep linear layers as oneDNN reads them (`kvmerge.packing`): several times
+    """On a CPU in float32, keep linear layers as oneDNN reads them (`kvmerge.onednn`): several times
     as fast on AMD, results equal to rounding."""
     stop: Sequence[str] = ()
     """Texts of tokens that end an answer, beside the model's own end tokens."""

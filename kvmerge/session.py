@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvmerge.attention import masked_attention, prefill_attention
+from kvmerge.attention import attention_and_scores, masked_attention
 from kvmerge.budget import Budget, count
 from kvmerge.cache import Hold, LayerCache, SteppedRow
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all
 from kvmerge.rope import Rope
-from kvmerge.scores import column_sums
 
 DECODE_POLICIES = ("append", "hold")
 POSITIONS = ("absolute", "rolled")
@@ -195,10 +194,8 @@ class CacheSession:
     ) -> tuple[PrefillLayer, Tensor]:
         """Attention of one prompt in one layer, and what the compressors are handed."""
         rows = [row for row in self.rows if row.prompt == prompt]
-        out, lse = prefill_attention(queries, keys, values, scale)
-        scores = None
-        if self._wants_scores(rows, keys.shape[2]):
-            scores = column_sums(queries, keys, lse, scale=scale)
+        scored = self._wants_scores(rows, keys.shape[2])
+        out, scores = attention_and_scores(queries, keys, values, scale, scored=scored)
         layer = PrefillLayer(
             queries, keys, values, scores, layer_idx, self.num_layers, scale, self.rope
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kvmerge.attention import forward, hooked, prefill_attention
+from kvmerge.attention import forward, hooked
 from kvmerge.method import PrefillLayer
-from kvmerge.scores import column_sums
 from kvmerge.session import session_for
 from scripts.bench.measure import Bench, Report, against
 
@@ -65,9 +64,8 @@ def score_error(bench: Bench, length: int) -> float:
         session.begin([length], 1)
         positions = torch.arange(length, device=ids.device).unsqueeze(0)
         forward(bench.model, session, ids, positions, logits_to_keep=1)
-    queries, keys = layers[0].queries, layers[0].keys
-    _, lse = prefill_attention(queries, keys, layers[0].values, layers[0].scale)
-    found = column_sums(queries, keys, lse, scale=layers[0].scale).double()
+    queries, keys, found = layers[0].queries, layers[0].keys, layers[0].scores
+    assert found is not None
     group = queries.shape[1] // keys.shape[1]
     wide = keys[0].double().repeat_interleave(group, dim=0)
     exact = torch.zeros(queries.shape[1], length, dtype=torch.float64, device=keys.device)
@@ -78,4 +76,4 @@ def score_error(bench: Bench, length: int) -> float:
         logits.masked_fill_(columns[:end] > columns[begin:end, None], -torch.inf)
         exact[:, :end] += logits.softmax(dim=-1).sum(dim=1)
     wanted = exact.unflatten(0, (-1, group)).sum(dim=1)
-    return float(((found[0] - wanted).abs() / wanted).max())
+    return float(((found[0].double() - wanted).abs() / wanted).max())
