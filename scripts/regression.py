@@ -6,8 +6,8 @@
 What is compared: prompts exactly (by hash); entries kept exactly; merging sets and kept tokens exactly,
 by layer and KV head; logits at the last answer token within `LOGIT_TOLERANCE`; scores within
 `SCORE_TOLERANCE`. Processors round differently, and a choice between two nearly equal tokens may then
-fall the other way: recording perturbs each layer by `NOISE` and leaves out the heads whose choice
-changes, so that what is recorded holds on any machine.
+fall the other way: recording perturbs each layer by `NOISE`, several times, and leaves out the heads
+whose choice changes, so that what is recorded holds on any machine.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ LOGIT_TOLERANCE = 0.05
 SCORE_TOLERANCE = 0.05
 NOISE = 1e-4
 """Relative perturbation that a recorded choice must survive, a hundred times float32 rounding."""
+DRAWS = 8
+"""Draws of it that each choice must survive."""
 _TOP_LOGITS = 8
 
 
@@ -84,12 +86,13 @@ class Selection:
         """Digest the kept tokens and set sizes of one layer (see `kvmerge.session.Observer`)."""
         found: list[str | None] = list(_digests(kept))
         if self.perturb and kept.positions.shape[-1] < layer.length:
-            again = list(_digests(self._perturbed(row, layer, kept)))
-            found = [a if a == b else None for a, b in zip(found, again, strict=True)]
+            for draw in range(DRAWS):
+                again = _digests(self._perturbed(row, layer, kept, draw))
+                found = [a if a == b else None for a, b in zip(found, again, strict=True)]
         self.digests[row].append(found)
 
-    def _perturbed(self, row: int, layer: PrefillLayer, kept: Entries) -> Entries:
-        generator = torch.Generator().manual_seed(layer.layer_idx)
+    def _perturbed(self, row: int, layer: PrefillLayer, kept: Entries, draw: int) -> Entries:
+        generator = torch.Generator().manual_seed(layer.layer_idx * DRAWS + draw)
 
         def noisy(state: Tensor) -> Tensor:
             return state * (1 + NOISE * torch.randn(state.shape, generator=generator))
