@@ -57,7 +57,7 @@ def test_real_drop_keeps_the_same_tokens_for_32_steps(dtype: str, heavy: int, re
             kept.append(entries.positions[0])
     assert [each.tolist() for each in kept] == official["kept"]
     assert entries.scores is not None
-    close(entries.scores[0], official["scores"], 1e-6)
+    close(entries.scores[0], official["scores"], 5e-6)
 
 
 def test_half_precision_sums_lose_what_float32_keeps() -> None:

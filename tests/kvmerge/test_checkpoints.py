@@ -180,4 +180,5 @@ def test_the_converted_copy_is_made_once(package, checkpoint, monkeypatch):
     (package / "m.gguf").unlink()
     second, _ = load(spec)
     for model in (first, second):
-        assert torch.equal(model(prompt(9)).logits, source(prompt(9)).logits)
+        # oneDNN's kernels may round otherwise than MKL's.
+        torch.testing.assert_close(model(prompt(9)).logits, source(prompt(9)).logits)

@@ -92,7 +92,8 @@ def test_a_checkpoint_keeps_its_weights(tmp_path, checkpoint):
     for file in checkpoint.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     loaded, _ = load(local(tmp_path))
-    assert torch.equal(loaded(prompt(9)).logits, model(prompt(9)).logits)
+    # oneDNN's kernels may round otherwise than MKL's.
+    torch.testing.assert_close(loaded(prompt(9)).logits, model(prompt(9)).logits)
 
 
 def test_bfloat16_answers_on_a_cpu(checkpoint):
