@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from benchmarks.loading import read_bytes
-from kvmerge.errors import UserError, unknown
+from kvmerge.errors import UserError, first_line, unknown
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,15 @@ class HubFile:
         if revision in (None, self.revision):
             return self
         return replace(self, revision=str(revision), sha256=None, size=None)
+
+    def notes(self, revision: str | None) -> list[str]:
+        """Return what a reader of results made from another revision must know."""
+        if revision in (None, self.revision):
+            return []
+        return [
+            f"The data are those of revision {revision} of {self.repo}, whose SHA-256 is not known "
+            "here."
+        ]
 
     def __str__(self) -> str:
         return f"{self.filename} of the hub's dataset {self.repo} (revision {self.revision})"
@@ -109,6 +118,39 @@ class Folder:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{self.suffix}"
+
+
+def folder_or_hub(
+    data_dir: str | None,
+    revision: str | None,
+    hub: Callable[[], Source],
+    names: Sequence[str],
+    *,
+    known: Sequence[str] | None = None,
+    suffix: str = ".jsonl",
+) -> Source:
+    """Return the source that a benchmark's settings ask for.
+
+    Args:
+        data_dir: the folder to read; None takes the hub.
+        revision: of the hub; None is the pinned one.
+        hub: gives the hub's source.
+        names: what must be in the folder.
+        known: all names that exist, if `names` are not all of them.
+        suffix: what follows a name in the folder's files.
+
+    Raises UserError for a revision of a folder, and for a missing folder or file.
+    """
+    if data_dir is None:
+        return hub()
+    if revision is not None:
+        raise UserError(
+            f"benchmark.revision={revision} is of the hub and benchmark.data_dir={data_dir} is a "
+            "folder. Give one of the two."
+        )
+    folder = Folder(Path(data_dir).expanduser(), suffix)
+    folder.require(names, known)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -377,5 +419,4 @@ def _reason(file: HubFile, error: Exception) -> str:
         return f"the dataset has no such revision. {page}/commits/main lists them."
     if isinstance(error, errors.EntryNotFoundError):
         return f"the revision has no such file. {page}/tree/{file.revision} lists them."
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"{first_line.rstrip('.')}. What has arrived is kept; the same command resumes."
+    return f"{first_line(error).rstrip('.')}. What has arrived is kept; the same command resumes."

@@ -14,6 +14,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that does not exist: what exists, and the nearest to it."""
     names = sorted(known)

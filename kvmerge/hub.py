@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from kvmerge.checkpoints import INDEX, weight_files
+from kvmerge.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +130,6 @@ def explain(error: BaseException, repository: str, revision: str | None) -> str 
             f"hub can be reached, {_LOCAL}"
         )
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

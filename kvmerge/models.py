@@ -35,8 +35,8 @@ from kvmerge.checkpoints import (
     damaged_files,
     save_random,
 )
-from kvmerge.errors import UserError, unknown
-from kvmerge.hub import explain, first_line, prepare
+from kvmerge.errors import UserError, first_line, unknown
+from kvmerge.hub import explain, prepare
 from kvmerge.onednn import pack_linear_layers
 
 __all__ = [

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.loading import TEXT, TEXTS, TEXTS_OR_NULL, Kind, parse_rows, sha256, shown
 from benchmarks.longbench.metrics import score_task
 from benchmarks.longbench.profiles import find_profile
-from benchmarks.source import Archive, Folder, HubFile, Source
+from benchmarks.source import Archive, HubFile, Source, folder_or_hub
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from kvmerge.errors import UserError, unknown
 
@@ -147,7 +146,14 @@ class LongBench:
         chosen = choose_tasks(self.all_tasks, tasks, self.title)
         self.tasks = tuple(self.profile.adapt(task) for task in chosen)
         self.revision = revision
-        self.source = self._source(data_dir)
+        self.source = folder_or_hub(
+            data_dir,
+            revision,
+            self.hub,
+            [task.name for task in self.tasks],
+            known=[task.name for task in self.all_tasks],
+            suffix=self.suffix,
+        )
 
     def samples(self, task: Task) -> list[Sample]:
         """Return all rows of `task`, in file order.
@@ -189,12 +195,7 @@ class LongBench:
         notes = list(self.profile.notes)
         if any(task.metric == "code_sim" for task in self.tasks):
             notes.append("code_sim is fuzzywuzzy's ratio on difflib, as without python-Levenshtein.")
-        if self.revision not in (None, self.pinned.revision):
-            notes.append(
-                f"The data are those of revision {self.revision} of {self.pinned.repo}, whose SHA-256 "
-                "is not known here."
-            )
-        return notes
+        return [*notes, *self.pinned.notes(self.revision)]
 
     def fingerprint(self) -> dict[str, str]:
         """Return the SHA-256 of each chosen task's file; it is the same in a folder and a zip."""
@@ -212,18 +213,6 @@ class LongBench:
     def hub(self) -> Source:
         """Return the source of the rows where no folder is given."""
         return Archive(ARCHIVE.at(self.revision), suffix=self.suffix)
-
-    def _source(self, data_dir: str | None) -> Source:
-        if data_dir is None:
-            return self.hub()
-        if self.revision is not None:
-            raise UserError(
-                f"benchmark.revision={self.revision} is of the hub and benchmark.data_dir={data_dir} "
-                "is a folder. Give one of the two."
-            )
-        folder = Folder(Path(data_dir).expanduser(), suffix=self.suffix)
-        folder.require([task.name for task in self.tasks], known=[task.name for task in self.all_tasks])
-        return folder
 
 
 def _check_answers(

@@ -7,7 +7,7 @@ other rows, and scores are also reported by length, in the buckets of the offici
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.loading import Kind
@@ -52,8 +52,9 @@ class LongBenchE(LongBench):
         data_dir: folder to read; None takes `data.zip` of the hub's `THUDM/LongBench` instead.
         tasks: names of the tasks to run, without `_e`; None means all 13.
         revision: commit, branch or tag of the hub repository; None takes the pinned commit.
+        profile: how prompts are cut and wrapped, as in LongBench.
 
-    Raises UserError for a task that does not exist, for a missing folder or file, and for a
+    Raises UserError for a task or profile that does not exist, for a missing folder or file, and for a
     revision of a folder.
     """
 
@@ -62,14 +63,6 @@ class LongBenchE(LongBench):
     all_tasks = TASKS
     fields = FIELDS | {"length": _WHOLE}
     suffix = "_e.jsonl"
-
-    def __init__(
-        self,
-        data_dir: str | None = None,
-        tasks: Sequence[str] | None = None,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(data_dir, tasks, revision)
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, str | int]:
         """Return the length bucket of a row."""

@@ -12,7 +12,7 @@ answers of few-shot tasks to the first line. Their scores are therefore not this
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.longbench import FIELDS, TASKS, LongBench
@@ -70,8 +70,9 @@ class MiniLongBench(LongBench):
         data_dir: folder to read; None takes the files of the hub's `linggm/MiniLongBench` instead.
         tasks: names of the tasks to run; None means all 21.
         revision: commit, branch or tag of the hub repository; None takes the pinned commit.
+        profile: how prompts are cut and wrapped, as in LongBench.
 
-    Raises UserError for a task that does not exist, for a missing folder or file, and for a
+    Raises UserError for a task or profile that does not exist, for a missing folder or file, and for a
     revision of a folder.
     """
 
@@ -79,14 +80,6 @@ class MiniLongBench(LongBench):
     title = "MiniLongBench"
     pinned = FILES[0]
     fields = _FIELDS
-
-    def __init__(
-        self,
-        data_dir: str | None = None,
-        tasks: Sequence[str] | None = None,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(data_dir, tasks, revision)
 
     def check_dataset(self, row: Mapping[str, Any], task: Task, place: str) -> None:
         """Accept every row."""

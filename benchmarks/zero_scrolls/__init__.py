@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.loading import TEXT, Kind, parse_rows, sha256, shown
-from benchmarks.source import Archive, Folder, HubFile, Source
+from benchmarks.source import Archive, HubFile, Source, folder_or_hub
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from benchmarks.zero_scrolls.metrics import METRICS
 from benchmarks.zero_scrolls.truncation import (
@@ -197,7 +196,9 @@ class ZeroScrolls:
             )
             for task in choose_tasks(TASKS, tasks, "ZeroSCROLLS")
         )
-        self.source = self._source(data_dir)
+        self.source = folder_or_hub(
+            data_dir, revision, self._hub, [task.name for task in self.tasks], known=list(_BY_NAME)
+        )
 
     def samples(self, task: Task) -> list[Sample]:
         """Return the samples of `task`, in file order: rows with one id are one sample.
@@ -271,31 +272,15 @@ class ZeroScrolls:
                 "The paper averages seven tasks without naming them. These seven are our reading: "
                 "those with public validation answers."
             )
-        if self.revision not in (None, REVISION):
-            notes.append(
-                f"The data are those of revision {self.revision} of {FILES[0].repo}; the SHA-256 of "
-                f"its files is not known here."
-            )
-        return notes
+        return [*notes, *FILES[0].notes(self.revision)]
 
     def fingerprint(self) -> dict[str, str]:
         """Return the SHA-256 of each chosen task's file; it is the same in a folder and a zip."""
         return {task.name: sha256(self.source.read(task.name)[0]) for task in self.tasks}
 
-    def _source(self, data_dir: str | None) -> Source:
-        if data_dir is None:
-            files = FILES
-            if self.revision not in (None, REVISION):
-                files = tuple(replace(f, revision=str(self.revision), sha256=None) for f in FILES)
-            return Archives(dict(zip(_BY_NAME, files, strict=True)), self.split)
-        if self.revision is not None:
-            raise UserError(
-                f"benchmark.revision={self.revision} is of the hub and benchmark.data_dir={data_dir} "
-                f"is a folder. Give one of the two."
-            )
-        folder = Folder(Path(data_dir).expanduser())
-        folder.require([task.name for task in self.tasks])
-        return folder
+    def _hub(self) -> Source:
+        files = {name: file.at(self.revision) for name, file in zip(_BY_NAME, FILES, strict=True)}
+        return Archives(files, self.split)
 
 
 def _answer_length(task: Task, wanted: str | int) -> int:
