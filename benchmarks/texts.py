@@ -60,6 +60,11 @@ def read_text(source: str, hub: Mapping[str, Any] | None = None) -> Text:
 
     Raises UserError if the text cannot be had, is not UTF-8, or is blank.
     """
+    if hub and source != "hub":
+        raise UserError(
+            f"benchmark.hub names a dataset, and benchmark.source={source} another text. Give "
+            "benchmark.source=hub, or leave benchmark.hub out."
+        )
     if source == "hub":
         text = _hub(hub or {})
     elif source in _BUILT_IN:

@@ -69,8 +69,8 @@ class Answerer:
         rows = sum(len(settings.seeds(cell)) for cell in settings.cells)
         self.batch_size = BatchSize(settings.batch_size, model, rows)
 
-    def answer(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Lines]]:
-        """Answer jobs of one task with every missing cell; yields each once its batch is done."""
+    def answer(self, jobs: Sequence[Job]) -> Iterator[Lines]:
+        """Answer jobs of one task with every missing cell; yields each job's lines in order."""
         waiting: list[Prepared] = []
         coming = iter(jobs)
         while True:
@@ -85,11 +85,13 @@ class Answerer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                results = None  # after this block nothing holds what the batch had allocated
+            if results is None:
                 self.batch_size.shrink(taken)
                 continue
             del waiting[:taken]
             for prepared, result in zip(batch, results, strict=True):
-                yield prepared.job, self._lines(prepared, result)
+                yield self._lines(prepared, result)
 
     def _prepare(self, job: Job) -> Prepared:
         settings = self.settings

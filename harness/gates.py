@@ -107,9 +107,12 @@ def summary_lines(found: Sequence[Gate]) -> list[tuple[Verdict, str]]:
     return lines
 
 
-def log_gate(output_dir: Path, task: str) -> None:
+def log_gate(output_dir: Path, benchmark: str, task: str) -> None:
     """Log the verdict on a task that has just been finished, a warning where it is outside."""
-    for gate in gates(load_run(output_dir), load_references()):
+    published = [r for r in load_references() if r.benchmark == benchmark and r.task == task]
+    if not published:
+        return
+    for gate in gates(load_run(output_dir), published):
         if gate.task == task and gate.verdict is not Verdict.NOT_COMPARABLE:
             level = logging.WARNING if gate.verdict is Verdict.OUTSIDE else logging.INFO
             logger.log(level, "Gate: %s is %s", gate.text, gate.verdict)

@@ -44,11 +44,11 @@ def run(settings: Settings) -> None:
     with tqdm(total=len(jobs), unit="sample", desc=f"{work} answers", smoothing=0.05) as bar:
         for task, of_task in groupby(jobs, key=lambda job: job.task):
             bar.set_postfix_str(task.name)
-            for _, lines in answerer.answer(list(of_task)):
+            for lines in answerer.answer(list(of_task)):
                 for cell, record in lines:
                     append_record(prediction_path(settings.results_dir, task.name, cell.name), record)
                 bar.update()
-            log_gate(settings.results_dir, task.name)
+            log_gate(settings.results_dir, settings.benchmark.name, task.name)
     write_run(
         settings, run_file, prints, counts, notes, seconds=round(time.perf_counter() - started, 1)
     )

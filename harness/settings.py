@@ -103,8 +103,9 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
     cells = _cells(config, choices)
     model = _build(config.model)
     if {"model.path"} <= choices.given and not {"model", "model.name"} & choices.given:
-        # Not the default model's weights any more, so neither its name nor its context.
-        model = replace(model, name=Path(str(model.path)).name, context=None)
+        # Not the default model's weights any more, so neither its name nor, unless given, its context.
+        context = model.context if "model.context" in choices.given else None
+        model = replace(model, name=Path(str(model.path)).name, context=context)
     benchmark = _build(config.benchmark)
     seed = _whole(config, "seed", least=0)
     num_seeds = _whole(config, "num_seeds", least=1)

@@ -158,3 +158,9 @@ def test_a_paragraph_begins_behind_a_blank_line(content, data):
         if place == 0 or (place > 1 and content[place - 2 : place] == "\n\n")
     ]
     assert Text(content, "here").paragraph_at(position) == (starts[0] if starts else position)
+
+
+def test_a_dataset_that_would_be_passed_over_is_refused():
+    hub = {"repo": "a/b", "filename": "c.parquet", "revision": "main", "column": "text"}
+    with pytest.raises(UserError, match=r"benchmark\.source=stdlib another text"):
+        read_text("stdlib", hub)

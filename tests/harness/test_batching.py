@@ -8,6 +8,7 @@ from harness.batching import BatchSize, entry_bytes
 from kvmerge.attention import hooked
 from kvmerge.budget import Budget
 from kvmerge.engine import Comparison
+from kvmerge.errors import UserError
 from kvmerge.resolve import load_method
 from kvmerge.session import Row
 from tests.tiny import FAMILIES, prompt, shared_model
@@ -47,3 +48,13 @@ def test_auto_takes_fewer_samples_the_more_rows_they_bring() -> None:
 def test_a_given_size_is_kept_to() -> None:
     assert BatchSize(5, shared_model(), rows=7).take([900] * 9) == 5
     assert BatchSize(5, shared_model(), rows=7).take([900] * 2) == 2
+
+
+def test_only_auto_shrinks_and_not_below_one() -> None:
+    size = BatchSize("auto", shared_model(), rows=7)
+    size.shrink(9)
+    assert size.take([1] * 9) == 4
+    with pytest.raises(UserError, match=r"batch_size=1 .* fewer cells"):
+        size.shrink(1)
+    with pytest.raises(UserError, match=r"batch_size=5 .* batch_size=auto"):
+        BatchSize(5, shared_model(), rows=7).shrink(5)

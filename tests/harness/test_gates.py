@@ -289,7 +289,7 @@ def test_a_finished_task_is_logged(
     other = replace(BAND, task="trec")
     monkeypatch.setattr(harness.gates, "load_references", lambda: [BAND, other])
     caplog.set_level(logging.INFO)
-    log_gate(run.output_dir, "qasper")
+    log_gate(run.output_dir, run.benchmark, "qasper")
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [(level, text)]
 
 

@@ -25,6 +25,7 @@ import harness.answering
 from benchmarks import longbench
 from benchmarks.task import PromptFormat
 from harness.answering import prompt_hash, stop_rule
+from harness.batching import BatchSize
 from harness.records import prediction_path
 from harness.runner import run
 from harness.settings import Settings
@@ -499,6 +500,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_run_again(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return counted(model, requests, stop)
 
+    shrink = BatchSize.shrink
+
+    def shrunk(size: BatchSize, used: int) -> None:
+        # An error that is still handled keeps its frames, and they keep what did not fit.
+        assert sys.exc_info() == (None, None, None)
+        shrink(size, used)
+
+    monkeypatch.setattr(BatchSize, "shrink", shrunk)
     monkeypatch.setattr(harness.answering, "run_samples", small)
     settings = tiny()
     run(settings)

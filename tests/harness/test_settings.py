@@ -257,3 +257,10 @@ def test_a_device_that_is_not_there_is_refused_before_loading(device: str) -> No
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=rf"model\.device.*{device}"):
         compose(*TREC, f"model.device={device}")
+
+
+def test_another_checkpoint_has_the_context_that_is_given(tmp_path: Path) -> None:
+    path = f"model.path={tmp_path}"
+    assert compose(*TREC, path).model.context is None  # not the default model's
+    assert compose(*TREC, path, "model.context=700").model.context == 700
+    assert compose(*TREC, path, "model=llama2-7b-chat").model.context == 4096
