@@ -56,9 +56,10 @@ def prefill_attention(
     future = torch.ones(block, block, dtype=torch.bool).triu_(1)
     out = torch.empty_like(queries)
     sums = queries.new_zeros(1, kv_heads, length) if scored else None
+    scaled = queries * scale
     for head in range(kv_heads):
         # The query heads of a group become rows of one product.
-        rows, into = (states[0, head * group : (head + 1) * group] for states in (queries * scale, out))
+        rows, into = (states[0, head * group : (head + 1) * group] for states in (scaled, out))
         own_keys, own_values = keys[0, head].contiguous(), values[0, head].contiguous()
         for begin in range(0, length, block):
             end = min(begin + block, length)

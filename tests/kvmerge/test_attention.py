@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from kvmerge.attention import NAME, cached_attention, forward, hooked, prefill_attention
+from kvmerge.attention import (
+    NAME,
+    attention_and_scores,
+    cached_attention,
+    forward,
+    hooked,
+    prefill_attention,
+)
 from tests.kvmerge import oracles
 from tests.tiny import new_model, normal, prompt, shared_model
 
@@ -113,3 +120,15 @@ def test_the_session_is_given_the_scale_of_the_model():
         out = forward(model, Recorder(), prompt(5), torch.arange(5)[None], logits_to_keep=1)
     assert out.shape == (1, 1, 97)
     assert seen == [(i, (1, 4, 5, 16), (1, 2, 5, 16), 0.25) for i in range(2)]
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_without_onednn_the_kernel_and_its_log_sum_exp_give_the_same(monkeypatch, scored):
+    states = [torch.randn(1, heads, 90, 16) for heads in (6, 2, 2)]
+    wanted = attention_and_scores(*states, 0.25, scored=scored)
+    monkeypatch.setattr("kvmerge.onednn.available", lambda _: False)
+    found = attention_and_scores(*states, 0.25, scored=scored)
+    torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
+    assert (found[1] is None) == (wanted[1] is None) == (not scored)
+    if scored:
+        torch.testing.assert_close(found[1], wanted[1], atol=1e-4, rtol=1e-5)
