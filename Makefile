@@ -49,11 +49,11 @@ unit: $(READY) $(VENV)/.triton  ## unit, golden and contract tests
 regression: $(READY)  ## a small subset end to end, compared with the committed records
 	$(BIN)/python -m scripts.regression check
 
-bench: $(READY)  ## measure speed and memory (about 20 minutes); PEER=1: beside kvpress, where it is installed
+bench: $(READY)  ## measure speed and memory (most of an hour); PEER=1: beside kvpress, where it is installed
 	$(BIN)/python -m scripts.bench $(if $(PEER),--peer)
 
 bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
-	$(BIN)/python -m scripts.bench_gpu
+	$(BIN)/python -m scripts.bench.gpu
 
 lock: $(READY)  ## compile requirements.lock anew from requirements.in
 	$(BIN)/pip install --quiet uv

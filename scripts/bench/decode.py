@@ -11,7 +11,7 @@ import torch
 from harness.batching import entry_bytes
 from kvmerge.attention import hooked
 from kvmerge.engine import Comparison, Decoder
-from scripts.bench.measure import COMPARISON, Bench, Report
+from scripts.bench.measure import Bench, Report, weight_bytes
 
 _FULL, _CELLS = "full@1", ("kvmerger@0.35", "h2o@0.35", "cam@0.35")
 
@@ -19,7 +19,7 @@ _FULL, _CELLS = "full@1", ("kvmerger@0.35", "h2o@0.35", "cam@0.35")
 def decode(bench: Bench, length: int, steps: int = 16) -> Report:
     """Time decode steps of one row at a time, and of the seven rows of a comparison."""
     ids = bench.prompt(length)
-    batches = {cell: [cell] for cell in (_FULL, *_CELLS)} | {"seven rows": list(COMPARISON)}
+    batches = {cell: [cell] for cell in (_FULL, *_CELLS)} | {"seven rows": list(bench.cells)}
     seconds: dict[str, list[float]] = {name: [] for name in batches}
     fed = torch.tensor([[1]], device=bench.model.device)
     with hooked(bench.model), torch.inference_mode():
@@ -37,7 +37,7 @@ def decode(bench: Bench, length: int, steps: int = 16) -> Report:
                     decoder.feed(tokens, step).argmax(-1).tolist()
                 if attempt:
                     seconds[name].append((time.perf_counter() - started) / steps)
-    weights = weight_bytes(bench)
+    weights = weight_bytes(bench.plain)
     rows: list[dict[str, Any]] = []
     for name, values in seconds.items():
         kept = [stats.kv_bytes for stats in comparisons[name].stats]
@@ -63,13 +63,3 @@ def decode(bench: Bench, length: int, steps: int = 16) -> Report:
         "never slower than the full cache; at 8,000 tokens at least 0.85 of the bound",
         {"seconds": seconds},
     )
-
-
-def weight_bytes(bench: Bench) -> int:
-    """Bytes of the weights that a step reads: all but the embedding, of which it reads one row."""
-    model = bench.plain
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    if model.config.tie_word_embeddings:
-        return total
-    embedding = next(model.get_input_embeddings().parameters())
-    return total - embedding.nbytes

@@ -30,17 +30,6 @@ from kvmerge.models import load
 from kvmerge.resolve import config_dir
 from kvmerge.session import Row
 
-COMPARISON = (
-    "full@1",
-    "kvmerger@0.5",
-    "h2o@0.5",
-    "cam@0.5",
-    "kvmerger@0.35",
-    "h2o@0.35",
-    "cam@0.35",
-)
-"""The seven cells of the paper's table."""
-
 
 @dataclass(frozen=True)
 class Report:
@@ -72,6 +61,11 @@ class Bench:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             config = compose("config", overrides=["experiment=mini", *self.overrides])
         return settings_from(config, Choices("kvmerger", "mini"))
+
+    @property
+    def cells(self) -> list[str]:
+        """The cells of a comparison: the seven of the paper's table."""
+        return [cell.name for cell in self.settings.cells]
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -186,3 +180,14 @@ def against(seconds: Mapping[str, list[float]], base: str) -> list[dict[str, Any
 def ratio(values: Sequence[float], base: Sequence[float]) -> float:
     """Median over the rounds of one action's seconds divided by another's."""
     return statistics.median(a / b for a, b in zip(values, base, strict=True))
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a decode step reads.
+
+    All but an embedding that is not the output layer too: of that, a step reads one row.
+    """
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    if model.config.tie_word_embeddings:
+        return total
+    return total - sum(parameter.nbytes for parameter in model.get_input_embeddings().parameters())

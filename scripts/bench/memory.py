@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from scripts.bench.measure import COMPARISON, Bench, Report
+from scripts.bench.measure import Bench, Report
 
 _WAYS = ("generate", "generate, packed weights", "full@1", "kvmerger@0.35", "seven cells")
 
@@ -37,7 +37,7 @@ def memory(bench: Bench, length: int = 8000) -> Report:
 
 
 def child(way: str, length: int, overrides: Sequence[str]) -> dict[str, float]:
-    """Run one way in this process, and give MiB of the loaded model and of the peak above it."""
+    """Run one way in this process, and give the peak in MiB above what was there before."""
     bench = Bench(overrides, repeats=1)
     model = bench.plain if way == "generate" else bench.model
     bench.generate(model, [bench.prompt(64)], 2)  # libraries allocate at their first use
@@ -58,10 +58,10 @@ def child(way: str, length: int, overrides: Sequence[str]) -> dict[str, float]:
     if way.startswith("generate"):
         bench.generate(model, ids, 16)
     else:
-        bench.run(ids, bench.rows(COMPARISON if way == "seven cells" else [way]), 16)
+        bench.run(ids, bench.rows(bench.cells if way == "seven cells" else [way]), 16)
     done.set()
     watcher.join()
-    return {"model MiB": round(loaded / 2**20), "peak above it MiB": round((peak - loaded) / 2**20)}
+    return {"peak above the model MiB": round((peak - loaded) / 2**20)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from kvmerge.attention import attention_and_scores, prefill_attention
 from kvmerge.scores import column_sums
-from scripts.bench.measure import COMPARISON, Bench, LiveBytes, Report, ratio
+from scripts.bench.measure import Bench, LiveBytes, Report, ratio
 
 LENGTHS = (512, 1024, 2048, 4096, 8000)
 SCORES_ONLY = 32_768
@@ -80,7 +80,7 @@ def by_length(bench: Bench) -> Report:
 
 def by_cells(bench: Bench, length: int = 2048, tokens: int = 32) -> Report:
     """Time one sample with 1 to 14 cells."""
-    pool = [*COMPARISON, *(f"{name}@0.35" for name in _MORE)]
+    pool = [*bench.cells, *(f"{name}@0.35" for name in _MORE)]
     ids = [bench.prompt(length)]
     rows_of = {str(count): bench.rows(pool[:count]) for count in CELLS}
     seconds = bench.in_turn(

@@ -1,6 +1,6 @@
 """The GPU branches of the prefill, traced abstractly: fake tensors have a device, but no data.
 
-What the kernels compute is checked on a card by `scripts/bench_gpu.py`.
+What the kernels compute is checked on a card by `scripts/bench/gpu.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Whether Triton interprets or compiles is settled when it is imported, so the kernel is interpreted in a
 process of its own, all cases in one. The interpreter multiplies bfloat16 bit patterns, so bfloat16 is
-only compiled here; `scripts/bench_gpu.py` runs it on a card.
+only compiled here; `scripts/bench/gpu.py` runs it on a card.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from scripts import bench_gpu, gpu_checks
-from scripts.gpu_checks import Check
+from scripts.bench import gpu, gpu_checks
+from scripts.bench.gpu_checks import Check
+from scripts.bench.measure import weight_bytes
 
 REHEARSAL = ["--small", "--device", "cpu", "--repeats", "1"]
 SHAPE = (4, 2, 19, 16)
@@ -19,7 +20,7 @@ def rehearse(tmp_path):
     """Run it on the CPU with a prompt of 40 tokens; gives the exit status, the figures and the text."""
 
     def run():
-        status = bench_gpu.main([*REHEARSAL, "--lengths", "40", "--out", str(tmp_path / "out")])
+        status = gpu.main([*REHEARSAL, "--lengths", "40", "--out", str(tmp_path / "out")])
         figures = json.loads((tmp_path / "out" / "gpu_small.json").read_text())
         return status, figures, (tmp_path / "out" / "gpu_small.md").read_text()
 
@@ -53,15 +54,15 @@ def test_a_rehearsal_checks_and_measures_everything(rehearse):
 
 
 def test_a_step_reads_all_weights_but_the_embedding():
-    model = bench_gpu.random_model(bench_gpu.SMALL, "cpu")
+    model = gpu.random_model(gpu.SMALL, "cpu")
     attention, mlp, norms = 64 * (64 + 32 + 32 + 64), 3 * 64 * 96, 2 * 64
     read = 2 * (attention + mlp + norms) + 64 + 128 * 64  # layers, final norm, output
-    assert bench_gpu.weights_read(model) == 4 * read
+    assert weight_bytes(model) == 4 * read
 
 
 def test_a_wrong_kernel_stops_it(rehearse, monkeypatch):
     wrong = Check("column sums, Triton (relative)", "float16", 0.01, 1e-4)
-    monkeypatch.setattr(bench_gpu, "check_kernels", lambda *_: [wrong])
+    monkeypatch.setattr(gpu, "check_kernels", lambda *_: [wrong])
     status, figures, text = rehearse()
     assert status == 1
     assert figures["lengths"] == []
@@ -72,7 +73,7 @@ def test_a_length_that_does_not_fit_is_skipped_and_named(rehearse, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
-    monkeypatch.setattr(bench_gpu, "_engine", full)
+    monkeypatch.setattr(gpu, "_engine", full)
     status, figures, text = rehearse()
     assert status == 0
     assert "skipped" in figures["lengths"][0]
@@ -81,7 +82,7 @@ def test_a_length_that_does_not_fit_is_skipped_and_named(rehearse, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_it_says_so(capsys):
-    assert bench_gpu.main([]) == 2
+    assert gpu.main([]) == 2
     assert "needs a CUDA card" in capsys.readouterr().err
 
 
@@ -94,7 +95,7 @@ def test_without_a_card_it_says_so(capsys):
     ],
 )
 def test_options_that_cannot_be_used(capsys, arguments, message):
-    assert bench_gpu.main(arguments) == 2
+    assert gpu.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -138,7 +139,7 @@ def test_sums_that_are_not_numbers_are_found(monkeypatch):
 
 
 def test_other_tokens_than_generate_are_found(monkeypatch):
-    model = bench_gpu.random_model(bench_gpu.SMALL, "cpu")
+    model = gpu.random_model(gpu.SMALL, "cpu")
     ids = torch.arange(3, 30)[None]
     assert gpu_checks.check_engine(model, ids, tokens=6).passed
     right = gpu_checks.run_sample

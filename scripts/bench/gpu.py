@@ -1,8 +1,8 @@
 """Check the GPU kernels on a card, then time an 8B-shaped model on it.
 
-    python -m scripts.bench_gpu                           # 4k, 16k and 32k tokens; results/bench/gpu.md
-    python -m scripts.bench_gpu --lengths 4096 8192
-    python -m scripts.bench_gpu --small --device cpu      # a rehearsal without a card
+    python -m scripts.bench.gpu                           # 4k, 16k and 32k tokens; results/bench/gpu.md
+    python -m scripts.bench.gpu --lengths 4096 8192
+    python -m scripts.bench.gpu --small --device cpu      # a rehearsal without a card
 
 The model has Llama 3.1 8B's shape and random weights, so nothing is downloaded: time and memory do not
 depend on what the weights say. Numbers are worth nothing unless the kernels are right, so they are
@@ -43,7 +43,8 @@ from kvmerge.errors import UserError
 from kvmerge.resolve import load_method
 from kvmerge.scores import column_sums
 from kvmerge.session import Row
-from scripts.gpu_checks import Shape, check_engine, check_kernels, random_states
+from scripts.bench.gpu_checks import Shape, check_engine, check_kernels, random_states
+from scripts.bench.measure import weight_bytes
 from scripts.render import markdown
 
 PLAIN, FULL, COMPRESSED = "transformers", "full@1", "kvmerger@0.35"
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a kernel is wrong; 2 after a user error, e.g. where there is no card.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_gpu",
+        prog="python -m scripts.bench.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -145,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_options(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "bench_gpu needs a CUDA card, and torch sees none here. Run it on a machine with one; "
-            "`--small --device cpu` only rehearses the code."
+            "the GPU benchmark needs a CUDA card, and torch sees none here. Run it on a machine with "
+            "one; `--small --device cpu` only rehearses the code."
         )
     if options.device == "cpu" and not options.small:
         raise UserError("an 8B-shaped model is too much for --device cpu: add --small, or use a card.")
@@ -176,7 +177,7 @@ def run(setup: Setup, lengths: Sequence[int], repeats: int, device: str, out: Pa
     }
     if correct:
         model = random_model(setup, device)
-        figures["weights_bytes"] = weights_read(model)
+        figures["weights_bytes"] = weight_bytes(model)
         figures["lengths"] = [
             measure(model, length, setup.steps, repeats) for length in sorted(lengths)
         ]
@@ -342,12 +343,6 @@ def random_model(setup: Setup, device: str) -> PreTrainedModel:
             f"the weights of {setup.name} do not fit this card: it needs about 16 GB, and more for "
             "the caches. Use a larger card, or --small."
         ) from error
-
-
-def weights_read(model: PreTrainedModel) -> int:
-    """Bytes of weights that a decode step reads: all but the embedding, of which it reads one row."""
-    embedding = model.get_input_embeddings().weight
-    return sum(p.nbytes for p in model.parameters() if p is not embedding)
 
 
 def _row(cell: str) -> Row:
