@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from kvmerge import onednn
+from kvmerge import cpu_attention
 from kvmerge.scores import column_sums
 
 NAME = "kvmerge"
@@ -124,8 +124,8 @@ def attention_and_scores(
     Returns:
         output `(1, heads, T, head_dim)`; column sums `(1, kv_heads, T)` float32, or None.
     """
-    if onednn.available(queries):
-        return onednn.prefill_attention(queries, keys, values, scale, scored=scored)
+    if cpu_attention.suits(queries):
+        return cpu_attention.attend(queries, keys, values, scale, scored=scored)
     out, lse = prefill_attention(queries, keys, values, scale)
     return out, column_sums(queries, keys, lse, scale=scale) if scored else None
 

@@ -1,9 +1,9 @@
 """oneDNN's kernels, where float32 runs on a CPU.
 
-torch multiplies float32 matrices through MKL, which uses half of an AMD processor and packs the weights
-of a linear layer anew at every step of decoding. oneDNN does neither (docs/performance.md has the
-figures). Its operators are those that torch's own compiler emits when it freezes a model; where they
-are missing, everything here says so and the callers go on without.
+torch multiplies float32 matrices through MKL, which runs at half of oneDNN's rate on AMD processors
+with AVX-512, and packs the weights of a linear layer anew at every step of decoding
+(docs/performance.md has the figures). oneDNN's operators are those that torch's own compiler emits
+when it freezes a model; where they are missing, everything here says so and the callers go on without.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-_TILE = 2**20
-"""Logits worked on at once: they stay in the cache between the two products and the softmax."""
 
 
 def available(states: Tensor) -> bool:
@@ -26,53 +23,17 @@ def available(states: Tensor) -> bool:
     )
 
 
+def multiplies_faster(states: Tensor) -> bool:
+    """Whether oneDNN multiplies large matrices faster than torch's own float32 product does.
+
+    It does where it has AVX-512 to use; with AVX2 the two are level.
+    """
+    return available(states) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def times_transposed(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """`left @ right.T + bias` of float32 `(..., n)` and `(m, n)`, which may be packed."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
-
-
-def prefill_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, scored: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of a whole prompt and, from the same logits, its column sums.
-
-    A block of rows at a time: its logits, their softmax, the sums of the columns, the product with
-    the values. Causal blocks only; the map never exists whole.
-
-    Args:
-        queries: `(1, heads, T, head_dim)`.
-        keys: `(1, kv_heads, T, head_dim)`.
-        values: `(1, kv_heads, T, head_dim)`.
-        scored: whether the sums are wanted.
-
-    Returns:
-        output `(1, heads, T, head_dim)`; sums `(1, kv_heads, T)` float32 as `scores.column_sums` gives
-        them, or None.
-    """
-    _, heads, length, head_dim = queries.shape
-    kv_heads = keys.shape[1]
-    group = heads // kv_heads
-    block = max(32, min(128, _TILE // (group * length)))
-    future = torch.ones(block, block, dtype=torch.bool).triu_(1)
-    out = torch.empty_like(queries)
-    sums = queries.new_zeros(1, kv_heads, length) if scored else None
-    scaled = queries * scale
-    for head in range(kv_heads):
-        # The query heads of a group become rows of one product.
-        rows, into = (states[0, head * group : (head + 1) * group] for states in (scaled, out))
-        own_keys, own_values = keys[0, head].contiguous(), values[0, head].contiguous()
-        for begin in range(0, length, block):
-            end = min(begin + block, length)
-            size = end - begin
-            tile = rows[:, begin:end].reshape(-1, head_dim)
-            logits = times_transposed(tile, own_keys[:end])
-            logits.view(group, size, end)[..., begin:].masked_fill_(future[:size, :size], float("-inf"))
-            weights = logits.softmax(dim=-1)
-            product = times_transposed(weights, own_values[:end].T)
-            into[:, begin:end] = product.view(group, size, head_dim)
-            if sums is not None:
-                sums[0, head, :end] += weights.sum(dim=0)
-    return out, sums
 
 
 class PackedLinear(nn.Module):

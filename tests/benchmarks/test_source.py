@@ -370,7 +370,11 @@ def test_a_size_that_lies_is_an_error(archive, monkeypatch):
         archive(bytes(content)).read("t.jsonl")
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>no</html>", zipped({"t.jsonl": b"x" * 99})[:-30]])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<html>no</html>", zipped({"t.jsonl": b"x" * 99})[:-30]],
+    ids=["empty", "a page", "cut short"],  # a zip holds the time it was made at
+)
 def test_what_is_no_zip_file_is_an_error(archive, content):
     with pytest.raises(
         UserError, match=r"cannot read .*data\.zip as a zip archive: File is not a zip file\. Delete it"

@@ -123,10 +123,10 @@ def test_the_session_is_given_the_scale_of_the_model():
 
 
 @pytest.mark.parametrize("scored", [True, False])
-def test_without_onednn_the_kernel_and_its_log_sum_exp_give_the_same(monkeypatch, scored):
+def test_the_kernel_and_its_log_sum_exp_give_the_same(monkeypatch, scored):
     states = [torch.randn(1, heads, 90, 16) for heads in (6, 2, 2)]
     wanted = attention_and_scores(*states, 0.25, scored=scored)
-    monkeypatch.setattr("kvmerge.onednn.available", lambda _: False)
+    monkeypatch.setattr("kvmerge.cpu_attention.suits", lambda _: False)
     found = attention_and_scores(*states, 0.25, scored=scored)
     torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
     assert (found[1] is None) == (wanted[1] is None) == (not scored)

@@ -1,0 +1,97 @@
+"""Causal attention of a whole prompt on a CPU in float32, and its column sums from the same logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvmerge import onednn
+
+_TILE = 2**20
+"""Logits worked on at once: they stay in the cache between the two products and the softmax."""
+
+
+def suits(states: Tensor) -> bool:
+    """Whether `attend` is the way for these states: float32 on a CPU.
+
+    With scores it is the fastest there. Without them torch's own kernel is faster where oneDNN has no
+    AVX-512; it is not taken, because it rounds otherwise, and what a cell gives must not depend on
+    whether another cell beside it wants scores.
+    """
+    return states.device.type == "cpu" and states.dtype == torch.float32
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention and, from the same logits, how much of it each key received.
+
+    A block of rows at a time: its logits, their softmax, the sums of the columns, the product with
+    the values. Causal blocks only; the map never exists whole.
+
+    Args:
+        queries: `(1, heads, T, head_dim)`.
+        keys: `(1, kv_heads, T, head_dim)`.
+        values: `(1, kv_heads, T, head_dim)`.
+        scored: whether the sums are wanted.
+
+    Returns:
+        output `(1, heads, T, head_dim)`; sums `(1, kv_heads, T)` float32 as `scores.column_sums` gives
+        them, or None.
+    """
+    _, heads, length, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    block = max(32, min(128, _TILE // (group * length)))
+    multiply = _OneDNN() if onednn.multiplies_faster(queries) else _Torch(group * block * length)
+    future = torch.ones(block, block, dtype=torch.bool).triu_(1)
+    out = torch.empty_like(queries)
+    sums = queries.new_zeros(1, kv_heads, length) if scored else None
+    scaled = queries * scale
+    for head in range(kv_heads):
+        # The query heads of a group become rows of one product.
+        rows, into = (states[0, head * group : (head + 1) * group] for states in (scaled, out))
+        multiply.begin(keys[0, head], values[0, head])
+        for begin in range(0, length, block):
+            end = min(begin + block, length)
+            size = end - begin
+            logits = multiply.keys(rows[:, begin:end].reshape(-1, head_dim), end)
+            logits.view(group, size, end)[..., begin:].masked_fill_(future[:size, :size], float("-inf"))
+            # In place, but where gradients may flow: torch would refuse.
+            weights = torch.softmax(logits, -1, out=None if torch.is_grad_enabled() else logits)
+            into[:, begin:end] = multiply.values(weights, end).view(group, size, head_dim)
+            if sums is not None:
+                sums[0, head, :end] += weights.sum(dim=0)
+    return out, sums
+
+
+class _OneDNN:
+    """Products with the first keys and values of a head, by oneDNN."""
+
+    def begin(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys.contiguous(), values.contiguous()
+
+    def keys(self, rows: Tensor, end: int) -> Tensor:
+        return onednn.times_transposed(rows, self._keys[:end])
+
+    def values(self, weights: Tensor, end: int) -> Tensor:
+        return onednn.times_transposed(weights, self._values[:end].T)
+
+
+class _Torch:
+    """The same by torch's own, which is faster into memory that is used again."""
+
+    def __init__(self, size: int) -> None:
+        self._buffer = torch.empty(size)
+
+    def begin(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys.T.contiguous(), values.contiguous()
+
+    def keys(self, rows: Tensor, end: int) -> Tensor:
+        if torch.is_grad_enabled():
+            return rows @ self._keys[:, :end]
+        logits = self._buffer[: len(rows) * end].view(-1, end)
+        return torch.mm(rows, self._keys[:, :end], out=logits)
+
+    def values(self, weights: Tensor, end: int) -> Tensor:
+        return weights @ self._values[:end]
