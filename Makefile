@@ -5,6 +5,8 @@ TORCH  ?= 2.13.0
 DIRS   ?= results/runs/mini/mini/smollm2-135m
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+KVPRESS    ?= 0.5.5
+PEER_READY := $(VENV)-peer/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce report test lint unit regression bench bench-gpu lock clean
@@ -49,8 +51,14 @@ unit: $(READY) $(VENV)/.triton  ## unit, golden and contract tests
 regression: $(READY)  ## a small subset end to end, compared with the committed records
 	$(BIN)/python -m scripts.regression check
 
-bench: $(READY)  ## measure speed and memory (most of an hour); PEER=1: beside kvpress, where it is installed
-	$(BIN)/python -m scripts.bench $(if $(PEER),--peer)
+bench: $(READY) $(if $(PEER),$(PEER_READY))  ## measure speed and memory (an hour or two); PEER=1: beside kvpress too
+	$(BIN)/python -m scripts.bench $(if $(PEER),--peer $(VENV)-peer/bin/python)
+
+# kvpress asks for an older transformers, so it has an environment of its own.
+$(PEER_READY):
+	$(PYTHON) -m venv $(VENV)-peer
+	$(VENV)-peer/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) kvpress==$(KVPRESS)
+	@touch $@
 
 bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
 	$(BIN)/python -m scripts.bench.gpu
@@ -61,4 +69,4 @@ lock: $(READY)  ## compile requirements.lock anew from requirements.in
 	  --no-emit-index-url --excludes requirements-exclude.txt requirements.in --output-file requirements.lock
 
 clean:  ## remove the virtual environment and caches of the tools
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(VENV)-peer .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -2,7 +2,7 @@
 
     python -m scripts.bench                          # everything, on the default model
     python -m scripts.bench comparison decode        # some questions
-    python -m scripts.bench --peer                   # everything, and kvpress where it is installed
+    python -m scripts.bench --peer VENV/bin/python   # everything, and kvpress in that environment
 
 One command gives every figure of docs/performance.md. Ratios are medians over the rounds.
 """
@@ -40,7 +40,7 @@ QUESTIONS: dict[str, Callable[[Bench], list[Report]]] = {
     "scaling": lambda bench: [by_length(bench), by_cells(bench)],
     "profile": lambda bench: [stages(bench)],
 }
-"""What `python -m scripts.bench` answers unless told otherwise; `peer` needs another package."""
+"""What `python -m scripts.bench` answers; `--peer` adds another."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,26 +51,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("questions", nargs="*", help=f"some of {', '.join((*QUESTIONS, 'peer'))}")
-    parser.add_argument("--peer", action="store_true", help="add peer: kvpress on the same samples")
+    parser.add_argument(
+        "--peer", metavar="PYTHON", help="add peer: kvpress, in the environment of this Python"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default 5)")
     parser.add_argument("--set", nargs="*", default=[], help="settings, e.g. model=tiny-random")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder to write")
     options = parser.parse_args(argv)
-    names = [*(options.questions or QUESTIONS), *["peer"] * options.peer]
+    names = options.questions or list(QUESTIONS)
+    if options.peer and "peer" not in names:
+        names = [*names, "peer"]
     try:
-        run(names, Bench(options.set, options.repeats), options.out)
+        run(names, Bench(options.set, options.repeats), options.out, options.peer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(names: Sequence[str], bench: Bench, out: Path) -> None:
-    """Answer questions one after the other, printing and writing each as it is done."""
-    known = {**QUESTIONS, "peer": lambda bench: [peer(bench)]}
+def run(names: Sequence[str], bench: Bench, out: Path, python: str | None = None) -> None:
+    """Answer questions one after the other, printing and writing each as it is done.
+
+    Raises UserError for a question that does not exist, and for `peer` without the Python to run it.
+    """
+
+    def peers(bench: Bench) -> list[Report]:
+        return [peer(bench, str(python), length) for length in (2048, 4096)]
+
+    known = {**QUESTIONS, "peer": peers}
     for name in names:
         if name not in known:
             raise unknown("benchmark", name, known)
+    if "peer" in names and python is None:
+        raise UserError(
+            "peer needs --peer PYTHON, of an environment with kvpress; `make bench PEER=1` makes one."
+        )
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     for name in names:

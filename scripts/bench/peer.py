@@ -1,67 +1,88 @@
 """Beside a peer: kvpress, whose presses compress in a prefill of their own.
 
-It is not a dependency. Where it is installed (`pip install --no-deps kvpress`) it runs in this process,
-on the same samples and the same weights.
+kvpress asks for an older transformers than the one here, so it runs in an environment of its own
+(`make bench PEER=1` makes it) on the same weights and the same prompt. Each side is compared with the
+plain prefill of its own environment.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.metadata
+import json
+import subprocess
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from kvmerge.errors import UserError
+from kvmerge.errors import UserError, first_line
+from scripts.bench import kvpress_prefills
 from scripts.bench.measure import Bench, Report, against
 
-_PLAIN = "plain SDPA prefill"
-_SCORES = "kvpress ObservedAttentionPress (attention scores), 35%"
+_PLAIN = "plain SDPA"
 
 
-def peer(bench: Bench, length: int = 2048) -> Report:
-    """Time prefills: plain, kvpress with attention scores and with SnapKV, and H2O here.
+def peer(bench: Bench, python: str, length: int) -> Report:
+    """Time prefills: plain and pressed in the peer's environment, plain and compressed in this one.
 
-    Raises `UserError` where kvpress is not installed or does not fit the installed transformers.
+    Args:
+        bench: the model and its prompts.
+        python: the Python of an environment with kvpress and torch.
+        length: tokens of the prompt.
+
+    Raises UserError where that Python or its kvpress cannot be used.
     """
-    try:
-        kvpress = importlib.import_module("kvpress")
-    except Exception as error:
-        raise UserError(
-            f"kvpress cannot be used here: {error}. Install it with `pip install --no-deps kvpress`, "
-            "or in another environment, and run again."
-        ) from error
-    version = importlib.metadata.version("kvpress")
     ids = bench.prompt(length)
-    rows = bench.rows(["h2o@0.35"])
-
-    @torch.inference_mode()
-    def pressed(press: Any, attention: str) -> None:
-        model = bench.plain
-        previous = model.config._attn_implementation
-        model.set_attn_implementation(attention)
-        try:
-            with press(model) if press else contextlib.nullcontext():
-                model(ids, use_cache=True, logits_to_keep=1)
-        finally:
-            model.set_attn_implementation(previous)
-
-    actions: dict[str, Callable[[], object]] = {
-        _PLAIN: lambda: pressed(None, "sdpa"),
-        _SCORES: lambda: pressed(kvpress.ObservedAttentionPress(compression_ratio=0.65), "eager"),
-        "kvpress SnapKVPress, 35%": lambda: pressed(
-            kvpress.SnapKVPress(compression_ratio=0.65), "sdpa"
-        ),
-        "H2O here, 35%": lambda: bench.run([ids], rows, 1),
+    theirs = _pressed(bench, python, ids)
+    ways: dict[str, Callable[[], object]] = {
+        _PLAIN: torch.inference_mode()(partial(bench.plain, ids, use_cache=True, logits_to_keep=1)),
+        "H2O, 35%": lambda: bench.run([ids], bench.rows(["h2o@0.35"]), 1),
+        "KVMerger, 35%": lambda: bench.run([ids], bench.rows(["kvmerger@0.35"]), 1),
+        "seven cells": lambda: bench.run([ids], bench.rows(bench.cells), 1),
     }
-    seconds = bench.in_turn(actions)
+    ours = bench.in_turn(ways)
+    rows = [
+        {"in": where} | line
+        for where, seconds in (("kvpress", theirs["seconds"]), ("here", ours))
+        for line in against(seconds, _PLAIN)
+    ]
+    versions = theirs["versions"]
     return Report(
-        "peer",
-        f"Prefill of {length:,} tokens beside kvpress {version}",
-        "One prompt, compressed to 35% of the cache. kvpress runs on plain transformers; its attention "
-        "scores need eager attention.",
-        against(seconds, _PLAIN),
-        raw={"seconds": seconds},
+        f"peer_{length}",
+        f"Prefill of {length:,} tokens beside kvpress {versions['kvpress']}",
+        "One prompt, compressed to 35% of the cache. kvpress: an environment of its own with "
+        f"transformers {versions['transformers']} and torch {versions['torch']}; its attention scores "
+        "need eager attention. Ratios are to the plain prefill of the same environment.",
+        rows,
+        raw={"kvpress": theirs, "here": ours},
     )
+
+
+def _pressed(bench: Bench, python: str, ids: Tensor) -> dict[str, Any]:
+    """Seconds of each way in the peer's environment, and its versions."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench.plain.save_pretrained(folder)
+        question = {"model": folder, "ids": ids.tolist(), "repeats": bench.repeats}
+        question |= {"threads": torch.get_num_threads(), "plain": _PLAIN}
+        try:
+            done = subprocess.run(
+                # -P: the script's folder has modules that are named like some of Python's own.
+                [python, "-P", str(Path(kvpress_prefills.__file__).resolve())],
+                input=json.dumps(question),
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        except OSError as error:
+            raise UserError(f"--peer {python} cannot be started: {first_line(error)}.") from error
+        except subprocess.CalledProcessError as error:
+            reason = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[-1]
+            raise UserError(
+                f"kvpress cannot be used with {python}: {reason}. `make bench PEER=1` makes an "
+                "environment for it; in your own, `pip install kvpress`."
+            ) from error
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from kvmerge.errors import UserError
 from scripts.bench import __main__ as bench
 from scripts.bench.comparison import comparison
 from scripts.bench.compression import compression
 from scripts.bench.decode import decode
 from scripts.bench.measure import Bench, LiveBytes, ratio
 from scripts.bench.memory import memory
+from scripts.bench.peer import peer
 from scripts.bench.prefill import prefill
 from scripts.bench.profile import stages
 
@@ -87,3 +90,67 @@ def test_tables_are_written_and_unknown_questions_refused(
     assert re.search(r"tiny-random, float32, .* threads, torch .*, median of 1 rounds", table)
     assert bench.main(["compare"]) == 2
     assert "Did you mean 'comparison'?" in capsys.readouterr().err
+
+
+KVPRESS = """
+import contextlib
+
+class ObservedAttentionPress:
+    def __init__(self, compression_ratio):
+        assert compression_ratio == 0.65
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        attended = model.config._attn_implementation
+        assert attended == ("eager" if type(self) is ObservedAttentionPress else "sdpa")
+        hook = model.register_forward_hook(self.cut, with_kwargs=True)
+        yield
+        hook.remove()
+
+    def cut(self, model, args, kwargs, output):
+        for layer in kwargs["past_key_values"].layers:
+            layer.keys, layer.values = layer.keys[:, :, :KEPT], layer.values[:, :, :KEPT]
+
+class SnapKVPress(ObservedAttentionPress):
+    pass
+"""
+
+
+@pytest.fixture
+def kvpress(tmp_path, monkeypatch):
+    """Stand in for kvpress, which needs another transformers: its presses keep the first entries."""
+
+    def install(kept: int) -> None:
+        package = tmp_path / "kvpress"
+        package.mkdir()
+        (package / "__init__.py").write_text(KVPRESS.replace("KEPT", str(kept)))
+        metadata = tmp_path / "kvpress-1.2.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kvpress\nVersion: 1.2\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return install
+
+
+def test_a_peer_runs_in_another_environment(tiny: Bench, kvpress) -> None:
+    kvpress(kept=20)
+    report = peer(tiny, sys.executable, 64)
+    assert [row["in"] for row in report.rows] == ["kvpress"] * 3 + ["here"] * 4
+    assert [row["ratio to plain SDPA"] for row in report.rows if row["run"] == "plain SDPA"] == [1, 1]
+    assert report.title.endswith("kvpress 1.2")
+    assert {len(readings) for readings in report.raw["kvpress"]["seconds"].values()} == {2}
+
+
+def test_a_peer_that_compresses_nothing_is_an_error(tiny: Bench, kvpress) -> None:
+    kvpress(kept=64)
+    with pytest.raises(UserError, match="ObservedAttentionPress, 35% left the cache whole"):
+        peer(tiny, sys.executable, 64)
+
+
+def test_a_peer_that_is_not_there(tiny: Bench, tmp_path, capsys) -> None:
+    with pytest.raises(UserError, match=r"No module named 'kvpress'.*make bench PEER=1"):
+        peer(tiny, sys.executable, 64)
+    with pytest.raises(UserError, match="cannot be started"):
+        peer(tiny, str(tmp_path / "python"), 64)
+    assert bench.main(["peer", "--out", str(tmp_path)]) == 2
+    assert "needs --peer PYTHON" in capsys.readouterr().err
