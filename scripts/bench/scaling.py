@@ -23,6 +23,7 @@ CELLS = (1, 2, 4, 7, 10, 14)
 _MORE = ("streaming_llm", "snapkv", "tova", "random", "pivot_only", "meanpool_sets", "kvmerger_log")
 
 
+@torch.inference_mode()
 def by_length(bench: Bench) -> Report:
     """Time attention and column sums of one layer, and count the bytes that the sums need."""
     config = bench.model.config
