@@ -27,23 +27,19 @@ def attend(
     """Attention and, from the same logits, how much of it each key received.
 
     A block of rows at a time: its logits, their softmax, the sums of the columns, the product with
-    the values. Causal blocks only; the map never exists whole.
-
-    Args:
-        queries: `(1, heads, T, head_dim)`.
-        keys: `(1, kv_heads, T, head_dim)`.
-        values: `(1, kv_heads, T, head_dim)`.
-        scored: whether the sums are wanted.
-
-    Returns:
-        output `(1, heads, T, head_dim)`; sums `(1, kv_heads, T)` float32 as `scores.column_sums` gives
-        them, or None.
+    the values. Causal blocks only; the map never exists whole. Shapes are those of
+    `attention.attention_and_scores`, which calls this where it suits.
     """
     _, heads, length, head_dim = queries.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     block = max(32, min(128, _TILE // (group * length)))
-    multiply = _OneDNN() if onednn.multiplies_faster(queries) else _Torch(group * block * length)
+    in_place = not torch.is_grad_enabled()  # torch refuses where gradients may flow
+    multiply: _OneDNN | _Torch
+    if onednn.multiplies_faster(queries):
+        multiply = _OneDNN()
+    else:
+        multiply = _Torch(queries.new_empty(group * block * length) if in_place else None)
     future = torch.ones(block, block, dtype=torch.bool).triu_(1)
     out = torch.empty_like(queries)
     sums = queries.new_zeros(1, kv_heads, length) if scored else None
@@ -57,8 +53,7 @@ def attend(
             size = end - begin
             logits = multiply.keys(rows[:, begin:end].reshape(-1, head_dim), end)
             logits.view(group, size, end)[..., begin:].masked_fill_(future[:size, :size], float("-inf"))
-            # In place, but where gradients may flow: torch would refuse.
-            weights = torch.softmax(logits, -1, out=None if torch.is_grad_enabled() else logits)
+            weights = torch.softmax(logits, -1, out=logits if in_place else None)
             into[:, begin:end] = multiply.values(weights, end).view(group, size, head_dim)
             if sums is not None:
                 sums[0, head, :end] += weights.sum(dim=0)
@@ -66,7 +61,7 @@ def attend(
 
 
 class _OneDNN:
-    """Products with the first keys and values of a head, by oneDNN."""
+    """Products with a head's first keys and values, by oneDNN."""
 
     def begin(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys.contiguous(), values.contiguous()
@@ -79,19 +74,17 @@ class _OneDNN:
 
 
 class _Torch:
-    """The same by torch's own, which is faster into memory that is used again."""
+    """The same by torch, which is faster where the logits go into memory that is used again."""
 
-    def __init__(self, size: int) -> None:
-        self._buffer = torch.empty(size)
+    def __init__(self, buffer: Tensor | None) -> None:
+        self._buffer = buffer
 
     def begin(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys.T.contiguous(), values.contiguous()
 
     def keys(self, rows: Tensor, end: int) -> Tensor:
-        if torch.is_grad_enabled():
-            return rows @ self._keys[:, :end]
-        logits = self._buffer[: len(rows) * end].view(-1, end)
-        return torch.mm(rows, self._keys[:, :end], out=logits)
+        into = None if self._buffer is None else self._buffer[: len(rows) * end].view(-1, end)
+        return torch.mm(rows, self._keys[:, :end], out=into)
 
     def values(self, weights: Tensor, end: int) -> Tensor:
         return weights @ self._values[:end]
