@@ -29,7 +29,7 @@ reproduce: $(READY)  ## run the whole comparison on the embedded model, and show
 	$(BIN)/python run.py experiment=mini
 
 report: $(READY)  ## tables and plots of finished runs: make report DIRS="DIR DIR"
-	$(BIN)/python -m scripts.report $(DIRS)
+	$(BIN)/python -m harness.report $(DIRS)
 
 test: lint unit regression  ## lint, types, all tests, and the regression
 
@@ -49,7 +49,7 @@ unit: $(READY) $(VENV)/.triton  ## unit, golden and contract tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 regression: $(READY)  ## a small subset end to end, compared with the committed records
-	$(BIN)/python -m scripts.regression check
+	$(BIN)/python -m tests.regression.mini check
 
 bench: $(READY) $(if $(PEER),$(PEER_READY))  ## measure speed and memory (an hour or two); PEER=1: beside kvpress too
 	$(BIN)/python -m scripts.bench $(if $(PEER),--peer $(VENV)-peer/bin/python)

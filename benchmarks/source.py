@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from benchmarks.loading import read_bytes
+from benchmarks.rows import read_bytes
 from kvmerge.errors import UserError, first_line, unknown
 
 logger = logging.getLogger(__name__)

@@ -101,7 +101,7 @@ class Benchmark(Protocol):
         """The official scoring of one prediction.
 
         `score`, 0 to 1, and beside it the parts that the task's score is made of, if it is not the
-        mean of the samples' scores (`harness.bootstrap`). Never called for a continuation.
+        mean of the samples' scores (`harness.report.bootstrap`). Never called for a continuation.
         """
         ...
 

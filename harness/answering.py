@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baselines.full import Full
 from benchmarks.task import Encoded, Sample, Task
 from harness.batching import BatchSize, is_out_of_memory
-from harness.cells import Cell
 from harness.records import Record
 from harness.settings import Settings
 from kvmerge.budget import Budget
+from kvmerge.cells import Cell
 from kvmerge.engine import (
     Request,
     Result,

@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from harness.comparison import print_comparison
 from harness.plan import print_plan
+from harness.report.terminal import print_comparison
 from harness.runner import run
 from harness.settings import Choices, Settings, settings_from
 from kvmerge.errors import UserError, unknown
@@ -67,7 +67,7 @@ def report(settings: Settings, console: Console) -> None:
             soft_wrap=True,
         )
         return
-    from scripts.report import write_report  # matplotlib is slow to import
+    from harness.report.page import write_report  # matplotlib is slow to import
 
     page = write_report([settings.output_dir])
     print_comparison(settings.output_dir, console)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from harness.files import write_atomically
 from harness.settings import Settings
-from harness.summary import write_atomically
 from kvmerge.errors import UserError
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -12,9 +12,9 @@ from itertools import groupby
 from tqdm import tqdm
 
 from harness.answering import Answerer, Job
-from harness.gates import log_gate
 from harness.provenance import check_resumable, fingerprint, read_run, write_run
 from harness.records import append_record, prediction_path, read_records
+from harness.report.gates import log_gate
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.models import load

@@ -13,8 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
-from harness.cells import Cell, make_cell, parse_cells
 from harness.records import file_name
+from kvmerge.cells import Cell, make_cell, parse_cells
 from kvmerge.errors import UserError, unknown
 from kvmerge.models import ModelSpec
 from kvmerge.resolve import method_settings

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from kvmerge.attention import SESSION, hooked
 from kvmerge.budget import Budget
 from kvmerge.errors import UserError
+from kvmerge.hook import SESSION, hooked
 from kvmerge.method import Method
 from kvmerge.resolve import load_method
 from kvmerge.session import CacheSession, Row, RowStats, check_sliding_window, session_for

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvmerge.attention import cached_attention, weighted_attention
+from kvmerge.kernels.attention import cached_attention, weighted_attention
 from kvmerge.method import Entries
 from kvmerge.rope import Rope
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvmerge.attention import forward, hooked
+from kvmerge.hook import forward, hooked
 from kvmerge.method import Entries, PrefillLayer
 from kvmerge.session import Observer, Row, RowStats, check_sliding_window, session_for
 
@@ -150,7 +150,7 @@ class Decoder:
     def attend(
         self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attention of one layer, called by the model (see `kvmerge.attention.Session`)."""
+        """Attention of one layer, called by the model (see `kvmerge.hook.Session`)."""
         parts = []
         begin = 0
         for comparison in self.comparisons:

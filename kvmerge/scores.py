@@ -3,7 +3,8 @@
 H2O, CaM and KVMerger rank cache entries by the attention mass a key collects over all prompt rows.
 The map itself has T x T entries a head; its column sums need only the log-sum-exp of each row, which
 the attention kernel has already computed: `s_j = sum_i exp(q_i k_j * scale - lse_i)`. On a GPU with
-Triton the sums are one kernel of their own (`kvmerge.column_sums_triton`); elsewhere, blocks in torch.
+Triton the sums are one kernel of their own (`kvmerge.kernels.column_sums_triton`); elsewhere, blocks
+in torch.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def column_sums(
     if lse is not None and lse.shape != (batch, heads, length):
         raise ValueError(f"lse has shape {tuple(lse.shape)}, not {(batch, heads, length)}.")
     if lse is not None and queries.is_cuda and find_spec("triton") is not None:
-        from kvmerge import column_sums_triton as kernel  # CPU builds of torch come without Triton
+        from kvmerge.kernels import (
+            column_sums_triton as kernel,  # CPU builds of torch come without Triton
+        )
 
         if kernel.available(queries):
             return kernel.column_sums(queries, keys, lse, causal=causal, scale=scale, lengths=lengths)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvmerge.attention import attention_and_scores, masked_attention
 from kvmerge.budget import Budget, count
 from kvmerge.cache import Hold, LayerCache, SteppedRow
 from kvmerge.errors import UserError, unknown
+from kvmerge.kernels.attention import attention_and_scores, masked_attention
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all
 from kvmerge.rope import Rope
 
@@ -175,7 +175,7 @@ class CacheSession:
     def attend(
         self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attention of one layer, called by the model (see `kvmerge.attention.Session`)."""
+        """Attention of one layer, called by the model (see `kvmerge.hook.Session`)."""
         if layer_idx < len(self.layers):
             return self.layers[layer_idx].attend(self.order, queries, keys, values, scale)
         out = torch.zeros_like(queries)

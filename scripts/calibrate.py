@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.cli import check_choices
+from harness.files import write_atomically
 from harness.settings import Choices, Settings, settings_from
-from harness.summary import write_atomically
 from kvmerge import merging
 from kvmerge.budget import Budget
 from kvmerge.engine import Stop, run_sample

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harness.cells import parse_cells
 from harness.cli import GROUPS
 from harness.settings import Settings
+from kvmerge.cells import parse_cells
 from kvmerge.method import Method
 from kvmerge.models import DTYPES, ModelSpec
 from kvmerge.resolve import choices, config_dir, load_method, method_settings

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.loading import TEXT, TEXTS, TEXTS_OR_NULL, Kind, parse_rows, sha256, shown
 from benchmarks.longbench.metrics import score_task
 from benchmarks.longbench.profiles import find_profile
+from benchmarks.rows import TEXT, TEXTS, TEXTS_OR_NULL, Kind, parse_rows, sha256, shown
 from benchmarks.source import Archive, HubFile, Source, folder_or_hub
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from kvmerge.errors import UserError, unknown

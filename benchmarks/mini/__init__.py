@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.encoding import encode_truncating_middle
-from benchmarks.loading import TEXT, TEXTS, TEXTS_OR_NULL, parse_rows, read_bytes, sha256
 from benchmarks.longbench.metrics import score_task
 from benchmarks.mini.build import ROOM, build, expected_sha256
 from benchmarks.mini.tasks import TASKS
+from benchmarks.rows import TEXT, TEXTS, TEXTS_OR_NULL, parse_rows, read_bytes, sha256
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from kvmerge.errors import UserError, unknown
 

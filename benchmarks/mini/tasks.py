@@ -15,7 +15,6 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from benchmarks.mini.text import code, docstrings, paragraphs, sentences, size
 from benchmarks.mini.words import (
     ADJECTIVES,
     BUILDINGS,
@@ -26,6 +25,7 @@ from benchmarks.mini.words import (
     QUESTIONS,
     TOWNS,
 )
+from benchmarks.package_text import code, docstrings, paragraphs, sentences, size
 from benchmarks.task import Task
 
 FOLDERS = (

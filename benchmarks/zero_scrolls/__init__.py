@@ -2,7 +2,7 @@
 
 Tasks, answer lengths and truncation follow tau-nlp/zero_scrolls at commit c994676, scoring the
 dataset `tau/zero_scrolls` itself (arXiv 2305.14196). Answers of the test split are withheld: its
-predictions go to a submission file (`scripts/submission.py`), the validation split is scored here.
+predictions go to a submission file (`harness.report.submission`); the validation split is scored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.loading import TEXT, Kind, parse_rows, sha256, shown
+from benchmarks.rows import TEXT, Kind, parse_rows, sha256, shown
 from benchmarks.source import Archive, HubFile, Source, folder_or_hub
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from benchmarks.zero_scrolls.metrics import METRICS

@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from harness.files import write_atomically
 from harness.provenance import git_state, hardware, package_versions
-from harness.summary import write_atomically
 from kvmerge.errors import UserError, unknown
 from scripts.bench.comparison import comparison
 from scripts.bench.compression import compression

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvmerge.attention import forward, hooked
+from kvmerge.hook import forward, hooked
 from kvmerge.session import CacheSession, session_for
 from scripts.bench.measure import Bench, Report
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from harness.batching import entry_bytes
-from kvmerge.attention import hooked
 from kvmerge.engine import Comparison, Decoder
+from kvmerge.hook import hooked
 from scripts.bench.measure import Bench, Report, weight_bytes
 
 _FULL, _CELLS = "full@1", ("kvmerger@0.35", "h2o@0.35", "cam@0.35")

@@ -33,19 +33,20 @@ from rich.markdown import Markdown
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from harness.files import write_atomically
 from harness.provenance import git_state, hardware, package_versions
-from harness.summary import write_atomically
-from harness.tables import Table
-from kvmerge.attention import hooked, prefill_attention
+from harness.report.render import markdown
+from harness.report.tables import Table
 from kvmerge.budget import Budget
 from kvmerge.engine import Comparison, Decoder, Stop
 from kvmerge.errors import UserError
+from kvmerge.hook import hooked
+from kvmerge.kernels.attention import prefill_attention
 from kvmerge.resolve import load_method
 from kvmerge.scores import column_sums
 from kvmerge.session import Row
 from scripts.bench.gpu_checks import Shape, check_engine, check_kernels, random_states
 from scripts.bench.measure import weight_bytes
-from scripts.render import markdown
 
 PLAIN, FULL, COMPRESSED = "transformers", "full@1", "kvmerger@0.35"
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvmerge.attention import prefill_attention
 from kvmerge.budget import Budget
 from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
+from kvmerge.kernels.attention import prefill_attention
 from kvmerge.resolve import load_method
 from kvmerge.scores import column_sums
 from kvmerge.session import Row
@@ -63,7 +63,7 @@ def _versions(device: str) -> dict[str, Sums]:
     if device == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise UserError("the package triton is missing; install the version that torch asks for.")
-        from kvmerge import column_sums_triton
+        from kvmerge.kernels import column_sums_triton
 
         versions["Triton"] = column_sums_triton.column_sums
     return versions

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.texts import read_text
-from harness.cells import parse_cell
 from harness.settings import Choices, Settings, settings_from
+from kvmerge.cells import parse_cell
 from kvmerge.engine import Request, Stop, run_samples
 from kvmerge.models import load
 from kvmerge.resolve import config_dir

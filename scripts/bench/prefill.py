@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvmerge.attention import forward, hooked
+from kvmerge.hook import forward, hooked
 from kvmerge.method import PrefillLayer
 from kvmerge.session import session_for
 from scripts.bench.measure import Bench, Report, against

@@ -13,7 +13,7 @@ import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
-from kvmerge.attention import attention_and_scores, prefill_attention
+from kvmerge.kernels.attention import attention_and_scores, prefill_attention
 from kvmerge.scores import column_sums
 from scripts.bench.measure import Bench, LiveBytes, Report, ratio
 

@@ -8,10 +8,11 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from benchmarks.loading import sha256
-from benchmarks.mini import Mini, tasks, template, text
+from benchmarks import package_text as text
+from benchmarks.mini import Mini, tasks, template
 from benchmarks.mini.build import ROOM, SAMPLES, build, expected_sha256
 from benchmarks.mini.tasks import TASKS
+from benchmarks.rows import sha256
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError
 

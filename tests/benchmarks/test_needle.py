@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from benchmarks.loading import sha256
 from benchmarks.needle import BUFFER, SANDWICH, SANDWICH_EXPECTED, TASKS, Needle, fact, score, template
 from benchmarks.needle.haystack import book_ids, hide, insertion_point
+from benchmarks.rows import sha256
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError
 from kvmerge.resolve import config_dir

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import texts
-from benchmarks.loading import sha256
 from benchmarks.mini.tasks import FOLDERS
-from benchmarks.mini.text import paragraphs
+from benchmarks.package_text import paragraphs
+from benchmarks.rows import sha256
 from benchmarks.texts import PACKAGES_SHA256, Text, read_text
 from kvmerge.errors import UserError
 from tests import hub_server

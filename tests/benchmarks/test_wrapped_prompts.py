@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from benchmarks.encoding import encode_truncating_middle
 from benchmarks.longbench import TASKS
 from benchmarks.task import PromptFormat
-from kvmerge.checkpoints import converted, save_random
 from kvmerge.models import ModelSpec
+from kvmerge.models.checkpoints import converted, save_random
 from kvmerge.resolve import choices
 from tests.tiny_run import compose
 

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from benchmarks import zero_scrolls
+from benchmarks.metric import find_metric
 from benchmarks.zero_scrolls.metrics import METRICS, concordance_index, exp_similarity, rouge_gm
-from harness.bootstrap import gather, metric_named, score_task
+from harness.report.bootstrap import gather, score_task
 from kvmerge.errors import UserError
 from tests.synthetic_run import record
 
 
 def task_score(lines):
-    metric = metric_named("rouge_gm")
+    metric = find_metric("rouge_gm")
     return score_task("gov_report", gather(lines, metric), metric).value
 
 

@@ -13,10 +13,10 @@ from functools import cache
 import pytest
 import torch
 
-from kvmerge.attention import hooked
 from kvmerge.budget import Budget
 from kvmerge.engine import Comparison, Decoder, Stop, run_sample
 from kvmerge.errors import UserError
+from kvmerge.hook import hooked
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Method
 from kvmerge.resolve import choices, load_method

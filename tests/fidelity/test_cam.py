@@ -10,13 +10,13 @@ from baselines.cam import CaM, merge_values
 from baselines.cam_merging import cascade, drawn
 from baselines.cam_probabilities import banded_map, banded_probabilities
 from baselines.cam_variants import CaMGenerate, CaMHH
-from kvmerge.attention import forward, hooked
 from kvmerge.budget import Budget
 from kvmerge.cache import SteppedRow
+from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer
 from kvmerge.rope import Rope
 from kvmerge.session import Row, seeded_generator
-from scripts.vectors import _inputs, cam
+from tests.fidelity.official import _inputs, cam
 from tests.fidelity.vectors import TinyRun, close, recorded
 
 OFFICIAL = recorded("cam")

@@ -8,8 +8,8 @@ from baselines.d2o import D2O, layer_shares, variance_level
 from kvmerge.budget import Budget
 from kvmerge.scores import column_sums
 from kvmerge.session import Row
-from scripts.vectors import d2o
-from scripts.vectors._inputs import PROMPT, STEPS
+from tests.fidelity.official import d2o
+from tests.fidelity.official._inputs import PROMPT, STEPS
 from tests.fidelity.vectors import Replay, close, recorded
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from baselines.h2o import H2O
 from baselines.h2o_sim import H2OSimDecode, H2OSimPrefill, local_mask
-from kvmerge.attention import forward, hooked
 from kvmerge.budget import Budget
 from kvmerge.cache import append_entry
+from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer
 from kvmerge.session import Row, session_for
-from scripts.vectors import _inputs, h2o
+from tests.fidelity.official import _inputs, h2o
 from tests.fidelity.vectors import TinyRun, close, recorded
 
 OFFICIAL = recorded("h2o")

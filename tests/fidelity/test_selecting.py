@@ -13,8 +13,8 @@ from kvmerge.budget import Budget
 from kvmerge.method import Allowance, PrefillLayer
 from kvmerge.rope import Rope
 from kvmerge.session import Row
-from scripts.vectors import pyramidkv, snapkv, streaming_llm, tova
-from scripts.vectors._inputs import PROMPT, STEPS
+from tests.fidelity.official import pyramidkv, snapkv, streaming_llm, tova
+from tests.fidelity.official._inputs import PROMPT, STEPS
 from tests.fidelity.vectors import Replay, close, positions, recorded
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvmerge.attention import forward, hooked
 from kvmerge.cache import SteppedRow
+from kvmerge.hook import forward, hooked
 from kvmerge.method import Entries
 from kvmerge.rope import Rope
 from kvmerge.session import CacheSession, Row, session_for
-from scripts.vectors import _inputs
+from tests.fidelity.official import _inputs
 
 
 def recorded(family: str) -> dict[str, Any]:
-    """The record of a family, as `scripts.record_vectors` wrote it."""
+    """The record of a family, as `tests.fidelity.record` wrote it."""
     path = Path(__file__).with_name(f"{family}.json")
     return json.loads(path.read_text(encoding="utf-8"))
 

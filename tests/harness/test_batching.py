@@ -5,10 +5,10 @@ import torch
 
 from harness import batching
 from harness.batching import BatchSize, entry_bytes
-from kvmerge.attention import hooked
 from kvmerge.budget import Budget
 from kvmerge.engine import Comparison
 from kvmerge.errors import UserError
+from kvmerge.hook import hooked
 from kvmerge.resolve import load_method
 from kvmerge.session import Row
 from tests.tiny import FAMILIES, prompt, shared_model

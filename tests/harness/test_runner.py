@@ -27,9 +27,9 @@ from benchmarks.task import PromptFormat
 from harness.answering import prompt_hash, stop_rule
 from harness.batching import BatchSize
 from harness.records import prediction_path
+from harness.report.summary import write_summary
 from harness.runner import run
 from harness.settings import Settings
-from harness.summary import write_summary
 from kvmerge.errors import UserError
 from kvmerge.models import load
 from tests.tiny import HEAD_DIM, LAYERS

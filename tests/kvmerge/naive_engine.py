@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvmerge.attention import forward, hooked
 from kvmerge.cache import append_entry
+from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer, keep_all
 from kvmerge.rope import Rope
 from kvmerge.session import Row, seeded_generator

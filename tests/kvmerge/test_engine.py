@@ -13,7 +13,6 @@ from baselines.h2o import H2O
 from baselines.random import Random
 from kvmerge import engine
 from kvmerge.api import _cache_parameter
-from kvmerge.attention import hooked
 from kvmerge.budget import Budget
 from kvmerge.engine import (
     Comparison,
@@ -26,6 +25,7 @@ from kvmerge.engine import (
     score_continuations,
 )
 from kvmerge.errors import UserError
+from kvmerge.hook import hooked
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Method, keep_all
 from kvmerge.session import CacheSession, Row, seeded_generator

@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 
-from kvmerge.attention import hooked
 from kvmerge.budget import Budget
 from kvmerge.engine import Comparison
+from kvmerge.hook import hooked
 from kvmerge.resolve import load_method
 from kvmerge.session import Row
 from tests.tiny import new_model, prompt

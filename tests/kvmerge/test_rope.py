@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvmerge.attention import forward, hooked
 from kvmerge.errors import UserError
+from kvmerge.hook import forward, hooked
 from kvmerge.rope import Rope
 from tests.tiny import FAMILIES, new_model, normal, prompt, shared_model
 

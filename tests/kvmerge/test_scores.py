@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmerge import scores
-from kvmerge.attention import prefill_attention
+from kvmerge.kernels.attention import prefill_attention
 from kvmerge.scores import column_sums
 from tests.kvmerge import oracles
 from tests.tiny import normal, quick

@@ -1,0 +1,94 @@
+"""Scores by groups of samples: length buckets, the depth of a needle, or both at once.
+
+A benchmark says in `Sample.groups` what its scores are also reported by; the runner writes it into the
+records, so that a report needs nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.metric import find_metric
+from harness.records import Record
+from harness.report.bootstrap import Scored, score_task
+from harness.report.run import Run
+
+Value = str | int
+Group = tuple[Value, ...]
+"""A value for each of the names that scores are grouped by."""
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """The score of one task and cell over the samples of one group."""
+
+    task: str
+    cell: str
+    group: Group
+    n: int
+    """Samples; never 0."""
+    scored: Scored
+    """Resampled within the group, alike in all cells that hold the same samples of it."""
+
+
+def group_values(run: Run) -> dict[str, list[Value]]:
+    """Return the names that the run's samples are grouped by, each with its values in order.
+
+    Numbers are in their own order, texts such as `4-8k` in that of the number they begin with.
+    """
+    found: dict[str, set[Value]] = defaultdict(set)
+    for records in run.records.values():
+        for record in records:
+            for name, value in _groups(record).items():
+                found[name].add(value)
+    return {name: sorted(values, key=_place) for name, values in found.items()}
+
+
+def scores_by(run: Run, names: Sequence[str]) -> list[GroupScore]:
+    """Score every task, group and cell that has samples, in the run's order of tasks and cells.
+
+    A group is what samples share that have the same value of every name; samples that lack one are
+    left out.
+    """
+    found = [
+        GroupScore(
+            task,
+            cell,
+            group,
+            len(ids),
+            score_task(task, run.samples[task, cell].only(ids), find_metric(run.tasks[task])),
+        )
+        for (task, cell), records in run.records.items()
+        for group, ids in _members(records, names).items()
+    ]
+    tasks, cells = list(run.tasks), list(run.cells)
+    return sorted(
+        found,
+        key=lambda one: (tasks.index(one.task), [*map(_place, one.group)], cells.index(one.cell)),
+    )
+
+
+def _members(records: Iterable[Record], names: Sequence[str]) -> dict[Group, set[str]]:
+    members: dict[Group, set[str]] = defaultdict(set)
+    for record in records:
+        groups = _groups(record)
+        if all(name in groups for name in names):
+            members[tuple(groups[name] for name in names)].add(record.id)
+    return members
+
+
+def _groups(record: Record) -> Mapping[str, Value]:
+    groups: Mapping[str, Value] = record.extra.get("groups", {})
+    return groups
+
+
+def _place(value: Value) -> tuple[float, str]:
+    """Sort key: the value, or the number that a text begins with; texts without one come last."""
+    if isinstance(value, str):
+        number = re.match(r"\d+", value)
+        return (float(number[0]) if number else math.inf, value)
+    return (value, "")

@@ -1,0 +1,164 @@
+"""Turn finished runs into tables, plots and one self-contained HTML page.
+
+python -m harness.report results/runs/mini/mini/smollm2-135m
+python -m harness.report DIR DIR ... --out results/report
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from harness.files import write_atomically
+from harness.report.plots import Look, Plot, draw_all, looks
+from harness.report.published import Reference, load_references
+from harness.report.render import is_numeric, write_table
+from harness.report.run import Run
+from harness.report.submission import report_submissions
+from harness.report.summary import write_summary
+from harness.report.tables import (
+    Table,
+    budget_table,
+    difference_table,
+    gate_table,
+    group_tables,
+    reference_table,
+    runs_table,
+    score_table,
+)
+from harness.report.terminal import print_comparison
+from kvmerge.errors import UserError
+
+__all__ = ["main", "print_comparison", "write_report"]
+
+_OUT = Path("results/report")
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the report shows of one run."""
+
+    slug: str
+    """Folder and anchor name; unique within a report."""
+    title: str
+    tables: tuple[Table, ...]
+    plots: tuple[Plot, ...]
+    provenance: tuple[tuple[str, str], ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; a user error prints one message and gives exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.report", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("output_dir", nargs="+", type=Path, help="folder that a run wrote")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder for the report (default: the output_dir itself; {_OUT} for several)",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        page = write_report(arguments.output_dir, arguments.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+def write_report(output_dirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Refresh each summary.csv and write tables/, plots/ and report.html; gives the page's path.
+
+    Several runs have one folder each below tables/ and plots/, and one table of all of them. A run
+    on the ZeroSCROLLS test split also gets its submissions/ (`harness.report.submission`).
+    Raises `UserError` where an output_dir cannot be read or is given twice.
+    """
+    resolved = [output_dir.resolve() for output_dir in output_dirs]
+    twice = [str(given) for i, given in enumerate(output_dirs) if resolved[i] in resolved[:i]]
+    if twice:
+        raise UserError(f"{', '.join(twice)} is given twice. Give each output_dir once.")
+    out = out or (output_dirs[0] if len(output_dirs) == 1 else _OUT)
+    runs = [write_summary(output_dir) for output_dir in output_dirs]
+    for run in runs:
+        report_submissions(run)
+    references = load_references()
+    by_method = looks(runs)
+    sections = [
+        _section(run, slug, references, by_method) for run, slug in zip(runs, _slugs(runs), strict=True)
+    ]
+    several = len(runs) > 1
+    for section in sections:
+        below = section.slug if several else ""
+        for table in section.tables:
+            write_table(table, out / "tables" / below)
+        for plot in section.plots:
+            plot.write(out / "plots" / below)
+    overview = runs_table(runs) if several else None
+    if overview:
+        write_table(overview, out / "tables")
+    page = out / "report.html"
+    write_atomically(page, _page(sections, overview))
+    return page
+
+
+def _section(
+    run: Run, slug: str, references: Sequence[Reference], by_method: Mapping[str, Look]
+) -> Section:
+    tables = (
+        gate_table(run, references),
+        score_table(run, references),
+        difference_table(run),
+        *group_tables(run),
+        budget_table(run),
+        reference_table(run, references),
+    )
+    return Section(
+        slug=slug,
+        title=f"{run.benchmark}, {run.model} ({run.output_dir})",
+        tables=tuple(table for table in tables if table is not None),
+        plots=tuple(draw_all(run, by_method)),
+        provenance=tuple(_flatten(run.info)),
+    )
+
+
+def _slugs(runs: Sequence[Run]) -> list[str]:
+    names = [f"{run.benchmark}-{run.model}".replace("/", "-") for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name}-{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Give every leaf of run.json with its dotted path; lists stay whole."""
+    if isinstance(value, Mapping) and value:
+        for key, child in value.items():
+            yield from _flatten(child, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _page(sections: Sequence[Section], overview: Table | None) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("page.html.j2")
+    return template.render(
+        title="KV-cache compression: " + (sections[0].title if overview is None else "all runs"),
+        sections=sections,
+        overview=overview,
+        numeric=is_numeric,
+        base64=lambda data: base64.b64encode(data).decode(),
+    )

@@ -1,0 +1,132 @@
+"""Published numbers, each with where it was read; what was not found stays empty."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmerge.errors import UserError
+
+FOLDER = Path(__file__).resolve().parents[2] / "results" / "reference"
+_COLUMNS = [
+    "benchmark",
+    "model",
+    "method",
+    "budget",
+    "task",
+    "score",
+    "samples",
+    "tolerance",
+    "over",
+    "confidence",
+    "provenance",
+    "note",
+]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One published number; sources that disagree give one each."""
+
+    benchmark: str
+    """Empty where the source does not say; so are model and budget."""
+    model: str
+    method: str
+    budget: str
+    task: str
+    """A task of the benchmark, or the name of an aggregate."""
+    published: str
+    """The number as printed in the source, 0 to 100; empty where it was not found."""
+    samples: int | None
+    """Samples that the number is over; None where the source does not say."""
+    tolerance: float | None
+    """Points by which a full cache may differ and still reproduce the number; None: no band."""
+    over: tuple[str, ...]
+    """An aggregate's members (tasks or aggregates), whose plain mean it is; empty if unknown."""
+    confidence: str
+    """`O`: read in the official repository; `S`: a secondary public source."""
+    provenance: str
+    note: str
+
+    @property
+    def score(self) -> float | None:
+        """The number; None where it was not found."""
+        return float(self.published) if self.published else None
+
+    def fits(self, model: str) -> bool:
+        """Whether a model is the one named, or a version of it where the source states none.
+
+        `mistral-7b-instruct` fits `mistral-7b-instruct-v0.1` and `-v0.2`.
+        """
+        return bool(re.fullmatch(rf"{re.escape(self.model)}(-v[\d.]+)?", model))
+
+    @property
+    def cell(self) -> str:
+        """The cell this number is for, named as runs name theirs."""
+        return f"{self.method}@{self.budget}"
+
+    @property
+    def is_aggregate(self) -> bool:
+        """Whether the number is an average over tasks rather than one task's score."""
+        return bool(self.over) or self.task.startswith(("average", "category"))
+
+
+def load_references(folder: Path = FOLDER) -> list[Reference]:
+    """Read every CSV file of a folder, in name order; a folder that is not there has none.
+
+    Raises `UserError` naming file and line where a row does not fit.
+    """
+    references = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != _COLUMNS:
+                raise UserError(f"{path} must have the columns {','.join(_COLUMNS)}.")
+            for row in reader:
+                try:
+                    references.append(_reference(row))
+                except ValueError as error:
+                    raise UserError(f"{path}, line {reader.line_num}: {error}.") from error
+    return references
+
+
+def _reference(row: Mapping[str, str]) -> Reference:
+    if len(row) != len(_COLUMNS) or None in row.values():
+        raise ValueError(f"{len(_COLUMNS)} columns are needed")
+    if row["confidence"] not in ("O", "S") or not row["provenance"]:
+        raise ValueError("confidence must be O or S, and provenance must not be empty")
+    if row["score"]:
+        float(row["score"])
+    samples = int(row["samples"]) if row["samples"] else None
+    tolerance = float(row["tolerance"]) if row["tolerance"] else None
+    if tolerance is not None and not (row["score"] and samples and 0 < tolerance < math.inf):
+        raise ValueError("a tolerance must be above 0, and needs score and samples")
+    parsed = ("score", "samples", "tolerance", "over")
+    return Reference(
+        **{name: text for name, text in row.items() if name not in parsed},
+        published=row["score"],
+        samples=samples,
+        tolerance=tolerance,
+        over=tuple(row["over"].split()),
+    )
+
+
+def for_benchmark(references: Iterable[Reference], benchmark: str, model: str) -> list[Reference]:
+    """Those of a benchmark: that fit this model if there are any, otherwise for every model.
+
+    What was read in an official repository comes first.
+    """
+    found = [reference for reference in references if reference.benchmark == benchmark]
+    found = [reference for reference in found if reference.fits(model)] or found
+    return sorted(found, key=lambda reference: reference.confidence != "O")
+
+
+def members(name: str, over: Mapping[str, Iterable[str]]) -> set[str]:
+    """Name the tasks that an aggregate goes back to, through other aggregates; for a task, itself."""
+    if name not in over:
+        return {name}
+    return {task for member in over[name] for task in members(member, over)}

@@ -1,0 +1,269 @@
+"""From the prediction files of one output_dir to summary.csv, averages and paired differences."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.metric import find_metric
+from harness.records import Record, prediction_path, read_records
+from harness.report.bootstrap import Samples, Scored, average, gather, score_task
+from kvmerge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one output_dir holds: its run.json and the records of every task and cell."""
+
+    output_dir: Path
+    info: Mapping[str, Any]
+    """run.json as written (of shard 0 where the run is sharded)."""
+    tasks: Mapping[str, str]
+    """Metric by task name, in the run's own order."""
+    cells: tuple[str, ...]
+    """Cell names (`method@budget`) in display order."""
+    records: Mapping[tuple[str, str], list[Record]]
+    """By task and cell; without those that have no record."""
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return str(self.info["model"])
+
+    @property
+    def benchmark(self) -> str:
+        """The benchmark's name."""
+        return str(self.info["benchmark"])
+
+    @cached_property
+    def samples(self) -> dict[tuple[str, str], Samples]:
+        """The numbers behind each score, by task and cell.
+
+        Raises `UserError` naming the sample where a line lacks what its metric needs.
+        """
+        gathered = {}
+        for (task, cell), records in self.records.items():
+            metric_name = self.tasks[task]
+            try:
+                gathered[task, cell] = gather(records, find_metric(metric_name))
+            except ValueError as error:
+                raise UserError(
+                    f"{task} of {cell} in {self.output_dir} cannot be scored as {metric_name!r}: "
+                    f"{error}. Delete that line of the prediction file and run again."
+                ) from error
+        return gathered
+
+    @cached_property
+    def scores(self) -> dict[tuple[str, str], Scored]:
+        """Score and bootstrap replicates of each task and cell."""
+        return {
+            (task, cell): score_task(task, samples, find_metric(self.tasks[task]))
+            for (task, cell), samples in self.samples.items()
+        }
+
+    @property
+    def averaged_tasks(self) -> tuple[str, ...]:
+        """The tasks scored 0 to 100; a perplexity has no place in an average with them."""
+        return tuple(t for t, metric in self.tasks.items() if find_metric(metric).averaged)
+
+    @property
+    def full_cell(self) -> str | None:
+        """The cell of the full cache, where the run has one."""
+        return next((cell for cell in self.cells if split_cell(cell)[0] == "full"), None)
+
+
+def split_cell(cell: str) -> tuple[str, str]:
+    """Split `method@budget`; the budget prints as `:g`.
+
+    Raises `UserError` where the name has no numeric budget.
+    """
+    method, _, budget = cell.rpartition("@")
+    try:
+        return method, f"{float(budget):g}"
+    except ValueError:
+        raise UserError(f"cell {cell!r} is not of the form method@budget.") from None
+
+
+def load_run(output_dir: Path) -> Run:
+    """Read an output_dir: its own predictions/, or all its shards merged.
+
+    Raises `UserError` where run.json is missing or incomplete, where a shard is missing, shards
+    differ in a setting, or a sample was written twice.
+    """
+    shards = sorted((output_dir / "shards").glob("*-of-*"))
+    if shards and (output_dir / "predictions").exists():
+        raise UserError(
+            f"{output_dir} holds predictions/ of its own and shards/ too, and one of them would be "
+            "counted twice. Move one of the two elsewhere."
+        )
+    folders = _complete_shards(output_dir, shards) if shards else [output_dir]
+    infos = [_read_info(folder) for folder in folders]
+    for folder, info in zip(folders, infos, strict=True):
+        for key in ("fingerprint", "model", "benchmark"):
+            if info.get(key) != infos[0].get(key):
+                raise UserError(
+                    f"{folder} and {folders[0]} differ in {key} ({info.get(key)!r} against "
+                    f"{infos[0].get(key)!r}), so they are not one run. Run the odd shard again "
+                    "with the settings of the others."
+                )
+    tasks = {task: spec["metric"] for info in infos for task, spec in info["tasks"].items()}
+    cells = list(dict.fromkeys(cell for info in infos for cell in info["cells"]))
+    cells += _unlisted_cells(folders, cells)
+    records: dict[tuple[str, str], list[Record]] = {}
+    for task in tasks:
+        for cell in cells:
+            merged = _merge([prediction_path(folder, task, cell) for folder in folders])
+            if merged:
+                records[task, cell] = merged
+    _refuse_unknown_tasks(folders, tasks)
+    return Run(output_dir, infos[0], tasks, tuple(cells), records)
+
+
+def _complete_shards(output_dir: Path, shards: Sequence[Path]) -> list[Path]:
+    numbers = {}
+    for shard in shards:
+        match = re.fullmatch(r"(\d+)-of-(\d+)", shard.name)
+        if not match:
+            raise UserError(f"{shard} is not a shard folder; those are named k-of-n, as in 0-of-4.")
+        numbers[int(match[1]), int(match[2])] = shard
+    totals = sorted({total for _, total in numbers})
+    if len(totals) > 1:
+        raise UserError(
+            f"{output_dir / 'shards'} mixes runs split in {' and '.join(map(str, totals))}; "
+            "they overlap. Keep the shards of one split."
+        )
+    total = totals[0]
+    missing = [k for k in range(total) if (k, total) not in numbers]
+    beyond = [k for k, _ in numbers if k >= total]
+    if missing or beyond:
+        names = [f"{k}-of-{total}" for k in missing or beyond]
+        what = "lacks" if missing else "holds more than its shards 0 to n-1:"
+        fix = "Run them with" if missing else "Shards are counted from 0; run again with"
+        raise UserError(
+            f"{output_dir / 'shards'} {what} {', '.join(names)}. "
+            f"{fix} shard=0..{total - 1} num_shards={total}."
+        )
+    ordered = [numbers[k, total] for k in range(total)]
+    for k, shard in enumerate(ordered):
+        info = _read_info(shard)
+        if (info.get("shard"), info.get("num_shards")) != (k, total):
+            raise UserError(
+                f"{shard / 'run.json'} says shard {info.get('shard')} of {info.get('num_shards')}, "
+                "which is not what its folder says. Shard folders cannot be renamed."
+            )
+    return ordered
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no run.json, so it is not an output_dir of a run. "
+            "Give the folder that run.py printed, e.g. results/runs/mini/mini/smollm2-135m."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}. Run again to write it anew.") from error
+    missing = [key for key in ("model", "benchmark", "tasks", "cells") if key not in info]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}. Run again to write it anew.")
+    return info
+
+
+def _unlisted_cells(folders: Iterable[Path], cells: Iterable[str]) -> list[str]:
+    """Cells of earlier runs into the same folder, which the last run.json need not list."""
+    listed = {prediction_path(Path(), "task", cell).stem for cell in cells}
+    found = {path.stem for folder in folders for path in folder.glob("predictions/*/*@*.jsonl")}
+    return sorted(found - listed)
+
+
+def _refuse_unknown_tasks(folders: Iterable[Path], tasks: Mapping[str, str]) -> None:
+    for folder in folders:
+        for path in sorted(folder.glob("predictions/*/")):
+            if path.name not in tasks:
+                raise UserError(
+                    f"{path} belongs to a task that run.json does not list, so its metric is "
+                    f"unknown. Run that task again into this folder, or move {path} elsewhere."
+                )
+
+
+def _merge(paths: Iterable[Path]) -> list[Record]:
+    first: dict[tuple[str, int], Path] = {}
+    merged = []
+    for path in paths:
+        for record in read_records(path):
+            key = (record.id, record.seed)
+            if key in first:
+                where = f"{path}" if first[key] == path else f"both {first[key]} and {path}"
+                raise UserError(
+                    f"sample {record.id!r} with seed {record.seed} is there twice, in {where}, "
+                    "and would be counted twice. Delete one of the two lines."
+                )
+            first[key] = path
+            merged.append(record)
+    return merged
+
+
+def averages(run: Run) -> dict[str, Scored]:
+    """Plain mean over the tasks scored 0 to 100, from unrounded task scores, by cell.
+
+    A cell that lacks a task has no average: over fewer tasks it would be another number.
+    """
+    tasks = run.averaged_tasks
+    return {
+        cell: average([run.scores[task, cell] for task in tasks])
+        for cell in run.cells
+        if tasks and all((task, cell) in run.scores for task in tasks)
+    }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A cell's score minus another's, over the samples that both have."""
+
+    task: str
+    """A task, or `average`."""
+    cell: str
+    n: int
+    """Samples compared (summed over tasks for the average)."""
+    scored: Scored
+
+
+def differences(run: Run, to: str) -> list[Difference]:
+    """Differences of every other cell to the cell `to`: bootstrap paired by sample id.
+
+    Each resample of a task takes the same samples in both cells. The average is the mean of the
+    tasks' differences, where the cell has every averaged task in common with `to`.
+    """
+    found: list[Difference] = []
+    for cell in run.cells:
+        if cell == to:
+            continue
+        by_task: dict[str, Difference] = {}
+        for task, metric_name in run.tasks.items():
+            if (task, cell) not in run.samples or (task, to) not in run.samples:
+                continue
+            ours, theirs = run.samples[task, cell], run.samples[task, to]
+            if ours.ids == theirs.ids:
+                scored = run.scores[task, cell].minus(run.scores[task, to])
+                common = ours.ids
+            else:
+                metric = find_metric(metric_name)
+                common = tuple(sorted(set(ours.ids) & set(theirs.ids)))
+                scored = score_task(task, ours.only(common), metric).minus(
+                    score_task(task, theirs.only(common), metric)
+                )
+            if common:
+                by_task[task] = Difference(task, cell, len(common), scored)
+        found += by_task.values()
+        if run.averaged_tasks and by_task.keys() >= set(run.averaged_tasks):
+            averaged = [by_task[task] for task in run.averaged_tasks]
+            total = sum(difference.n for difference in averaged)
+            found.append(Difference("average", cell, total, average([d.scored for d in averaged])))
+    return found

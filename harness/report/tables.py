@@ -1,0 +1,548 @@
+"""The tables of a run as plain text, ready for any format; every caption states the setting."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.metric import find_metric
+from harness.report.bootstrap import RESAMPLES, Scored, aggregate
+from harness.report.gates import PROFILE, Gate, gates, outside, profile_of
+from harness.report.groups import group_values, scores_by
+from harness.report.published import Reference, for_benchmark, members
+from harness.report.run import Run, averages, differences, split_cell
+from harness.report.summary import summarise
+
+MARK = " †"
+MARK_NOTE = (
+    "†: the full cache is outside its published band, so these rows do not count as a reproduction."
+)
+INTERVAL = f"95% percentile bootstrap interval over samples, {RESAMPLES:,} resamples"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: texts for people, and the same numbers unrounded for programs.
+
+    A newline in a cell separates a number from its interval.
+    """
+
+    name: str
+    """File name without ending."""
+    title: str
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    data: pd.DataFrame
+
+
+def find_setting(info: Any, name: str) -> Any:
+    """Find a key anywhere in run.json, the shallowest first; None where there is none."""
+    level = [info]
+    while level:
+        for node in level:
+            if name in node and node[name] is not None:
+                return node[name]
+        level = [child for node in level for child in node.values() if isinstance(child, Mapping)]
+    return None
+
+
+def sample_counts(run: Run, tasks: Iterable[str] | None = None) -> str:
+    """Say how many samples a task has, as `5` or `5 to 200`."""
+    wanted = set(run.tasks if tasks is None else tasks)
+    counts = {len(samples.ids) for (task, _), samples in run.samples.items() if task in wanted}
+    return _span(counts) if counts else "0"
+
+
+def _span(counts: Collection[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def setting(run: Run) -> str:
+    """One line that says what every number of a run was measured on."""
+    seeds = sorted({record.seed for records in run.records.values() for record in records})
+    parts = [
+        f"{run.model} on {run.benchmark}",
+        f"n = {sample_counts(run)} samples a task",
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+    ]
+    for name in ("dtype", "device"):
+        value = find_setting(run.info, name)
+        if isinstance(value, str):
+            parts.append(value.removeprefix("torch."))
+    commit = find_setting(run.info, "commit")
+    if isinstance(commit, str):
+        modified = " with local changes" if find_setting(run.info, "dirty") else ""
+        parts.append(f"commit {commit[:10]}{modified}")
+    return ", ".join(parts)
+
+
+def count_tasks(count: int) -> str:
+    """Say `1 task`, `2 tasks`."""
+    return f"{count} task" if count == 1 else f"{count} tasks"
+
+
+def task_label(run: Run, task: str) -> str:
+    """Name a task, and say where a lower score is the better one."""
+    better = find_metric(run.tasks[task]).higher_is_better
+    return task if better else f"{task} ({run.tasks[task]}, lower is better)"
+
+
+def _score_text(scored: Scored | None, sign: str = "") -> str:
+    if scored is None or np.isnan(scored.value):
+        return ""
+    shown = scored.estimate()
+    text = f"{shown.value:{sign}.2f}"
+    return text if np.isnan(shown.low) else f"{text}\n[{shown.low:.2f}, {shown.high:.2f}]"
+
+
+def _number(value: float, form: str) -> str:
+    return "" if np.isnan(value) else format(value, form)
+
+
+def gaps(run: Run) -> list[str]:
+    """Name the cells without records, and the tasks whose cells hold different samples."""
+    notes = []
+    for cell in run.cells:
+        missing = [task for task in run.tasks if (task, cell) not in run.records]
+        if missing:
+            notes.append(f"Blank, as there are no records: {cell} on {', '.join(missing)}.")
+    for task in run.tasks:
+        ids = [run.samples[task, cell].ids for cell in run.cells if (task, cell) in run.samples]
+        if len(set(ids)) > 1:
+            counts = _span([len(names) for names in ids])
+            notes.append(
+                f"The cells of {task} hold different samples (n = {counts}), "
+                "so their scores do not compare until the run is finished."
+            )
+    return notes
+
+
+def _tidy(run: Run, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    known = ["model", "benchmark", *columns]
+    named = ({"model": run.model, "benchmark": run.benchmark} | dict(row) for row in rows)
+    return pd.DataFrame(named, columns=known)
+
+
+def _score_row(cell: str, task: str, scored: Scored, n: int | None = None) -> dict[str, Any]:
+    method, budget = split_cell(cell)
+    shown = scored.estimate()
+    return {
+        "method": method,
+        "budget": budget,
+        "task": task,
+        "n": n,
+        "score": shown.value,
+        "ci_low": shown.low,
+        "ci_high": shown.high,
+    }
+
+
+def official_aggregates(run: Run, references: Iterable[Reference]) -> dict[str, dict[str, Scored]]:
+    """Aggregates that the benchmark's own repository defines, by name and cell.
+
+    Only those named `average...` whose every member this run has.
+    """
+    over = _official_members(run, references)
+    found: dict[str, dict[str, Scored]] = {}
+    for name in over:
+        if not name.startswith("average"):
+            continue
+        for cell in run.cells:
+            scored = aggregate(name, _scores_of(run, cell), over)
+            if scored is not None:
+                found.setdefault(name, {})[cell] = scored
+    return found
+
+
+def _official_members(run: Run, references: Iterable[Reference]) -> dict[str, tuple[str, ...]]:
+    official = [r for r in references if r.benchmark == run.benchmark and r.confidence == "O"]
+    return {r.task: r.over for r in official if r.over}
+
+
+def _scores_of(run: Run, cell: str) -> dict[str, Scored]:
+    return {task: run.scores[task, cell] for task in run.tasks if (task, cell) in run.scores}
+
+
+def gate_table(run: Run, references: Iterable[Reference]) -> Table | None:
+    """The full cache against the published bands; None where nothing is published."""
+    found = gates(run, references)
+    if not found:
+        return None
+    return Table(
+        name="gate",
+        title="Gate: does the full cache reproduce the published scores?",
+        caption=f"Full cache: {setting(run)}. Where it is outside the band, the other rows of that "
+        "task do not count as a reproduction. The bands and their reasons: docs/reproducing.md.",
+        header=("task", "n", "ours", "published", "tolerance", "verdict", "reason", "source"),
+        rows=tuple(_gate_row(gate) for gate in found),
+        notes=(),
+        data=_tidy(
+            run,
+            [
+                {
+                    "task": gate.task,
+                    "n": gate.samples,
+                    "ours": gate.ours,
+                    "published": gate.published and gate.published.score,
+                    "tolerance": gate.published and gate.published.tolerance,
+                    "verdict": str(gate.verdict),
+                    "reason": gate.reason,
+                }
+                for gate in found
+            ],
+            ["task", "n", "ours", "published", "tolerance", "verdict", "reason"],
+        ),
+    )
+
+
+def _gate_row(gate: Gate) -> tuple[str, ...]:
+    published = gate.published
+    tolerance = published.tolerance if published else None
+    return (
+        gate.task,
+        str(gate.samples),
+        "" if gate.ours is None else f"{gate.ours:.2f}",
+        published.published if published else "",
+        "" if tolerance is None else f"{tolerance:g}",
+        str(gate.verdict),
+        gate.reason,
+        published.provenance if published else "",
+    )
+
+
+def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
+    """Tasks in rows, cells in columns, the averages last; each score with its interval.
+
+    A dagger marks the tasks whose full cache is outside its published band, and the averages that
+    they go into.
+    """
+    references = list(references)
+    over = {"average": run.averaged_tasks} | _official_members(run, references)
+    marked = outside(gates(run, references))
+
+    def label(name: str, text: str) -> str:
+        return text + MARK * bool(members(name, over) & marked)
+
+    rows = []
+    data = []
+    for task in run.tasks:
+        ns = [len(run.samples[task, cell].ids) for cell in run.cells if (task, cell) in run.samples]
+        texts = [_score_text(run.scores.get((task, cell))) for cell in run.cells]
+        rows.append((label(task, task_label(run, task)), _span(ns) if ns else "0", *texts))
+        data += [
+            _score_row(cell, task, run.scores[task, cell], len(run.samples[task, cell].ids))
+            for cell in run.cells
+            if (task, cell) in run.scores
+        ]
+    averaged = {"average": averages(run)} | official_aggregates(run, references)
+    for name, by_cell in averaged.items():
+        rows.append((label(name, name), "", *(_score_text(by_cell.get(cell)) for cell in run.cells)))
+        data += [_score_row(cell, name, scored) for cell, scored in by_cell.items()]
+    notes = [*([MARK_NOTE] if marked else []), *gaps(run)]
+    lacking = [cell for cell in run.cells if cell not in averaged["average"]]
+    if lacking and run.averaged_tasks:
+        notes.append(f"No average for {', '.join(lacking)}: not every task has records.")
+    left_out = [task for task in run.tasks if task not in run.averaged_tasks]
+    if left_out:
+        notes.append(f"Not in the average, as it is not a score of 0 to 100: {', '.join(left_out)}.")
+    notes += [
+        f"{name}: the benchmark's own average, a mean of category means."
+        for name in averaged
+        if name != "average"
+    ]
+    return Table(
+        name="scores",
+        title="Scores by task",
+        caption=f"Scale 0 to 100: {setting(run)}. In brackets: {INTERVAL}. "
+        f"average: plain mean over {count_tasks(len(run.averaged_tasks))}, from unrounded scores.",
+        header=("task", "n", *run.cells),
+        rows=tuple(rows),
+        notes=tuple(notes),
+        data=_tidy(run, data, ["method", "budget", "task", "n", "score", "ci_low", "ci_high"]),
+    )
+
+
+def group_tables(run: Run) -> list[Table]:
+    """One table for each thing that samples are grouped by, and one for each two of them.
+
+    What has the same value everywhere is left out.
+    """
+    names = [name for name, values in group_values(run).items() if len(values) > 1]
+    return [_group_table(run, by) for by in (*((name,) for name in names), *combinations(names, 2))]
+
+
+def _group_table(run: Run, by: tuple[str, ...]) -> Table:
+    """Tasks and groups in rows, cells in columns; blank where a group has no samples."""
+    found = scores_by(run, by)
+    by_key = {(one.task, one.group, one.cell): one for one in found}
+    tasks = dict.fromkeys(one.task for one in found)
+    values = group_values(run)
+    rows = []
+    for task, group in product(tasks, product(*(values[name] for name in by))):
+        scores = [by_key.get((task, group, cell)) for cell in run.cells]
+        counts = {one.n for one in scores if one is not None}
+        texts = [_score_text(one.scored if one else None) for one in scores]
+        n = _span(counts) if counts else "0"
+        rows.append((task_label(run, task), *map(str, group), n, *texts))
+    return Table(
+        name=f"scores_by_{'_and_'.join(by)}",
+        title=f"Scores by {' and '.join(by)}",
+        caption=f"Scores of the samples of each group: {setting(run)}. In brackets: {INTERVAL} within "
+        "the group. Blank where a group has no samples.",
+        header=("task", *by, "n", *run.cells),
+        rows=tuple(rows),
+        notes=tuple(gaps(run)),
+        data=_tidy(
+            run,
+            [
+                _score_row(one.cell, one.task, one.scored, one.n)
+                | dict(zip(by, one.group, strict=True))
+                for one in found
+            ],
+            ["method", "budget", "task", *by, "n", "score", "ci_low", "ci_high"],
+        ),
+    )
+
+
+_MEANS = [
+    "budget_achieved_mean",
+    "kept_entries_mean",
+    "prompt_tokens_mean",
+    "kv_bytes",
+    "kv_bytes_full",
+    "size_bytes",
+    "merged_tokens",
+    "evicted_tokens",
+    "kl_to_full",
+    "top1_agreement",
+    "prefill_seconds",
+    "decode_seconds",
+]
+
+
+def budget_table(run: Run) -> Table:
+    """Cells in rows: what was kept, what it weighs, how far the predictions move from full."""
+    summary = summarise(run)
+    rows = []
+    data = []
+    for cell in run.cells:
+        method, budget = split_cell(cell)
+        lines = summary[(summary["method"] == method) & (summary["budget"] == budget)]
+        if lines.empty:
+            rows.append((cell, "0", *[""] * 11))
+            continue
+        values = {name: float(lines[name].mean()) for name in _MEANS}
+        values["budget_achieved_min"] = float(lines["budget_achieved_min"].min())
+        values["budget_achieved_max"] = float(lines["budget_achieved_max"].max())
+        data.append({"method": method, "budget": budget, "tasks": len(lines)} | values)
+        rows.append(
+            (
+                cell,
+                str(len(lines)),
+                f"{values['budget_achieved_mean']:.4f}\n"
+                f"[{values['budget_achieved_min']:.4f}, {values['budget_achieved_max']:.4f}]",
+                f"{values['kept_entries_mean']:.1f}",
+                _number(values["merged_tokens"], ".1f"),
+                _number(values["evicted_tokens"], ".1f"),
+                f"{values['prompt_tokens_mean']:.1f}",
+                _number(values["kv_bytes"] / 2**20, ".2f"),
+                _number(values["kv_bytes_full"] / 2**20, ".2f"),
+                _number(values["size_bytes"] / 2**20, ".3f"),
+                _number(values["kl_to_full"], ".4f"),
+                _number(100 * values["top1_agreement"], ".1f"),
+                _number(values["decode_seconds"], ".2f"),
+            )
+        )
+    return Table(
+        name="budgets",
+        title="Budget, memory and fidelity",
+        caption=f"What each cell kept: {setting(run)}. Means over samples, then tasks; in brackets "
+        "the smallest and largest sample. Entries are per layer and KV head, after prefill; merged are "
+        "the prompt tokens that share another's entry, evicted those that none stands for (told by "
+        "methods that keep sizes). KV counts K and V alone, size vectors stand apart. KL(full || cell) "
+        "in nats and top-1 agreement along the full cache's own answer.",
+        header=(
+            "cell",
+            "tasks",
+            "achieved budget",
+            "entries kept",
+            "merged",
+            "evicted",
+            "prompt tokens",
+            "KV MiB",
+            "full KV MiB",
+            "sizes MiB",
+            "KL to full",
+            "top-1 agreement %",
+            "decode s a sample",
+        ),
+        rows=tuple(rows),
+        notes=tuple(gaps(run)),
+        data=_tidy(
+            run,
+            data,
+            ["method", "budget", "tasks", *_MEANS, "budget_achieved_min", "budget_achieved_max"],
+        ),
+    )
+
+
+def difference_table(run: Run) -> Table | None:
+    """Each cell's score minus the full cache's, paired by sample; None without a full cell."""
+    full = run.full_cell
+    if full is None:
+        return None
+    found = differences(run, full)
+    others = [cell for cell in run.cells if cell != full]
+    if not found:
+        return None
+    by_key = {(difference.task, difference.cell): difference for difference in found}
+    rows = []
+    for task in (*run.tasks, "average"):
+        pairs = [by_key.get((task, cell)) for cell in others]
+        counts = {pair.n for pair in pairs if pair is not None}
+        texts = [_score_text(pair.scored if pair else None, "+") for pair in pairs]
+        label = task if task == "average" else task_label(run, task)
+        rows.append((label, _span(counts) if counts else "0", *texts))
+    return Table(
+        name="differences",
+        title=f"Difference to {full}",
+        caption=f"Score of the cell minus score of {full}: {setting(run)}. In brackets: "
+        f"{INTERVAL}, paired by sample id. An interval that holds 0 may be no difference at all; "
+        "with many tasks, claims rest on the average.",
+        header=("task", "pairs", *others),
+        rows=tuple(rows),
+        notes=tuple(gaps(run)),
+        data=_tidy(
+            run,
+            [_score_row(pair.cell, pair.task, pair.scored, pair.n) | {"minus": full} for pair in found],
+            ["method", "budget", "minus", "task", "n", "score", "ci_low", "ci_high"],
+        ).rename(columns={"score": "difference", "n": "pairs"}),
+    )
+
+
+def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
+    """Published numbers beside ours, with provenance; None where nothing is published."""
+    references = list(references)
+    marked = outside(gates(run, references))
+    published = [
+        reference
+        for reference in for_benchmark(references, run.benchmark, run.model)
+        if reference.is_aggregate or reference.task in run.tasks
+    ]
+    if not published:
+        return None
+    same_model = all(reference.fits(run.model) for reference in published)
+    rows = []
+    data = []
+    for reference in published:
+        # Each source has its own aggregates: two of them may mean different things by "average".
+        over = {r.task: r.over for r in published if r.provenance == reference.provenance and r.over}
+        scored = aggregate(reference.task, _scores_of(run, reference.cell), over)
+        same = scored is not None and reference.score is not None and reference.fits(run.model)
+        difference = scored.value - reference.score if same else np.nan  # type: ignore[union-attr, operator]
+        rows.append(
+            (
+                reference.task + MARK * bool(members(reference.task, over) & marked),
+                reference.cell,
+                reference.model,
+                reference.published,
+                reference.confidence,
+                _score_text(scored),
+                _number(difference, "+.2f"),
+                "; ".join(filter(None, (reference.provenance, reference.note))),
+            )
+        )
+        data.append(
+            {
+                "task": reference.task,
+                "method": reference.method,
+                "budget": reference.budget,
+                "published_model": reference.model,
+                "published": reference.score,
+                "confidence": reference.confidence,
+                "ours": np.nan if scored is None else scored.value,
+                "difference": difference,
+                "provenance": reference.provenance,
+                "note": reference.note,
+            }
+        )
+    notes = []
+    if not same_model:
+        notes.append(
+            f"Nothing published was found for {run.model}: the models differ, so the two columns "
+            "show tendencies only and no difference is formed."
+        )
+    if profile_of(run) != PROFILE:
+        notes.append(f"Ours is by profile {profile_of(run)}, the published numbers are not.")
+    if marked:
+        notes.append(MARK_NOTE)
+    return Table(
+        name="published",
+        title="Published numbers beside ours",
+        caption=f"Ours: {setting(run)}. In brackets: {INTERVAL}. Published numbers: O was read in "
+        "the official repository, S in a secondary public source; blank where none was found.",
+        header=("task", "cell", "model", "published", "read in", "ours", "difference", "source"),
+        rows=tuple(rows),
+        notes=tuple(notes),
+        data=_tidy(run, data, list(data[0])),
+    )
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """All cells of several runs in one table, keyed by model and benchmark."""
+    ordered = sorted(runs, key=lambda run: (run.model, run.benchmark))
+    rows = []
+    frames = []
+    for run in ordered:
+        averaged = averages(run)
+        budgets = {
+            (row["method"], row["budget"]): row for row in budget_table(run).data.to_dict("records")
+        }
+        for cell in run.cells:
+            scored = averaged.get(cell)
+            means = budgets.get(split_cell(cell), {})
+            rows.append(
+                (
+                    run.model,
+                    run.benchmark,
+                    str(run.output_dir),
+                    cell,
+                    f"{len(run.averaged_tasks)}",
+                    sample_counts(run, run.averaged_tasks),
+                    _score_text(scored),
+                    _number(means.get("budget_achieved_mean", np.nan), ".4f"),
+                    _number(means.get("kv_bytes", np.nan) / 2**20, ".2f"),
+                    _number(means.get("kl_to_full", np.nan), ".4f"),
+                )
+            )
+        frames.append(summarise(run).assign(output_dir=str(run.output_dir)))
+    return Table(
+        name="runs",
+        title="All runs",
+        caption="Average score over each run's tasks, by model and benchmark. In brackets: "
+        f"{INTERVAL}. Averages compare only within one benchmark and the same tasks and samples. "
+        "Settings: " + "; ".join(f"{run.output_dir}: {setting(run)}" for run in ordered) + ".",
+        header=(
+            "model",
+            "benchmark",
+            "output_dir",
+            "cell",
+            "tasks",
+            "n a task",
+            "average",
+            "achieved budget",
+            "KV MiB",
+            "KL to full",
+        ),
+        rows=tuple(rows),
+        notes=tuple(f"{run.output_dir}: {note}" for run in ordered for note in gaps(run)),
+        data=pd.concat(frames, ignore_index=True),
+    )

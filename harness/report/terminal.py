@@ -1,0 +1,112 @@
+"""The comparison as it is printed at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from harness.report.gates import Verdict, gates, summary_lines
+from harness.report.published import load_references
+from harness.report.run import Run, averages, load_run
+from harness.report.summary import sample_mean
+from harness.report.tables import gaps, setting, task_label
+
+_LABEL_WIDTH = 22
+_COLUMN_WIDTH = 12
+_GATE_STYLE = {
+    Verdict.OUTSIDE: "bold red",
+    Verdict.INSIDE: "green",
+    Verdict.NOT_COMPARABLE: "yellow",
+}
+
+
+def print_comparison(output_dir: Path, console: Console) -> None:
+    """Print the gates, then the scores: tasks in rows and cells in columns, or the other way round.
+
+    Rows are tasks unless the cells do not fit beside each other and the tasks do; where neither fits,
+    further cells follow in further blocks. Raises `UserError` as `load_run` does.
+    """
+    run = load_run(output_dir)
+    for verdict, line in summary_lines(gates(run, load_references())):
+        console.print(line, style=_GATE_STYLE[verdict], highlight=False)
+    figures = _figures(run)
+    fit = max(1, (console.width - _LABEL_WIDTH) // _COLUMN_WIDTH)
+    if len(run.cells) > fit >= len(figures):
+        console.print(_by_cell(run.cells, figures))
+    else:
+        for start in range(0, len(run.cells), fit):
+            console.print(_by_task(run.cells[start : start + fit], figures))
+    scale = "Scores 0 to 100: " if run.averaged_tasks else ""
+    console.print(f"{scale}{setting(run)}.", style="dim", highlight=False)
+    for note in gaps(run):
+        console.print(note, style="yellow", highlight=False)
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """One number of every cell that has it, as text."""
+
+    label: str
+    by_cell: Mapping[str, str]
+    style: str = ""
+
+
+def _figures(run: Run) -> list[_Figure]:
+    """Score of each task, then average, achieved budget and KL; those that no cell has are left out."""
+    scores = [
+        _Figure(
+            task_label(run, task),
+            {
+                cell: f"{run.scores[task, cell].value:.2f}"
+                for cell in run.cells
+                if (task, cell) in run.scores and not isnan(run.scores[task, cell].value)
+            },
+        )
+        for task in run.tasks
+    ]
+    averaged = {cell: f"{scored.value:.2f}" for cell, scored in averages(run).items()}
+    below = [
+        _Figure("average", averaged, "bold"),
+        _Figure("achieved budget", _means(run, "budget_achieved", ".3f"), "dim"),
+        _Figure("KL to full (nats)", _means(run, "kl_to_full", ".4f"), "dim"),
+    ]
+    return [*scores, *(figure for figure in below if figure.by_cell)]
+
+
+def _by_task(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task", overflow="fold")
+    for cell in cells:
+        method, _, budget = cell.rpartition("@")
+        table.add_column(f"{method}\n@{budget}", justify="right", overflow="fold")
+    for figure in figures:
+        texts = [figure.by_cell.get(cell, "") for cell in cells]
+        table.add_row(figure.label, *texts, style=figure.style)
+    return table
+
+
+def _by_cell(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("cell", overflow="fold")
+    for figure in figures:
+        table.add_column(figure.label, justify="right", overflow="fold", style=figure.style)
+    for cell in cells:
+        table.add_row(cell, *(figure.by_cell.get(cell, "") for figure in figures))
+    return table
+
+
+def _means(run: Run, field: str, form: str) -> dict[str, str]:
+    """Mean over samples, then over the tasks that have the field, by cell."""
+    found = {}
+    for cell in run.cells:
+        means = [sample_mean(run.records.get((task, cell), []), field) for task in run.tasks]
+        known = [mean for mean in means if not isnan(mean)]
+        if known:
+            found[cell] = format(sum(known) / len(known), form)
+    return found

@@ -1,0 +1,1 @@
+"""Kernels: attention and its column sums, by device, and packed linear layers."""

@@ -1,0 +1,166 @@
+"""The attention kernels: of a whole prompt, with its column sums, and of new tokens over a cache.
+
+Everything that depends on the names inside torch is in this folder.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvmerge.kernels import cpu
+from kvmerge.scores import column_sums
+
+
+def attention_and_scores(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of a whole prompt, and how much of it each key received.
+
+    Args:
+        queries: `(1, heads, T, head_dim)`.
+        keys: `(1, kv_heads, T, head_dim)`.
+        values: `(1, kv_heads, T, head_dim)`.
+        scored: whether the scores are wanted.
+
+    Returns:
+        output `(1, heads, T, head_dim)`; column sums `(1, kv_heads, T)` float32, or None.
+    """
+    if cpu.suits(queries):
+        return cpu.attend(queries, keys, values, scale, scored=scored)
+    out, lse = prefill_attention(queries, keys, values, scale)
+    return out, column_sums(queries, keys, lse, scale=scale) if scored else None
+
+
+def prefill_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of a whole prompt, with the log-sum-exp of its rows where the kernel gives it.
+
+    Args:
+        queries: `(1, heads, T, head_dim)`.
+        keys: `(1, kv_heads, T, head_dim)`; not repeated for the heads of a group.
+        values: `(1, kv_heads, T, head_dim)`.
+
+    Returns:
+        output `(1, heads, T, head_dim)`; lse `(1, heads, T)` float32 natural log, or None.
+    """
+    if queries.is_cuda and queries.shape[-1] % 8 == 0 and _can_use_flash(queries, keys, values):
+        # No public call returns the log-sum-exp. This kernel takes grouped heads as they are.
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            queries, keys, values, 0.0, True, scale=scale
+        )
+        return out, lse
+    # KV heads go to the batch axis, so that a group shares its keys by a stride of 0.
+    packed = queries.squeeze(0).unflatten(0, (keys.shape[1], -1))
+    shared_keys, shared_values = (
+        state.transpose(0, 1).expand(-1, packed.shape[1], -1, -1) for state in (keys, values)
+    )
+    out, lse = _packed_attention(packed, shared_keys, shared_values, scale)
+    return out.flatten(0, 1).unsqueeze(0), None if lse is None else lse.flatten(0, 1).unsqueeze(0)
+
+
+def _packed_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of `(kv_heads, group, T, head_dim)` states: output; lse, or None."""
+    if queries.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, True, scale=scale
+        )
+    if queries.is_cuda and _can_use_efficient(queries, keys, values):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            queries, keys, values, None, True, 0.0, True, scale=scale
+        )
+        return out, lse.narrow(-1, 0, queries.shape[2])  # the kernel pads it to a multiple of 32
+    return scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale), None
+
+
+def _can_use_flash(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return torch.backends.cuda.can_use_flash_attention(_kernel_params(queries, keys, values))
+
+
+def _can_use_efficient(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return torch.backends.cuda.can_use_efficient_attention(_kernel_params(queries, keys, values))
+
+
+def _kernel_params(queries: Tensor, keys: Tensor, values: Tensor) -> torch.backends.cuda.SDPAParams:
+    """Causal attention without dropout, in the form that torch's tests of its GPU kernels take."""
+    grouped = queries.shape[1] != keys.shape[1]
+    return torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, True, grouped)
+
+
+def cached_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention of `n` new tokens over a cache whose last `n` entries are their own.
+
+    Args:
+        queries: `(rows, heads, n, head_dim)`.
+        keys: `(rows, kv_heads, length, head_dim)`, a view into a larger buffer is fine.
+        values: `(rows, kv_heads, length, head_dim)`.
+        bias: `(rows, kv_heads, length)` added to the logits, or None.
+
+    Returns:
+        `(rows, heads, n, head_dim)`.
+    """
+    rows, heads, n_new, head_dim = queries.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    # The query heads of a group become rows of one attention over their KV head: no repeated keys.
+    packed = queries.reshape(rows, kv_heads, group * n_new, head_dim)
+    mask = None
+    if n_new > 1:
+        mask = torch.zeros(n_new, length, dtype=queries.dtype, device=queries.device)
+        future = torch.ones(n_new, n_new, dtype=torch.bool, device=queries.device).triu_(1)
+        mask[:, length - n_new :].masked_fill_(future, float("-inf"))
+        mask = mask.repeat(group, 1)
+    if bias is not None:
+        wide = bias.to(queries.dtype).unsqueeze(2)
+        mask = wide.expand(-1, -1, packed.shape[2], -1) if mask is None else mask + wide
+    out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(rows, heads, n_new, head_dim)
+
+
+def weighted_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one new token that also returns its weights, for methods that look at them.
+
+    Args:
+        queries: `(rows, heads, 1, head_dim)`.
+        keys: `(rows, kv_heads, length, head_dim)`.
+        values: `(rows, kv_heads, length, head_dim)`.
+        bias: `(rows, kv_heads, length)` added to the logits, or None.
+
+    Returns:
+        output `(rows, heads, 1, head_dim)`; weights `(rows, heads, length)` float32.
+    """
+    kv_heads = keys.shape[1]
+    grouped = queries.squeeze(2).unflatten(1, (kv_heads, -1))  # (rows, kv_heads, group, head_dim)
+    logits = torch.matmul(grouped, keys.transpose(2, 3)).float() * scale
+    if bias is not None:
+        logits = logits + bias.unsqueeze(2)
+    weights = logits.softmax(dim=-1)
+    out = torch.matmul(weights.to(values.dtype), values)
+    return out.flatten(1, 2).unsqueeze(2), weights.flatten(1, 2)
+
+
+def masked_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor
+) -> Tensor:
+    """Attention of a whole prompt through an explicit mask, for methods that alter the prefill.
+
+    Args:
+        queries: `(1, heads, T, head_dim)`.
+        keys: `(1, kv_heads, T, head_dim)`.
+        values: `(1, kv_heads, T, head_dim)`.
+        visible: `(1, kv_heads, T, T)` bool, row by column.
+
+    Returns:
+        `(1, heads, T, head_dim)`.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    keys, values, visible = (t.repeat_interleave(group, dim=1) for t in (keys, values, visible))
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scale)

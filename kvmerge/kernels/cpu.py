@@ -1,0 +1,90 @@
+"""Causal attention of a whole prompt on a CPU in float32, and its column sums from the same logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvmerge.kernels import packed_linear
+
+_TILE = 2**20
+"""Logits worked on at once: they stay in the cache between the two products and the softmax."""
+
+
+def suits(states: Tensor) -> bool:
+    """Whether `attend` is the way for these states: float32 on a CPU.
+
+    With scores it is the fastest there. Without them torch's own kernel is faster where oneDNN has no
+    AVX-512; it is not taken, because it rounds otherwise, and what a cell gives must not depend on
+    whether another cell beside it wants scores.
+    """
+    return states.device.type == "cpu" and states.dtype == torch.float32
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention and, from the same logits, how much of it each key received.
+
+    A block of rows at a time: its logits, their softmax, the sums of the columns, the product with
+    the values. Causal blocks only; the map never exists whole. Shapes are those of
+    `attention.attention_and_scores`, which calls this where it suits.
+    """
+    _, heads, length, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    block = max(32, min(128, _TILE // (group * length)))
+    in_place = not torch.is_grad_enabled()  # torch refuses where gradients may flow
+    multiply: _OneDNN | _Torch
+    if packed_linear.multiplies_faster(queries):
+        multiply = _OneDNN()
+    else:
+        multiply = _Torch(queries.new_empty(group * block * length) if in_place else None)
+    future = torch.ones(block, block, dtype=torch.bool).triu_(1)
+    out = torch.empty_like(queries)
+    sums = queries.new_zeros(1, kv_heads, length) if scored else None
+    scaled = queries * scale
+    for head in range(kv_heads):
+        # The query heads of a group become rows of one product.
+        rows, into = (states[0, head * group : (head + 1) * group] for states in (scaled, out))
+        multiply.begin(keys[0, head], values[0, head])
+        for begin in range(0, length, block):
+            end = min(begin + block, length)
+            size = end - begin
+            logits = multiply.keys(rows[:, begin:end].reshape(-1, head_dim), end)
+            logits.view(group, size, end)[..., begin:].masked_fill_(future[:size, :size], float("-inf"))
+            weights = torch.softmax(logits, -1, out=logits if in_place else None)
+            into[:, begin:end] = multiply.values(weights, end).view(group, size, head_dim)
+            if sums is not None:
+                sums[0, head, :end] += weights.sum(dim=0)
+    return out, sums
+
+
+class _OneDNN:
+    """Products with a head's first keys and values, by oneDNN."""
+
+    def begin(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys.contiguous(), values.contiguous()
+
+    def keys(self, rows: Tensor, end: int) -> Tensor:
+        return packed_linear.times_transposed(rows, self._keys[:end])
+
+    def values(self, weights: Tensor, end: int) -> Tensor:
+        return packed_linear.times_transposed(weights, self._values[:end].T)
+
+
+class _Torch:
+    """The same by torch, which is faster where the logits go into memory that is used again."""
+
+    def __init__(self, buffer: Tensor | None) -> None:
+        self._buffer = buffer
+
+    def begin(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys.T.contiguous(), values.contiguous()
+
+    def keys(self, rows: Tensor, end: int) -> Tensor:
+        into = None if self._buffer is None else self._buffer[: len(rows) * end].view(-1, end)
+        return torch.mm(rows, self._keys[:, :end], out=into)
+
+    def values(self, weights: Tensor, end: int) -> Tensor:
+        return weights @ self._values[:end]

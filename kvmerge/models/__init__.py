@@ -1,0 +1,16 @@
+"""Models: what the harness must know about each, and how one is loaded."""
+
+from kvmerge.models.checkpoints import Embedded, Random, cache_dir
+from kvmerge.models.loading import load, stop_token_ids
+from kvmerge.models.spec import DTYPES, ModelSpec, Shape
+
+__all__ = [
+    "DTYPES",
+    "Embedded",
+    "ModelSpec",
+    "Random",
+    "Shape",
+    "cache_dir",
+    "load",
+    "stop_token_ids",
+]

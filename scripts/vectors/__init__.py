@@ -1,1 +1,0 @@
-"""One module for each family of methods whose authors' code is recorded by scripts.record_vectors."""

@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from harness.records import Record
+from harness.report.page import main, print_comparison, write_report
+from harness.report.plots import draw_all, looks
+from harness.report.published import load_references
+from harness.report.render import latex, markdown
+from harness.report.run import load_run
+from harness.report.tables import (
+    Table,
+    difference_table,
+    find_setting,
+    official_aggregates,
+    reference_table,
+    score_table,
+)
+from kvmerge.errors import UserError
+from tests.synthetic_run import record, write_run
+
+TASKS = {"qa_x": "qa_f1", "code": "code_sim", "text": "perplexity"}
+CELLS = ["full@1", "kvmerger@0.5", "kvmerger:sigma=3@0.35", "h2o@0.5"]
+
+
+def small_run(folder: Path, **info: str) -> Path:
+    """Four cells on three tasks of four samples; h2o has no records on code."""
+    cells: dict = {}
+    for rank, cell in enumerate(CELLS):
+        cells[cell] = {}
+        for task in TASKS:
+            if (cell, task) == ("h2o@0.5", "code"):
+                continue
+            kl = None if rank == 0 else 0.1 * rank
+            cells[cell][task] = [
+                record(
+                    str(i),
+                    (4 - rank) * i / 12,
+                    budget_achieved=float(cell.rpartition("@")[2]) - 0.002 * i,
+                    kl_to_full=kl,
+                    top1_agreement=kl and 1 - kl,
+                    extra={"nll": 10.0 + rank + i, "tokens": 10} if task == "text" else {},
+                )
+                for i in range(4)
+            ]
+    return write_run(folder, TASKS, cells, **info)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = small_run(tmp_path_factory.mktemp("run"))
+    assert main([str(folder)]) == 0
+    return folder
+
+
+def column(table: Table, name: str) -> dict[str, str]:
+    place = table.header.index(name)
+    return {row[0]: row[place] for row in table.rows}
+
+
+def test_one_command_writes_every_file(reported: Path) -> None:
+    written = {
+        str(path.relative_to(reported))
+        for path in reported.rglob("*")
+        if path.is_file() and "predictions" not in path.parts
+    }
+    tables = {
+        f"tables/{t}.{e}" for t in ("scores", "differences", "budgets") for e in ("md", "csv", "tex")
+    }
+    plots = {
+        f"plots/{p}.{e}"
+        for p in ("scores_by_task", "average_by_budget", "kl_by_budget", "perplexity_text")
+        for e in ("png", "pdf")
+    }
+    assert written == tables | plots | {"run.json", "summary.csv", "report.html"}
+
+
+def test_score_table_holds_the_scores_and_blanks(reported: Path) -> None:
+    table = score_table(load_run(reported))
+    assert table.header == ("task", "n", *CELLS)
+    full = column(table, "full@1")
+    assert full["qa_x"].split("\n")[0] == "50.00"  # mean of 0, 4, 8, 12 twelfths
+    assert full["average"].split("\n")[0] == "50.00"
+    assert re.fullmatch(r"50\.00\n\[\d+\.\d\d, \d+\.\d\d\]", full["qa_x"])
+    h2o = column(table, "h2o@0.5")
+    assert h2o["qa_x"].startswith("12.50\n")
+    assert h2o["code"] == ""
+    assert h2o["average"] == ""
+    notes = " ".join(table.notes)
+    assert "no records: h2o@0.5 on code." in notes
+    assert "No average for h2o@0.5" in notes
+    assert "Not in the average, as it is not a score of 0 to 100: text." in notes
+
+
+def test_every_caption_states_its_setting(reported: Path) -> None:
+    for path in sorted((reported / "tables").glob("*.md")):
+        text = path.read_text()
+        for part in ("toy-1m on toy", "n = 4 samples", "seed 42", "float32", "commit 0123456789"):
+            assert part in text, (path.name, part)
+
+
+def test_a_modified_checkout_is_named(tmp_path: Path) -> None:
+    folder = small_run(tmp_path)
+    info = json.loads((folder / "run.json").read_text())
+    info["git"]["dirty"] = True
+    (folder / "run.json").write_text(json.dumps(info))
+    assert "commit 0123456789 with local changes" in score_table(load_run(folder)).caption
+
+
+def test_differences_are_to_the_full_cell(reported: Path) -> None:
+    table = difference_table(load_run(reported))
+    assert table is not None
+    assert table.header == ("task", "pairs", *CELLS[1:])
+    assert column(table, "kvmerger@0.5")["qa_x"].startswith("-12.50\n")
+    assert column(table, "h2o@0.5")["code"] == ""
+    frame = pd.read_csv(reported / "tables" / "differences.csv")
+    row = frame[(frame["method"] == "kvmerger") & (frame["task"] == "average")].iloc[0]
+    assert row["difference"] == pytest.approx(-12.5)
+    assert row["ci_low"] <= -12.5 <= row["ci_high"]
+    assert row["minus"] == "full@1"
+
+
+def test_without_a_full_cell_there_is_no_difference_table(tmp_path: Path) -> None:
+    write_run(tmp_path, {"t": "qa_f1"}, {"h2o@0.5": {"t": [record("0", 0.5)]}})
+    assert difference_table(load_run(tmp_path)) is None
+
+
+def test_budget_table_in_numbers(reported: Path) -> None:
+    frame = pd.read_csv(reported / "tables" / "budgets.csv").set_index(["method", "budget"])
+    row = frame.loc[("kvmerger", 0.5)]
+    assert row["budget_achieved_mean"] == pytest.approx(0.497)
+    assert row["budget_achieved_min"] == pytest.approx(0.494)
+    assert row["budget_achieved_max"] == pytest.approx(0.5)
+    assert (row["kv_bytes"], row["kv_bytes_full"]) == (1000, 2000)
+    assert row["kl_to_full"] == pytest.approx(0.1)
+    assert row["top1_agreement"] == pytest.approx(0.9)
+    assert frame.loc[("h2o", 0.5), "tasks"] == 2
+    assert pd.isna(frame.loc[("full", 1.0), "kl_to_full"])
+
+
+def test_a_run_without_any_record_is_all_blank(tmp_path: Path) -> None:
+    write_run(tmp_path, {"t": "qa_f1"}, {"full@1": {}, "h2o@0.5": {}})
+    page = write_report([tmp_path]).read_text()
+    assert "no records: full@1 on t." in page
+    assert "<img" not in page
+    assert (tmp_path / "summary.csv").read_text().count("\n") == 1
+
+
+def test_unequal_samples_are_pointed_out(tmp_path: Path) -> None:
+    write_run(
+        tmp_path,
+        {"t": "qa_f1"},
+        {
+            "full@1": {"t": [record("0", 0.5), record("1", 0.5)]},
+            "h2o@0.5": {"t": [record("0", 0.5)]},
+        },
+    )
+    table = score_table(load_run(tmp_path))
+    assert column(table, "n") == {"t": "1 to 2", "average": ""}
+    assert "different samples (n = 1 to 2)" in " ".join(table.notes)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would have to load, and the texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "iframe"):
+            self.loads.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "srcset")]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_is_self_contained(reported: Path) -> None:
+    text = (reported / "report.html").read_text()
+    page = Page(text)
+    assert len(page.loads) == 4
+    assert all(load.startswith("data:image/png;base64,iVBOR") for load in page.loads)
+    assert "http" not in text
+    assert "url(" not in text
+    assert "50.00" in page.texts
+    assert "decode_policy" in "".join(page.texts)
+    assert "packages.torch" in page.texts
+    assert "2.13.0" in page.texts
+
+
+def test_the_page_escapes_what_a_run_says(tmp_path: Path) -> None:
+    small_run(tmp_path, model="<script>alert(1)</script>")
+    page = write_report([tmp_path]).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def digests(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_two_reports_of_one_run_are_equal_byte_for_byte(reported: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        write_report([reported], tmp_path / name)
+    assert dict(digests(tmp_path / "a")) == dict(digests(tmp_path / "b"))
+
+
+def test_several_runs_get_a_section_each_and_a_common_table(tmp_path: Path) -> None:
+    first = small_run(tmp_path / "one")
+    second = small_run(tmp_path / "two", model="another")
+    third = small_run(tmp_path / "three")
+    out = tmp_path / "out"
+    assert main([str(first), str(second), str(third), "--out", str(out)]) == 0
+    assert {path.name for path in (out / "tables").iterdir()} == {
+        "runs.md",
+        "runs.csv",
+        "runs.tex",
+        "toy-toy-1m-1",
+        "toy-another",
+        "toy-toy-1m-2",
+    }
+    assert (out / "plots" / "toy-another" / "scores_by_task.png").exists()
+    frame = pd.read_csv(out / "tables" / "runs.csv")
+    assert frame.groupby("output_dir").size().tolist() == [11, 11, 11]
+    assert set(frame["model"]) == {"toy-1m", "another"}
+    text = (out / "report.html").read_text()
+    assert text.count("<section") == 3
+    assert all((folder / "summary.csv").exists() for folder in (first, second, third))
+    assert not (first / "tables").exists()
+
+
+def test_an_output_dir_given_twice_is_refused(tmp_path: Path) -> None:
+    folder = small_run(tmp_path)
+    with pytest.raises(UserError, match="given twice"):
+        write_report([folder, folder / ".." / folder.name])
+
+
+def test_a_user_error_is_one_message_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "no run.json" in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+LONGBENCH_EN = [
+    "narrativeqa",
+    "qasper",
+    "multifieldqa_en",
+    "hotpotqa",
+    "2wikimqa",
+    "musique",
+    "gov_report",
+    "qmsum",
+    "multi_news",
+    "trec",
+    "triviaqa",
+    "samsum",
+    "passage_count",
+    "passage_retrieval_en",
+    "lcc",
+    "repobench-p",
+]
+
+
+def longbench(folder: Path, tasks: list[str], model: str = "llama2-7b-chat") -> Path:
+    """Task number k scores k in the full cell, and k + 1 with KVMerger."""
+    cells = {
+        cell: {task: [record("0", (k + more) / 100)] for k, task in enumerate(tasks)}
+        for more, cell in enumerate(("full@1", "kvmerger@0.5"))
+    }
+    tasks_metric = dict.fromkeys(tasks, "qa_f1")
+    return write_run(folder, tasks_metric, cells, benchmark="longbench", model=model)
+
+
+def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
+    run = load_run(longbench(tmp_path, LONGBENCH_EN))
+    table = reference_table(run, load_references())
+    assert table is not None
+    rows = {(row[0], row[1], row[4]): row for row in table.rows}
+    assert rows["qasper", "full@1", "O"][3:7] == ("19.2", "O", "1.00", "-18.20")
+    assert rows["triviaqa", "kvmerger@0.5", "S"][3:7] == ("83.62", "S", "11.00", "-72.62")
+    assert rows["qasper", "full@1", "S"][3:7] == ("", "S", "1.00", "")
+    assert rows["trec", "h2o@0.5", "S"][5:7] == ("", "")  # this run has no such cell
+    nine = [4, 6, 0, 13, 2, 9, 8, 10, 1]
+    assert rows["average", "kvmerger@0.5", "S"][5] == f"{sum(nine) / 9 + 1:.2f}"
+    assert rows["average_zh", "full@1", "O"][5] == ""  # its Chinese tasks were not run
+    assert all(row[7] for row in table.rows)
+
+
+def test_the_official_average_is_of_category_means(tmp_path: Path) -> None:
+    run = load_run(longbench(tmp_path, LONGBENCH_EN))
+    found = official_aggregates(run, load_references())
+    assert list(found) == ["average_en"]
+    # Categories in the order of the tasks: 3 of three, then few-shot, synthetic and code.
+    categories = [1, 4, 7, 10, 12.5, 14.5]
+    assert found["average_en"]["full@1"].value == pytest.approx(sum(categories) / 6)
+    table = score_table(run, load_references())
+    assert column(table, "full@1")["average_en"] == f"{sum(categories) / 6:.2f}"
+    assert column(table, "full@1")["average"] == "7.50"
+
+
+def test_an_official_average_needs_all_its_tasks(tmp_path: Path) -> None:
+    run = load_run(longbench(tmp_path, LONGBENCH_EN[:-1]))
+    assert official_aggregates(run, load_references()) == {}
+
+
+def test_another_models_numbers_are_shown_without_a_difference(tmp_path: Path) -> None:
+    run = load_run(longbench(tmp_path, ["qasper"], model="smollm2-135m"))
+    table = reference_table(run, load_references())
+    assert table is not None
+    (row,) = [row for row in table.rows if row[:2] == ("qasper", "kvmerger@0.5")]
+    assert row[2:7] == ("llama2-7b-chat", "20.04", "S", "1.00", "")
+    assert "the models differ" in table.notes[0]
+
+
+def test_a_benchmark_without_published_numbers_has_no_such_table(reported: Path) -> None:
+    assert reference_table(load_run(reported), load_references()) is None
+
+
+def test_the_console_shows_scores_average_and_budget(reported: Path) -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_comparison(reported, console)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["qa_x", "50.00", "37.50", "25.00", "12.50"] in lines
+    assert ["code", "50.00", "37.50", "25.00"] in lines
+    assert ["average", "50.00", "37.50", "25.00"] in lines
+    assert ["achieved", "budget", "0.997", "0.497", "0.347", "0.497"] in lines
+
+
+def test_a_narrow_console_gets_blocks_and_loses_nothing(reported: Path) -> None:
+    console = Console(width=48, record=True, file=io.StringIO())
+    print_comparison(reported, console)
+    text = console.export_text()
+    assert all(number in text for number in ("50.00", "37.50", "25.00", "12.50"))
+    assert "…" not in text
+    assert text.count("average") == 2
+
+
+def test_many_cells_stand_in_rows_where_the_tasks_fit_beside_each_other(tmp_path: Path) -> None:
+    cells = {f"h2o@0.{n}": {"t": [record("0", n / 10)]} for n in range(1, 9)}
+    run = write_run(tmp_path, {"t": "qa_f1"}, cells)
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_comparison(run, console)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    for n in range(1, 9):
+        assert [f"h2o@0.{n}", f"{10 * n}.00", f"{10 * n}.00", "0.500"] in lines
+
+
+def test_a_perplexity_is_drawn_against_the_budget_and_has_no_average(tmp_path: Path) -> None:
+    def line(nll: float, budget: float) -> list[Record]:
+        parts = {"nll": nll, "tokens": 10}
+        return [record("0", 0.0, budget_achieved=budget, extra=parts)]
+
+    cells = {"full@1": {"t": line(10, 1)}, "h2o@0.5": {"t": line(20, 0.5)}}
+    run = write_run(tmp_path, {"t": "perplexity"}, cells)
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_comparison(run, console)
+    text = console.export_text()
+    assert "2.72" in text
+    assert "7.39" in text
+    assert "average" not in text
+    assert "Scores 0 to 100" not in text
+    plots = {plot.name: plot for plot in draw_all(load_run(run), looks([load_run(run)]))}
+    assert "average_by_budget" not in plots
+    assert "lower is better" in plots["perplexity_t"].caption
+
+
+TABLE = Table(
+    name="x",
+    title="A_B",
+    caption="100 % & more",
+    header=("task", "n"),
+    rows=(("a|b_c", "1.00\n[0.50, 2.00]"), ("d", "")),
+    notes=("note #1",),
+    data=pd.DataFrame(),
+)
+
+
+def test_markdown_keeps_its_columns() -> None:
+    lines = markdown(TABLE).splitlines()
+    assert "| a\\|b_c | 1.00 [0.50, 2.00] |" in lines
+    assert "| --- | ---: |" in lines
+    assert "| d |  |" in lines
+    assert "- note #1" in lines
+
+
+def test_latex_escapes_its_special_characters() -> None:
+    text = latex(TABLE)
+    assert r"a\textbar{}b\_c & 1.00 [0.50, 2.00] \\" in text
+    assert r"\caption{A\_B. 100 \% \& more note \#1}" in text
+    assert r"\begin{tabular}{lr}" in text
+
+
+def test_settings_are_found_at_any_depth_the_shallowest_first() -> None:
+    info = {"a": {"b": {"dtype": "deep"}}, "c": {"dtype": "shallow"}, "list": [1]}
+    assert find_setting(info, "dtype") == "shallow"
+    assert find_setting(info, "commit") is None
+
+
+def test_methods_keep_their_look_across_runs(tmp_path: Path) -> None:
+    tasks = {"t": "qa_f1"}
+    lines = [record("0", 0.5)]
+    first = load_run(write_run(tmp_path / "a", tasks, {"h2o@0.5": {"t": lines}}))
+    second = load_run(
+        write_run(tmp_path / "b", tasks, {"cam@0.5": {"t": lines}, "h2o@0.2": {"t": lines}})
+    )
+    by_method = looks([first, second])
+    assert set(by_method) == {"full", "h2o", "cam"}
+    assert len({look.colour for look in by_method.values()}) == 3
+    assert len({look.marker for look in by_method.values()}) == 3

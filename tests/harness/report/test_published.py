@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from harness.report.published import Reference, for_benchmark, load_references, members
+from kvmerge.errors import UserError
+
+REFERENCES = load_references()
+
+
+def find(method: str, task: str, budget: str, model: str = "llama2-7b-chat") -> list[Reference]:
+    return [
+        r for r in REFERENCES if (r.method, r.task, r.budget, r.model) == (method, task, budget, model)
+    ]
+
+
+def test_every_published_number_is_there_and_none_was_invented() -> None:
+    counts = Counter(
+        (r.confidence, r.method.split(":")[0], r.benchmark) for r in REFERENCES if r.published
+    )
+    assert counts == {
+        ("O", "full", "longbench"): 21 + 6 + 2,  # tasks, categories, averages
+        ("S", "full", "longbench"): 3 + 1,  # tasks; the Mistral average
+        ("S", "kvmerger", "longbench"): 10 + 2,
+        ("S", "h2o", "longbench"): 10 + 2 + 2,  # one task and the average have two sources
+        ("S", "cam", "longbench"): 1,
+        ("S", "full", "zero_scrolls"): 1,
+        ("S", "kvmerger", "zero_scrolls"): 2,
+        ("S", "h2o", "zero_scrolls"): 2,
+        ("S", "cam", "zero_scrolls"): 1,
+        ("S", "kvmerger", ""): 2,  # ablations on an unknown task set
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "budget", "published"),
+    [
+        ("full", "lcc", "1", ["52.4"]),
+        ("full", "passage_retrieval_zh", "1", ["0.5"]),
+        ("full", "repobench-p", "1", ["43.8"]),
+        ("full", "2wikimqa", "1", ["31.45", "32.8"]),
+        ("full", "triviaqa", "1", ["83.09", "77.8"]),
+        ("full", "qasper", "1", ["", "19.2"]),
+        ("kvmerger", "passage_retrieval_en", "0.5", ["7.33"]),
+        ("kvmerger", "trec", "0.5", ["64.00"]),
+        ("h2o", "narrativeqa", "0.5", ["17.85", "17.48"]),
+        ("h2o", "average", "0.35", ["13.49"]),
+        ("cam", "average", "0.35", [""]),
+    ],
+)
+def test_numbers_are_as_printed(method: str, task: str, budget: str, published: list[str]) -> None:
+    assert [r.published for r in find(method, task, budget)] == published
+
+
+def test_the_two_sources_disagreement_on_h2o_is_kept() -> None:
+    found = [r for r in find("h2o", "average", "0.5") if r.benchmark == "longbench"]
+    assert [(r.score, r.provenance[-10:]) for r in found] == [
+        (33.49, "(source 2)"),
+        (34.0, "(source 1)"),
+    ]
+
+
+def test_mistral_h2o_carries_its_warning() -> None:
+    (found,) = find("h2o", "average", "0.35", "mistral-7b-instruct")
+    assert found.score == 13.48
+    assert "fault" in found.note
+
+
+def plain_mean(aggregate: Reference) -> float:
+    """The mean of an aggregate's members among the published numbers of its source."""
+
+    def source(r: Reference) -> tuple[str, ...]:
+        return (r.provenance, r.benchmark, r.model, r.budget, r.method)
+
+    scores: dict[str, float] = {}
+    for r in REFERENCES:
+        if source(r) == source(aggregate) and r.score is not None:
+            scores.setdefault(r.task, r.score)
+    return sum(scores[member] for member in aggregate.over) / len(aggregate.over)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [r for r in REFERENCES if r.over and r.published and "source 1" not in r.provenance],
+    ids=lambda r: f"{r.method}-{r.task}",
+)
+def test_aggregates_agree_with_their_members(reference: Reference) -> None:
+    mean = plain_mean(reference)
+    # Members are rounded to one decimal in the official table, which leaves up to 0.07.
+    assert mean == pytest.approx(reference.score, abs=0.075)
+
+
+def test_kvmerger_average_is_over_nine_tasks() -> None:
+    (found,) = [r for r in find("kvmerger", "average", "0.5") if r.benchmark == "longbench"]
+    assert len(found.over) == 9
+    assert plain_mean(found) == pytest.approx(34.997, abs=5e-4)
+
+
+def test_a_benchmark_prefers_its_own_model_and_official_numbers() -> None:
+    llama = for_benchmark(REFERENCES, "longbench", "llama2-7b-chat")
+    assert {r.model for r in llama} == {"llama2-7b-chat"}
+    confidence = [r.confidence for r in llama]
+    assert confidence == sorted(confidence)
+    other = for_benchmark(REFERENCES, "longbench", "smollm2-135m")
+    assert {r.model for r in other} == {"llama2-7b-chat", "mistral-7b-instruct"}
+    assert for_benchmark(REFERENCES, "mini", "smollm2-135m") == []
+
+
+@pytest.mark.parametrize(
+    ("model", "fits"),
+    [
+        ("mistral-7b-instruct", True),
+        ("mistral-7b-instruct-v0.1", True),
+        ("mistral-7b-instruct-v0.2", True),
+        ("mistral-7b-instruct-vicuna", False),
+        ("mistral-7b-instruct-v0.2-tuned", False),
+        ("my-mistral-7b-instruct", False),
+        ("mistral-7b", False),
+    ],
+)
+def test_a_source_that_states_no_version_fits_every_one(model: str, fits: bool) -> None:
+    (found,) = find("full", "average", "1", "mistral-7b-instruct")
+    assert found.fits(model) is fits
+    named = {r.model for r in for_benchmark(REFERENCES, "longbench", model)}
+    assert (named == {"mistral-7b-instruct"}) is fits  # without a fit all models are shown
+
+
+def test_members_are_followed_to_the_tasks() -> None:
+    over = {"all": ("first", "c"), "first": ("a", "b")}
+    assert members("all", over) == {"a", "b", "c"}
+    assert members("a", over) == {"a"}
+
+
+def test_a_folder_that_is_not_there_has_no_references(tmp_path: Path) -> None:
+    assert load_references(tmp_path / "none") == []
+
+
+HEADER = "benchmark,model,method,budget,task,score,samples,tolerance,over,confidence,provenance,note\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("benchmark,score\n", "must have the columns"),
+        (HEADER + "b,m,full,1,t,high,,,,O,p,\n", "line 2: could not convert"),
+        (HEADER + "b,m,full,1,t,1,,,,X,p,\n", "line 2: confidence must be O or S"),
+        (HEADER + "b,m,full,1,t,1,,,,O,,\n", "provenance must not be empty"),
+        (HEADER + "b,m,full,1,t,1,,,,O,p\n", "12 columns"),
+        (HEADER + "b,m,full,1,t,1,,,,O,p,note, with a comma\n", "12 columns"),
+        (HEADER + "b,m,full,1,t,1,many,,,O,p,\n", "line 2: invalid literal for int"),
+        (HEADER + "b,m,full,1,t,1,5,wide,,O,p,\n", "line 2: could not convert"),
+        (HEADER + "b,m,full,1,t,1,5,0,,O,p,\n", "a tolerance must be above 0"),
+        (HEADER + "b,m,full,1,t,1,5,inf,,O,p,\n", "a tolerance must be above 0"),
+        (HEADER + "b,m,full,1,t,1,,2,,O,p,\n", "and needs score and samples"),
+        (HEADER + "b,m,full,1,t,,5,2,,O,p,\n", "and needs score and samples"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_references(tmp_path)
