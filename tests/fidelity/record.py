@@ -5,8 +5,8 @@
 `DIR` holds a checkout of each repository that the families read, in a folder of the repository's name
 (`git clone https://github.com/FMInference/H2O DIR/H2O`). A family is a module in
 tests/fidelity/official that names its `REPOSITORY` and `REVISION` and has a function
-`record(checkout)`, which runs the authors' code and returns tensors, numbers and lists by name. They are written to
-tests/fidelity/<family>.json. None of the authors' code is part of this project.
+`record(checkout)`, which runs the authors' code and returns tensors, numbers and lists by name.
+They are written to tests/fidelity/<family>.json. None of the authors' code is part of this project.
 """
 
 from __future__ import annotations
