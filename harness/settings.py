@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
@@ -17,7 +15,7 @@ from harness.records import file_name
 from kvmerge.cells import Cell, make_cell, parse_cells
 from kvmerge.errors import UserError, unknown
 from kvmerge.models import ModelSpec
-from kvmerge.resolve import method_settings
+from kvmerge.resolve import build, method_settings
 from kvmerge.session import DECODE_POLICIES, POSITIONS, SKIP_BUDGETS, Row
 
 
@@ -101,12 +99,12 @@ class Settings:
 def settings_from(config: DictConfig, choices: Choices) -> Settings:
     """Validate a composed configuration. Raises `UserError` naming the setting."""
     cells = _cells(config, choices)
-    model = _build(config.model)
+    model = build(config.model)
     if {"model.path"} <= choices.given and not {"model", "model.name"} & choices.given:
         # Not the default model's weights any more, so neither its name nor, unless given, its context.
         context = model.context if "model.context" in choices.given else None
         model = replace(model, name=Path(str(model.path)).name, context=context)
-    benchmark = _build(config.benchmark)
+    benchmark = build(config.benchmark)
     seed = _whole(config, "seed", least=0)
     num_seeds = _whole(config, "num_seeds", least=1)
     num_shards = _whole(config, "num_shards", least=1)
@@ -180,19 +178,6 @@ def _policy(config: DictConfig, cells: Sequence[Cell]) -> Policy:
             "Leave it out, or use decode_policy=append."
         )
     return Policy(config.decode_policy, config.pos, tuple(skip), config.skip_budget)
-
-
-def _build(config: DictConfig) -> Any:
-    """Instantiate a part, letting its own `UserError` through and naming unknown settings."""
-    try:
-        return instantiate(config, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        if isinstance(cause, TypeError):
-            raise UserError(f"{config.get('_target_')}: {cause}") from None
-        raise
 
 
 def _whole(config: DictConfig, key: str, least: int) -> int:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from kvmerge.budget import Budget
@@ -49,11 +48,7 @@ class Cell:
 def make_cell(method_name: str, options: Mapping[str, Any], budget: object) -> Cell:
     """Validate a cell. Raises `UserError` naming what cannot be used."""
     defaults = method_settings(method_name)
-    try:
-        method = load_method(method_name, options)
-    except InstantiationException as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        raise UserError(f"{method_name} cannot take {given}: {error.__cause__}.") from error
+    method = load_method(method_name, options)
     changed = {key: value for key, value in options.items() if value != defaults.get(key)}
     parsed = Budget.parse(budget)
     if float(str(parsed)) != parsed.value or "e+" in str(parsed):

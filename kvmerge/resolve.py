@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import Method
@@ -49,11 +49,29 @@ def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         if key not in resolved or key == "_target_":
             raise unknown(f"setting of {name}", key, set(resolved) - {"_target_"})
         resolved[key] = value
-    try:
-        method = instantiate(resolved)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    given = ", ".join(f"{key}={value!r}" for key, value in (settings or {}).items())
+    method = build(resolved, f"{name} cannot take {given}" if given else name)
     assert isinstance(method, Method)
     return method
+
+
+def build(config: Mapping[str, Any] | DictConfig, named: str | None = None) -> Any:
+    """Instantiate what a configuration names under `_target_`, with its other keys as arguments.
+
+    Args:
+        config: a part of a composed configuration, or the same as plain data.
+        named: how a message begins that says why it cannot be built; None: with the `_target_`.
+
+    Raises:
+        UserError: if the part refuses its settings, if one is of a type that it cannot use or that
+            it does not know, or if there is no such part.
+    """
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, TypeError | ValueError | ImportError):
+            raise UserError(f"{named or config.get('_target_')}: {cause}") from error
+        raise

@@ -1,11 +1,13 @@
 """From a method's name and settings to the method, and the messages on the way."""
 
 import pytest
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
 
 from baselines.h2o import H2O
 from kvmerge.errors import UserError
 from kvmerge.kvmerger import KVMerger
-from kvmerge.resolve import choices, load_method, method_settings
+from kvmerge.resolve import build, choices, load_method, method_settings
 
 
 def test_choices_are_the_files_of_the_folder():
@@ -42,3 +44,32 @@ def test_an_unknown_setting():
 def test_a_setting_out_of_range_is_told_without_hydras_wrapping():
     with pytest.raises(UserError, match=r"^sigma=-1 must be a positive key distance"):
         load_method("kvmerger", {"sigma": -1})
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"_target_": "baselines.h2o.H2O", "split": "uneven"}, r"^unknown split 'uneven'"),
+        ({"_target_": "baselines.h2o.H2O", "spilt": "even"}, r"^baselines\.h2o\.H2O: .*'spilt'"),
+        ({"_target_": "kvmerge.kvmerger.KVMerger", "sigma": None}, r"^kvmerge\.kvmerger\.KVMerger: "),
+        ({"_target_": "baselines.nowhere.None"}, r"^baselines\.nowhere\.None: Error loading"),
+    ],
+)
+def test_what_cannot_be_built_is_told_in_a_sentence(config: dict[str, object], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        build(config)
+
+
+def broken() -> None:
+    """A part with a fault of its own."""
+    raise KeyError("absent")
+
+
+def test_an_error_inside_a_part_keeps_its_traceback() -> None:
+    with pytest.raises(InstantiationException) as caught:
+        build({"_target_": f"{__name__}.broken"})
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_lists_of_a_configuration_arrive_as_lists() -> None:
+    assert build(OmegaConf.create({"_target_": "builtins.dict", "tasks": ["a"]})) == {"tasks": ["a"]}
