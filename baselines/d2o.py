@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from baselines import h2o
-from kvmerge.budget import count
+from kvmerge.budget import at_least_one
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, pick
 from kvmerge.scores import head_column_sums
@@ -72,9 +72,9 @@ class D2O(Method):
             levels = torch.cat([variance_level(of_layer).cpu() for of_layer in sums])
             shares = layer_shares(levels, allowance.budget).tolist()
         if not self.bug_compat:
-            return [max(1, count(share, length)) for share in shares]
+            return [at_least_one(share, length) for share in shares]
         # two equal halves, as shares of the prompt and the first answer token
-        counts = [2 * max(1, count(share / 2, length + 1)) for share in shares]
+        counts = [2 * at_least_one(share / 2, length + 1) for share in shares]
         spared = (0, 1, len(layers) - 1)
         return [length if layer in spared else n for layer, n in enumerate(counts)]
 

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvmerge.budget import count
+from kvmerge.budget import count, recent_share
 from kvmerge.errors import UserError, unknown
-from kvmerge.kvmerger import recent_share
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer
 from kvmerge.scores import head_column_sums
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from kvmerge.budget import half
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, select, top_positions
 from kvmerge.scores import last_rows
@@ -55,7 +56,7 @@ class SnapKV(Method):
 
     def window_for(self, n_keep: int) -> int:
         """The window under a budget of `n_keep` entries."""
-        return self.window if self.window < n_keep else max(1, n_keep // 2)
+        return self.window if self.window < n_keep else half(n_keep)
 
 
 def pooled_scores(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvmerge import merging
-from kvmerge.budget import count
+from kvmerge.budget import at_least_one, count, recent_share, top_share
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import (
     Allowance,
@@ -242,7 +242,7 @@ class KVMerger(Method):
         """
         recent = recent_share(allowance.budget) if self.recent is None else self.recent
         top = top_share(allowance.budget) if self.top is None else self.top
-        n_recent = max(1, count(recent, length))
+        n_recent = at_least_one(recent, length)
         n_top = count(top, length)
         excess = n_recent + n_top + 1 - allowance.n_keep
         if excess > 0:
@@ -279,13 +279,3 @@ class KVMerger(Method):
                 f"thresholds={self.thresholds} has {len(thresholds)} layers; the model has more."
             )
         return thresholds[layer_idx]
-
-
-def recent_share(budget: float) -> float:
-    """Recent tokens as a fraction of the prompt: .17 at 50%, .08 at 35% (the paper), interpolated."""
-    return max(0.02, 0.08 + 0.09 * (budget - 0.35) / 0.15)
-
-
-def top_share(budget: float) -> float:
-    """Top tokens as a fraction of the prompt: .12 at 50%, .02 at 35% (the paper), interpolated."""
-    return max(0.0, 0.02 + 0.10 * (budget - 0.35) / 0.15)
