@@ -80,11 +80,8 @@ class H2OSimPrefill(HeavyHitters):
             )
 
     def visible(self, layer: PrefillLayer, allowance: Allowance) -> Tensor:
-        """What each row of the prompt may see; everything before it where nothing need be hidden."""
-        batch, kv_heads, length, _ = layer.keys.shape
-        if allowance.n_keep >= length:
-            causal = torch.ones(length, length, dtype=torch.bool, device=layer.keys.device).tril()
-            return causal.expand(batch, kv_heads, -1, -1)
+        """Return what each row of the prompt may see."""
+        length = layer.length
         heavy, recent = self.counts(allowance, length)
         if self.leak == "local":
             return self._local(layer, heavy)[0] | band(length, recent, layer.keys.device)

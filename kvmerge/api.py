@@ -25,7 +25,7 @@ from kvmerge.errors import UserError
 from kvmerge.hook import SESSION, hooked
 from kvmerge.method import Method
 from kvmerge.resolve import load_method
-from kvmerge.session import CacheSession, Row, RowStats, check_sliding_window, session_for
+from kvmerge.session import CacheSession, Policy, Row, RowStats, check_sliding_window, session_for
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 """Model types whose attention runs through transformers' AttentionInterface as the engine needs it."""
@@ -128,7 +128,7 @@ def compressed(
             f"settings ({', '.join(settings)}) can only be given with a method's name; "
             "set them on the method object instead."
         )
-    row = Row(method, Budget.parse(budget), seed, decode_policy)
+    row, policy = Row(method, Budget.parse(budget), seed), Policy(decode_policy)
     name = _cache_parameter(model)
 
     def before(_: torch.nn.Module, arguments: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -141,7 +141,7 @@ def compressed(
         if not isinstance(cache, CompressedCache):
             if cache is not None and cache.get_seq_length():
                 raise UserError("the given cache already holds tokens; start with an empty one.")
-            cache = CompressedCache(_begin(model, row, kwargs))
+            cache = CompressedCache(_begin(model, row, policy, kwargs))
         else:
             _check_new_tokens(model, cache, kwargs)
         mask = kwargs.get("attention_mask")
@@ -160,7 +160,7 @@ def compressed(
             handle.remove()
 
 
-def _begin(model: PreTrainedModel, row: Row, kwargs: dict[str, Any]) -> CacheSession:
+def _begin(model: PreTrainedModel, row: Row, policy: Policy, kwargs: dict[str, Any]) -> CacheSession:
     """A session for the batch that is about to be prefilled."""
     batch, tokens = _batch_shape(kwargs)
     mask = kwargs.get("attention_mask")
@@ -179,7 +179,7 @@ def _begin(model: PreTrainedModel, row: Row, kwargs: dict[str, Any]) -> CacheSes
             raise UserError("each prompt needs at least one token that is not padding.")
     check_sliding_window(model, tokens, 1)
     rows = [replace(row, prompt=index) for index in range(batch)]
-    session = session_for(model, rows, [str(index) for index in range(batch)])
+    session = session_for(model, rows, [str(index) for index in range(batch)], policy=policy)
     session.begin(lengths, _CAPACITY)
     return session
 

@@ -23,7 +23,17 @@ from transformers import PreTrainedModel
 
 from kvmerge.hook import forward, hooked
 from kvmerge.method import Entries, PrefillLayer
-from kvmerge.session import Observer, Row, RowStats, check_sliding_window, session_for
+from kvmerge.session import (
+    DEFAULT_POLICY,
+    Observer,
+    Policy,
+    Row,
+    RowStats,
+    Stages,
+    check_sliding_window,
+    session_for,
+    unobserved,
+)
 
 _REPLAY_TOKENS = 512
 """Tokens fed at once when a text is replayed, over all rows: bounds the logits that are alive."""
@@ -53,6 +63,10 @@ class Request:
     """Row to compute fidelity figures against, normally the full cache; None: none."""
     observer: Observer | None = None
     """Called with every compressed layer."""
+    policy: Policy = DEFAULT_POLICY
+    """The switches of all rows."""
+    stages: Stages = unobserved
+    """Watches where the time goes."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,13 @@ class Comparison:
         rows: Sequence[Row],
         sample_id: str = "",
         observer: Observer | None = None,
+        policy: Policy = DEFAULT_POLICY,
+        stages: Stages = unobserved,
     ) -> None:
         """Prepare rows for a model that is hooked (see `run_samples`)."""
         self.model = model
         self.rows = list(rows)
-        self.session = session_for(model, rows, [sample_id], observer)
+        self.session = session_for(model, rows, [sample_id], observer, policy, stages)
         self.prompt_length = 0
         self.first_logits = torch.empty(0)
         """`(vocabulary,)` float32 logits of the first answer token, the same for every row."""
@@ -325,9 +341,11 @@ def run_sample(
     sample_id: str = "",
     reference: int | None = None,
     observer: Observer | None = None,
+    policy: Policy = DEFAULT_POLICY,
+    stages: Stages = unobserved,
 ) -> Result:
     """Answer one prompt `(1, T)` with every row: `run_samples` of one `Request`."""
-    request = Request(input_ids, rows, sample_id, reference, observer)
+    request = Request(input_ids, rows, sample_id, reference, observer, policy, stages)
     return run_samples(model, [request], stop)[0]
 
 
@@ -381,7 +399,14 @@ class _Sample:
         started = time.perf_counter()
         for group in groups:
             observer = request.observer and _renumbered(request.observer, group)
-            comparison = Comparison(model, [rows[i] for i in group], request.sample_id, observer)
+            comparison = Comparison(
+                model,
+                [rows[i] for i in group],
+                request.sample_id,
+                observer,
+                request.policy,
+                request.stages,
+            )
             comparison.prefill(request.input_ids, capacity)
             self.comparisons.append(comparison)
         self.seconds = time.perf_counter() - started

@@ -153,7 +153,9 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not allocate across layers")
 
     def visible(self, layer: PrefillLayer, allowance: Allowance) -> Tensor:
-        """Which columns each row of the prompt may see, for methods that declared `alters_prefill`.
+        """Return which columns each row of the prompt may see, where `alters_prefill` is declared.
+
+        Not called where the budget holds the whole prompt: every row sees all before it then.
 
         Returns:
             `(batch, kv_heads, T, T)` bool, row by column, causal.

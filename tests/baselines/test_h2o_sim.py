@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from baselines.h2o_sim import H2OSimDecode, H2OSimPrefill, decode_mask, local_mask, prefill_mask
+from kvmerge import session
 from kvmerge.budget import Budget
 from kvmerge.cache import append_entry
 from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
 from kvmerge.method import HIDDEN, Allowance, DecodeStep, Entries
-from kvmerge.session import Row
+from kvmerge.session import Policy, Row
 from tests.baselines.test_h2o import MAP
 from tests.kvmerge.oracles import best_positions
 from tests.tiny import layer, normal, prompt, shared_model
@@ -132,18 +135,31 @@ def test_a_generated_token_sees_what_the_next_row_would(leak: str) -> None:
     assert not (held[..., 30] & ~first[..., 30]).any()
 
 
-def test_a_budget_of_everything_masks_nothing() -> None:
-    base = layer(20)
-    visible = H2OSimPrefill().visible(base, Allowance(20, 1.0))
-    assert torch.equal(visible[0, 0], torch.ones(20, 20, dtype=torch.bool).tril())
+def test_a_prompt_that_fits_is_attended_in_full_and_a_longer_one_through_the_mask_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    for name in ("attention_and_scores", "masked_attention"):
+        whole = getattr(session, name)
+
+        def counted(*given: Any, name: str = name, whole: Any = whole, **more: Any) -> Any:
+            calls.append(name)
+            return whole(*given, **more)
+
+        monkeypatch.setattr(session, name, counted)
+    for budget, attention in ((1.0, "attention_and_scores"), (0.5, "masked_attention")):
+        calls.clear()
+        rows = [Row(H2OSimPrefill(), Budget(budget))]
+        run_sample(shared_model(), prompt(40), rows, Stop(1, frozenset()))
+        assert calls == [attention] * 2  # one a layer
 
 
 @pytest.mark.parametrize("leak", ["global", "local"])
 @pytest.mark.parametrize("policy", ["append", "hold"])
 def test_it_runs_on_a_model_and_keeps_the_whole_cache(leak: str, policy: str) -> None:
-    row = Row(H2OSimPrefill(leak=leak), Budget(0.5), decode_policy=policy)
-    rows = [Row(H2OSimPrefill(leak=leak), Budget(1.0)), row]
-    full, masked = run_sample(shared_model(), prompt(40), rows, Stop(12, frozenset()))[0]
+    rows = [Row(H2OSimPrefill(leak=leak), Budget(budget)) for budget in (1.0, 0.5)]
+    stop, switches = Stop(12, frozenset()), Policy(policy)
+    full, masked = run_sample(shared_model(), prompt(40), rows, stop, policy=switches)[0]
     assert len(masked.token_ids) == 12
     assert masked.token_ids != full.token_ids
     assert masked.stats.entries == [[40, 40], [40, 40]]

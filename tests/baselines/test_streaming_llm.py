@@ -7,7 +7,7 @@ from baselines.streaming_llm import StreamingLLM, keep
 from kvmerge.budget import Budget
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance
-from kvmerge.session import Row
+from kvmerge.session import Policy, Row
 from tests.fidelity.vectors import Replay, positions
 from tests.tiny import layer, normal
 
@@ -41,7 +41,7 @@ def test_compress_keeps_whole_tokens_in_every_head():
 
 def test_hold_drops_the_oldest_after_the_sinks():
     states = tuple(normal(1, 2, 30, 4, seed=seed) for seed in range(3))
-    replay = Replay(Row(StreamingLLM(2), Budget(5), decode_policy="hold"), [states], 20)
+    replay = Replay(Row(StreamingLLM(2), Budget(5)), [states], 20, policy=Policy("hold"))
     for end in range(21, 26):
         replay.step()
         assert positions(replay.entries()) == [[0, 1, end - 3, end - 2, end - 1]] * 2

@@ -7,7 +7,7 @@ import torch
 from baselines.d2o import D2O, layer_shares, variance_level
 from kvmerge.budget import Budget
 from kvmerge.scores import column_sums
-from kvmerge.session import Row
+from kvmerge.session import Policy, Row
 from tests.fidelity.official import d2o
 from tests.fidelity.official._inputs import PROMPT, STEPS
 from tests.fidelity.vectors import Replay, close, recorded
@@ -46,8 +46,8 @@ def test_the_whole_method_step_by_step():
 def test_the_default_step_by_step():
     """The default equals their earlier class: it compresses the prompt, and each head decides alone."""
     official = recorded("d2o")["prompt"]
-    row = Row(D2O(), Budget(2 * d2o.RATIO), decode_policy="hold")
-    replay = Replay(row, [d2o.states(1, heads=1)], PROMPT)
+    row = Row(D2O(), Budget(2 * d2o.RATIO))
+    replay = Replay(row, [d2o.states(1, heads=1)], PROMPT, policy=Policy("hold"))
     for step in range(STEPS + 1):
         if step:
             replay.step()

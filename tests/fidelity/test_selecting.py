@@ -12,7 +12,7 @@ from baselines.tova import TOVA
 from kvmerge.budget import Budget
 from kvmerge.method import Allowance, PrefillLayer
 from kvmerge.rope import Rope
-from kvmerge.session import Row
+from kvmerge.session import Policy, Row
 from tests.fidelity.official import pyramidkv, snapkv, streaming_llm, tova
 from tests.fidelity.official._inputs import PROMPT, STEPS
 from tests.fidelity.vectors import Replay, close, positions, recorded
@@ -75,8 +75,8 @@ def test_pyramidkv_counts():
 
 def test_tova_step_by_step():
     official = recorded("tova")["positions"]
-    row = Row(TOVA(), Budget(tova.KEPT), decode_policy="hold")
-    replay = Replay(row, [tova.states()], PROMPT)
+    row = Row(TOVA(), Budget(tova.KEPT))
+    replay = Replay(row, [tova.states()], PROMPT, policy=Policy("hold"))
     assert positions(replay.entries()) == [official[0]] * tova.KV_HEADS
     for theirs in official[1:]:
         replay.step()
@@ -93,8 +93,8 @@ def test_streaming_llm_step_by_step():
     at = torch.arange(PROMPT + STEPS)
     states = (rope.rotate(queries, at), rope.rotate(keys, at), values)
     budget = Budget(streaming_llm.SINKS + streaming_llm.RECENT)
-    row = Row(StreamingLLM(streaming_llm.SINKS), budget, decode_policy="hold", pos="rolled")
-    replay = Replay(row, [states], PROMPT, rope)
+    row = Row(StreamingLLM(streaming_llm.SINKS), budget)
+    replay = Replay(row, [states], PROMPT, rope, Policy("hold", "rolled"))
     assert positions(replay.entries()) == [official["positions"][0]] * streaming_llm.KV_HEADS
     for theirs, output in zip(official["positions"][1:], official["outputs"], strict=True):
         [found] = replay.step()
