@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.plan import print_plan
@@ -32,6 +32,7 @@ _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 def main() -> None:
     """Entry point of `run.py` and of the `kvmerge` command."""
     _show_log()
+    OmegaConf.register_new_resolver("choices", _every_choice, replace=True)
     started: list[bool] = []  # tells an error of the configuration from one of the run
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
@@ -93,6 +94,11 @@ def check_choices(arguments: Sequence[str]) -> None:
         for name in listed.split(","):
             if name not in choices(group):
                 raise unknown(group, name, choices(group))
+
+
+def _every_choice() -> str:
+    """List the choices of each group, for the help."""
+    return "\n".join(f"{group}: {', '.join(choices(group))}" for group in GROUPS)
 
 
 def _show_log() -> None:
