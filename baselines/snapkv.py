@@ -55,7 +55,7 @@ class SnapKV(Method):
         return select(layer, keep(pooled, allowance.n_keep - window, window=window))
 
     def window_for(self, n_keep: int) -> int:
-        """The window under a budget of `n_keep` entries."""
+        """Return the window under a budget of `n_keep` entries."""
         return self.window if self.window < n_keep else half(n_keep)
 
 
@@ -68,7 +68,7 @@ def pooled_scores(
     pooling: str,
     scale: float | None = None,
 ) -> Tensor:
-    """How much the last tokens attend to each token before them, smoothed over its neighbours.
+    """Return how much the last tokens attend to each token before them, smoothed over its neighbours.
 
     Args:
         queries: `(batch, heads, T, head_dim)`, after RoPE.
@@ -96,7 +96,7 @@ def pool(scores: Tensor, kernel: int, pooling: str) -> Tensor:
 
 
 def keep(pooled: Tensor, n_past: int, *, window: int) -> Tensor:
-    """Positions of the best `n_past` tokens before the window, and of the window.
+    """Return the positions of the best `n_past` tokens before the window, and of the window.
 
     Args:
         pooled: `(batch, kv_heads, T - window)`.

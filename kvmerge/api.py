@@ -51,7 +51,7 @@ class CompressedCache(Cache):
         return self.session.stats
 
     def nbytes(self) -> int:
-        """Bytes of all keys and values stored now, generated tokens included."""
+        """Count the bytes of all keys and values stored now, generated tokens included."""
         return sum(layer.nbytes() for layer in self.session.layers)
 
 
@@ -83,7 +83,7 @@ class _CountingLayer(CacheLayerMixin):
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier 5.x versions."""
+        """Return the same, by the name that earlier 5.x versions call."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -161,7 +161,7 @@ def compressed(
 
 
 def _begin(model: PreTrainedModel, row: Row, policy: Policy, kwargs: dict[str, Any]) -> CacheSession:
-    """A session for the batch that is about to be prefilled."""
+    """Begin a session for the batch that is about to be prefilled."""
     batch, tokens = _batch_shape(kwargs)
     mask = kwargs.get("attention_mask")
     lengths = [tokens] * batch
@@ -196,8 +196,8 @@ def _new_tokens(kwargs: dict[str, Any]) -> int:
 
 
 def _check_new_tokens(model: PreTrainedModel, cache: CompressedCache, kwargs: dict[str, Any]) -> None:
-    """Tokens after the prompt must all be real, since rows are padded on the left only, and must not
-    outgrow a sliding window."""
+    """Refuse padding after the prompt, since rows are padded on the left only, and what outgrows a
+    sliding window."""
     new = _new_tokens(kwargs)
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2 and not bool(mask[:, -new:].all()):
@@ -207,6 +207,6 @@ def _check_new_tokens(model: PreTrainedModel, cache: CompressedCache, kwargs: di
 
 
 def _cache_parameter(model: PreTrainedModel) -> str:
-    """The forward's name for the cache: `cache`, or `past_key_values` before transformers 5.20."""
+    """Return the forward's name for the cache: `past_key_values` before transformers 5.20."""
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"

@@ -180,7 +180,7 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(self, stop: Stop) -> list[list[list[int]]]:
-        """Greedy decoding of all rows together; a finished row leaves the batch.
+        """Decode all rows together, greedily; a finished row leaves the batch.
 
         Returns:
             Generated token ids by comparison and row, the stop token included where one ended the
@@ -236,7 +236,7 @@ class Decoder:
             ]
 
     def _active(self) -> list[tuple[int, int]]:
-        """Comparison and row of each slot of the batch."""
+        """Return the comparison and row of each slot of the batch."""
         return [(i, row) for i, each in enumerate(self.comparisons) for row in each.session.order]
 
     def feed(self, tokens: Tensor, generated: int) -> Tensor:
@@ -285,7 +285,7 @@ class Tally:
                 self.agreement[row] += int((log_p.argmax(-1) == full.argmax(-1)).sum())
 
     def fidelity(self) -> list[Fidelity | None]:
-        """A figure for each row; None without a reference, or where the text has only one token."""
+        """Return a figure for each row: None without a reference, or where the text is one token."""
         if self.reference is None or not self.compared:
             return [None] * len(self.nll)
         return [
@@ -417,7 +417,7 @@ class _Sample:
         return [stats for comparison in self.comparisons for stats in comparison.stats]
 
     def tally(self, text: Sequence[int]) -> Tally:
-        """A tally of a text for all rows."""
+        """Begin a tally of a text for all rows."""
         first = [each.first_logits for each in self.comparisons for _ in each.rows]
         return Tally(text, first, self.reference)
 
@@ -447,7 +447,7 @@ def _tally(samples: Sequence[_Sample], texts: Sequence[Sequence[int]]) -> list[T
 
 
 def _renumbered(observer: Observer, indices: Sequence[int]) -> Observer:
-    """An observer that is told the rows' indices in the whole list."""
+    """Return an observer that is told the rows' indices in the whole list."""
 
     def watch(row: int, layer_idx: int, layer: PrefillLayer, kept: Entries) -> None:
         observer(indices[row], layer_idx, layer, kept)

@@ -21,6 +21,7 @@ from kvmerge.resolve import choices, config_dir, load_method, method_settings
 from tests.tiny_run import compose as settings
 
 FILES = [(path.parent.name, path.stem) for path in sorted(config_dir().glob("*/*.yaml"))]
+CHOICES = [(group, name) for group, name in FILES if not name.startswith("_")]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -33,8 +34,8 @@ def test_every_group_is_guarded_by_the_command_line() -> None:
     assert all(choices(group) for group in GROUPS)
 
 
-@pytest.mark.parametrize(("group", "name"), FILES, ids=map("/".join, FILES))
-def test_every_file_composes_without_gaps(group: str, name: str) -> None:
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=map("/".join, CHOICES))
+def test_every_choice_composes_without_gaps(group: str, name: str) -> None:
     config = composed(f"{group}={name}")
     assert OmegaConf.missing_keys(config) == set()
     assert OmegaConf.to_container(config, resolve=True)
@@ -54,6 +55,13 @@ def test_a_methods_file_lists_exactly_the_settings_of_its_class(name: str) -> No
     target = given.pop("_target_")
     assert f"{type(method).__module__}.{type(method).__qualname__}" == target
     assert sorted(given) == sorted(field.name for field in fields(method))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", choices("method"))
+def test_a_method_is_the_same_whether_hydra_composes_it_or_not(name: str) -> None:
+    by_hydra = OmegaConf.to_container(composed(f"method={name}").method)
+    assert isinstance(by_hydra, dict)
+    assert list(by_hydra.items()) == list(method_settings(name).items())
 
 
 @pytest.mark.parametrize("name", choices("method"))
@@ -112,6 +120,24 @@ def test_an_experiment_says_what_it_needs_and_leaves_the_model_open() -> None:
         assert other.model.name == "llama2-7b-chat"
         assert other.cells == default.cells
         assert other.benchmark == default.benchmark
+
+
+def test_each_of_kvmergers_readings_runs_in_an_experiment() -> None:
+    options = {"budget_mode", "thresholds", "underfill", "linkage"}
+    cells = [
+        cell
+        for name in choices("experiment")
+        for cell in parse_cells(composed(f"experiment={name}").cells)
+    ]
+    tried = {pair for cell in cells for pair in cell.options if pair[0] in options}
+    assert {
+        ("budget_mode", "eps_free"),
+        ("budget_mode", "eps_evict"),
+        ("budget_mode", "eps_layer"),
+        ("underfill", "keep"),
+        ("linkage", "anchor"),
+        ("linkage", "complete"),
+    } <= tried
 
 
 def test_the_papers_table_has_its_nine_tasks_and_budgets() -> None:

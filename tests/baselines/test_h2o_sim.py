@@ -35,7 +35,7 @@ def shown(entries: Entries) -> Tensor:
 # --- goldens
 
 
-def test_decoding_mask_golden() -> None:
+def test_the_decoding_mask_hides_what_has_just_left_the_window() -> None:
     visible, scores = decode_mask(SCORES, heavy=1, recent=2)
     assert visible[0, 0].int().tolist() == [1, 0, 0, 0, 1, 1]
     assert scores[0, 0].tolist() == pytest.approx([2.6, 0, 0, 0.3, 0.3])  # 3: hidden but scored
@@ -56,7 +56,7 @@ def test_decoding_mask_golden_by_the_method() -> None:
     assert shown(entries)[0, 0].int().tolist() == [1, 0, 0, 0, 0, 1, 1]
 
 
-def test_single_pass_mask_golden() -> None:
+def test_a_row_of_the_single_pass_sees_hitters_and_its_band() -> None:
     visible = prefill_mask(SCORES, heavy=1, recent=1)
     assert as_rows(visible) == [{0}, {0, 1}, {0, 1, 2}, {0, 2, 3}, {0, 3, 4}]
 
@@ -165,8 +165,6 @@ def test_it_runs_on_a_model_and_keeps_the_whole_cache(leak: str, policy: str) ->
     assert masked.stats.entries == [[40, 40], [40, 40]]
 
 
-def test_what_does_not_exist() -> None:
+def test_an_unknown_leak_is_refused() -> None:
     with pytest.raises(UserError, match="unknown leak 'locl'"):
         H2OSimPrefill(leak="locl")
-    with pytest.raises(UserError, match="leak=local scores row by row"):
-        H2OSimPrefill(leak="local", score_window="last:8")

@@ -12,7 +12,7 @@ from tests.fidelity.vectors import Replay, positions
 from tests.tiny import layer, normal
 
 
-def test_golden():
+def test_the_first_four_and_the_last_tokens_stay():
     assert keep(10, 6, sinks=4).tolist() == [0, 1, 2, 3, 8, 9]
 
 
@@ -26,7 +26,7 @@ def test_golden():
         (3, 9, 4, [0, 1, 2]),
     ],
 )
-def test_edges(stored, n_keep, sinks, wanted):
+def test_sinks_give_way_where_the_budget_is_small(stored, n_keep, sinks, wanted):
     assert keep(stored, n_keep, sinks=sinks).tolist() == wanted
 
 

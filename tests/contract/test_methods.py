@@ -258,7 +258,7 @@ MERGING = [
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_one_entry_of_two_tokens(name):
+def test_half_of_two_tokens_is_one_entry_or_refused(name):
     """T=2 at 50%."""
     each, model = row(name, 0.5), shared_model()
     if name in MERGING:

@@ -39,7 +39,7 @@ def test_without_a_choice_the_default_method_runs_at_half_the_cache() -> None:
         (["method=full", "budget=1"], "full@1"),
         (["method.sigma=3", "method.pivot=first"], "kvmerger:pivot=first,sigma=3@0.5"),
         (["method.sigma=1e-5"], "kvmerger:sigma=1e-05@0.5"),
-        (["method=h2o", "method.split=kvmerger", "budget=64"], "h2o:split=kvmerger@64"),
+        (["method=h2o", "method.recent=8", "budget=64"], "h2o:recent=8@64"),
     ],
 )
 def test_method_and_budget_make_one_cell(given: list[str], name: str) -> None:

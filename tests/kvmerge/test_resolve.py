@@ -1,13 +1,17 @@
 """From a method's name and settings to the method, and the messages on the way."""
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from baselines.h2o import H2O
+from kvmerge import resolve
+from kvmerge.cells import make_cell
 from kvmerge.errors import UserError
 from kvmerge.kvmerger import KVMerger
-from kvmerge.resolve import build, choices, load_method, method_settings
+from kvmerge.resolve import build, choices, config_dir, load_method, method_settings
 
 
 def test_choices_are_the_files_of_the_folder():
@@ -20,7 +24,7 @@ def test_settings_replace_those_of_the_file():
     assert load_method("kvmerger", {"sigma": "mean_distance", "top": 0.1}) == KVMerger(
         sigma="mean_distance", top=0.1
     )
-    assert load_method("h2o", {"split": "kvmerger"}) == H2O(split="kvmerger")
+    assert load_method("h2o", {"recent": 8}) == H2O(recent=8)
     assert method_settings("kvmerger")["sigma"] == 5.0  # the file's own are untouched
 
 
@@ -29,12 +33,35 @@ def test_presets_differ_in_what_they_are_named_for():
     assert load_method("kvmerger_log") == KVMerger(attn_bias="log_size")
 
 
-def test_an_unknown_method():
+def test_files_with_a_leading_underscore_are_no_choices():
+    assert (config_dir() / "model" / "_base.yaml").exists()
+    assert not [name for group in ("model", "experiment") for name in choices(group) if name[0] == "_"]
+
+
+def test_a_file_is_read_once_however_often_its_method_is_named(monkeypatch):
+    resolve._composed.cache_clear()
+    read, load = [], OmegaConf.load
+    monkeypatch.setattr(OmegaConf, "load", lambda path: read.append(path.stem) or load(path))
+    for name in ("h2o_sim_decode", "h2o", "h2o_sim_decode", "kvmerger_log"):
+        method_settings(name)["heavy"] = 3  # a copy: what a caller writes into it stays with the caller
+        load_method(name)
+        make_cell(name, {}, 0.5).settings()
+    assert sorted(read) == ["h2o", "h2o_sim_decode", "kvmerger", "kvmerger_log"]
+    assert method_settings("h2o")["heavy"] is None
+
+
+def test_a_method_loads_inside_another_hydra_application():
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        assert load_method("kvmerger_log") == KVMerger(attn_bias="log_size")
+        assert GlobalHydra.instance().is_initialized()
+
+
+def test_an_unknown_method_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"unknown method 'kvmergr'\. Did you mean 'kvmerger'\?"):
         load_method("kvmergr")
 
 
-def test_an_unknown_setting():
+def test_an_unknown_setting_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"unknown setting of kvmerger 'sgima'\. Did you mean 'sigma'"):
         load_method("kvmerger", {"sgima": 3})
     with pytest.raises(UserError, match="unknown setting of h2o '_target_'"):
@@ -49,8 +76,8 @@ def test_a_setting_out_of_range_is_told_without_hydras_wrapping():
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"_target_": "baselines.h2o.H2O", "split": "uneven"}, r"^unknown split 'uneven'"),
-        ({"_target_": "baselines.h2o.H2O", "spilt": "even"}, r"^baselines\.h2o\.H2O: .*'spilt'"),
+        ({"_target_": "baselines.h2o.H2O", "score_dtype": "half"}, r"^unknown score_dtype 'half'"),
+        ({"_target_": "baselines.h2o.H2O", "heavvy": 3}, r"^baselines\.h2o\.H2O: .*'heavvy'"),
         ({"_target_": "kvmerge.kvmerger.KVMerger", "sigma": None}, r"^kvmerge\.kvmerger\.KVMerger: "),
         ({"_target_": "baselines.nowhere.None"}, r"^baselines\.nowhere\.None: Error loading"),
     ],
