@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from baselines.heavy_hitters import even_counts, keep
-from kvmerge.budget import at_least_one
+from kvmerge.budget import at_least_one, half
 from kvmerge.errors import unknown
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, pick
 from kvmerge.scores import head_column_sums
@@ -87,8 +87,8 @@ class D2O(Method):
             return self._evict(entries, *even_counts(step.allowance, step.prompt_length))
         if step.allowance.n_keep >= step.prompt_length:  # a spared layer, or no budget to meet
             return entries
-        half = step.allowance.n_keep // 2
-        return self._evict(entries, half, half)
+        each = half(step.allowance.n_keep)
+        return self._evict(entries, each, each)
 
     def _evict(self, entries: Entries, heavy: int, recent: int) -> Entries:
         assert entries.scores is not None

@@ -26,6 +26,7 @@ class HeavyHitters(Method):
     """A fixed number of recent tokens instead of half; the rest of the budget is heavy."""
     score_dtype: str = "float32"
     """`model` rounds the weights to the model's dtype, and the sums after each step (the authors)."""
+
     needs_scores: ClassVar[bool] = True
     holds: ClassVar[bool] = True
 

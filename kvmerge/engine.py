@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,6 @@ from kvmerge.session import (
     Stages,
     check_sliding_window,
     session_for,
-    unobserved,
 )
 
 _REPLAY_TOKENS = 512
@@ -65,7 +65,7 @@ class Request:
     """Called with every compressed layer."""
     policy: Policy = DEFAULT_POLICY
     """The switches of all rows."""
-    stages: Stages = unobserved
+    stages: Stages = nullcontext
     """Watches where the time goes."""
 
 
@@ -116,7 +116,7 @@ class Comparison:
         sample_id: str = "",
         observer: Observer | None = None,
         policy: Policy = DEFAULT_POLICY,
-        stages: Stages = unobserved,
+        stages: Stages = nullcontext,
     ) -> None:
         """Prepare rows for a model that is hooked (see `run_samples`)."""
         self.model = model
@@ -166,7 +166,7 @@ class Decoder:
     def attend(
         self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attention of one layer, called by the model (see `kvmerge.hook.Session`)."""
+        """Attend in one layer; the model calls it (see `kvmerge.hook.Session`)."""
         parts = []
         begin = 0
         for comparison in self.comparisons:
@@ -342,7 +342,7 @@ def run_sample(
     reference: int | None = None,
     observer: Observer | None = None,
     policy: Policy = DEFAULT_POLICY,
-    stages: Stages = unobserved,
+    stages: Stages = nullcontext,
 ) -> Result:
     """Answer one prompt `(1, T)` with every row: `run_samples` of one `Request`."""
     request = Request(input_ids, rows, sample_id, reference, observer, policy, stages)

@@ -7,10 +7,9 @@ code.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -158,16 +157,9 @@ Stages = Callable[[str], AbstractContextManager[object]]
 """Called with a stage's name as the stage begins; what it returns is entered and left around the work.
 
 `attention`: a prompt's attention in one layer, with scores where they are wanted; `compression`: one
-row compressing one layer; `cache`: attention of new tokens over the rows' caches in one layer.
+row compressing one layer; `cache`: attention of new tokens over the rows' caches in one layer. By
+default nobody watches.
 """
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def unobserved(_: str) -> AbstractContextManager[object]:
-    """Enter a stage that nobody watches."""
-    return _NOTHING
 
 
 class CacheSession:
@@ -181,7 +173,7 @@ class CacheSession:
         observer: Observer | None = None,
         rope: Rope | None = None,
         policy: Policy = DEFAULT_POLICY,
-        stages: Stages = unobserved,
+        stages: Stages = nullcontext,
     ) -> None:
         """Prepare rows.
 
@@ -227,7 +219,7 @@ class CacheSession:
     def attend(
         self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attention of one layer, called by the model (see `kvmerge.hook.Session`)."""
+        """Attend in one layer; the model calls it (see `kvmerge.hook.Session`)."""
         if layer_idx < len(self.layers):
             with self.stages(CACHE):
                 return self.layers[layer_idx].attend(self.order, queries, keys, values, scale)
@@ -245,7 +237,7 @@ class CacheSession:
     def _prefill_layer(
         self, prompt: int, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> tuple[PrefillLayer, Tensor]:
-        """Attention of one prompt in one layer, and what the compressors are handed."""
+        """Attend to one prompt in one layer; return what the compressors are handed, and the output."""
         indices = [index for index, row in enumerate(self.rows) if row.prompt == prompt]
         first = indices[0]
         alters = self.rows[first].method.alters_prefill  # such a row has its prefill to itself
@@ -363,7 +355,7 @@ def session_for(
     sample_ids: Sequence[str],
     observer: Observer | None = None,
     policy: Policy = DEFAULT_POLICY,
-    stages: Stages = unobserved,
+    stages: Stages = nullcontext,
 ) -> CacheSession:
     """Return a session for a model, with its rotation where a row needs it."""
     turns = policy.rolled or any(row.method.needs_rope for row in rows)

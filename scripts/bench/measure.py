@@ -101,7 +101,7 @@ class Bench:
 
     def run(self, prompts: Sequence[Tensor], rows: Sequence[Row], tokens: int, batch: int = 1) -> None:
         """Answer prompts with exactly so many tokens, `batch` prompts at a time."""
-        requests = [Request(ids, rows) for ids in prompts]
+        requests = [Request(ids, rows, policy=self.settings.policy) for ids in prompts]
         for begin in range(0, len(requests), batch):
             run_samples(self.model, requests[begin : begin + batch], Stop(tokens, frozenset()))
 
