@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,13 +17,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.plan import print_plan
+from harness.report.gates import log_gate
+from harness.report.run import load_run
 from harness.report.terminal import print_comparison
+from harness.results import Results
 from harness.runner import run
-from harness.settings import Choices, Settings, settings_from
-from kvmerge.errors import UserError, unknown
-from kvmerge.resolve import choices, config_dir
+from harness.settings import Choices, Settings, check_choices, settings_from
+from kvmerge.errors import UserError
+from kvmerge.resolve import config_dir
 
-GROUPS = ("model", "method", "benchmark", "experiment")
 USER_ERROR = 2
 INTERRUPTED = 130
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -49,16 +52,16 @@ def main() -> None:
 
 def execute(config: DictConfig) -> None:
     """Run one composed configuration."""
-    settings = settings_from(config, _choices())
+    settings = settings_from(config, Choices.of(HydraConfig.get()))
     console = Console()
     if config.dry_run:
         print_plan(settings, console)
         return
-    run(settings)
-    report(settings, console)
+    results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
+    report(settings, results, console)
 
 
-def report(settings: Settings, console: Console) -> None:
+def report(settings: Settings, results: Results, console: Console) -> None:
     """Write summary, tables and plots of a finished run, show the table and name the files."""
     if settings.num_shards > 1:
         console.print(
@@ -69,30 +72,12 @@ def report(settings: Settings, console: Console) -> None:
         return
     from harness.report.page import write_report  # matplotlib is slow to import
 
-    page = write_report([settings.output_dir])
-    print_comparison(settings.output_dir, console)
+    loaded = load_run(settings.output_dir, results)
+    page = write_report([loaded])
+    print_comparison(loaded, console)
     for path in ("summary.csv", "run.json", "predictions/", "tables/", "plots/"):
         console.print(f"  {settings.output_dir / path}", soft_wrap=True, highlight=False)
     console.print(f"  {page}", soft_wrap=True, highlight=False)
-
-
-def check_choices(arguments: Sequence[str]) -> None:
-    """Refuse group choices that do not exist, with what does and the nearest to it.
-
-    Also what Hydra's grammar refuses without saying how to write it: a cell's options unquoted.
-    """
-    for argument in arguments:
-        group, separator, listed = argument.partition("=")
-        if group == "cells" and "=" in listed and not set("'\"") & set(listed):
-            raise UserError(
-                f"{argument}: a cell with options needs quotes, as in "
-                "\"cells=[full@1,'kvmerger:sigma=3@0.35']\"."
-            )
-        if not separator or group not in GROUPS:
-            continue
-        for name in listed.split(","):
-            if name not in choices(group):
-                raise unknown(group, name, choices(group))
 
 
 def _show_log() -> None:
@@ -100,17 +85,6 @@ def _show_log() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("benchmarks", "harness", "kvmerge"):
         logging.getLogger(package).setLevel(logging.INFO)
-
-
-def _choices() -> Choices:
-    hydra_config = HydraConfig.get()
-    chosen = hydra_config.runtime.choices
-    given = {text.lstrip("+").partition("=")[0] for text in hydra_config.overrides.task}
-    return Choices(
-        method=str(chosen["method"]),
-        experiment=chosen.get("experiment"),
-        given=frozenset(given),
-    )
 
 
 def _guarded(action: Callable[[], None]) -> None:

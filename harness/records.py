@@ -18,6 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from kvmerge.cells import file_name
 from kvmerge.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -117,11 +118,6 @@ _NUMBERS = frozenset(_REQUIRED) - {"id", "prediction", "answers", "prompt_hash"}
 
 def _null_if_not_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def file_name(cell_name: str) -> str:
-    """A cell's name as files and folders have it: `:`, `,` and `/` of its options become `-`."""
-    return cell_name.translate(str.maketrans(":,/", "---"))
 
 
 def prediction_path(output_dir: Path, task: str, cell_name: str) -> Path:

@@ -1,13 +1,14 @@
 """From a method's name to the method: the one dynamic import of the project.
 
 A method is a class and a file `configs/method/<name>.yaml` that names it under `_target_` and lists
-every setting with its value. The folder is the list of methods; there is no registry beside it.
+every setting with its value. The folder is the list of methods; there is no registry beside it. A file
+that differs from another in a few settings names that one under `defaults`, as Hydra has it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,56 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from kvmerge.errors import UserError, unknown
+from kvmerge.errors import UserError, first_line, unknown
 from kvmerge.method import Method
 
+_PACKAGE = Path(__file__).resolve().parent
 
+
+@functools.cache
 def config_dir() -> Path:
-    """The folder of the configuration groups, in a checkout and in an installed wheel alike."""
-    return Path(str(files("configs")))
+    """Return the folder of the configuration groups: inside an installed wheel, beside a checkout.
+
+    Raises:
+        UserError: if it is in neither place.
+    """
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"{_PACKAGE} has no configs/ in or beside it: install kvmerge again.")
 
 
 def choices(group: str) -> list[str]:
-    """Names of the files in a configuration group."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    """Return the names of a configuration group; files that begin with `_` serve the others."""
+    names = (path.stem for path in (config_dir() / group).glob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def method_settings(name: str) -> dict[str, Any]:
-    """The settings of a method as its YAML file gives them, `_target_` included."""
+    """Return the settings of a method as its YAML file gives them, `_target_` included.
+
+    Raises:
+        UserError: if there is no such method.
+    """
     if name not in choices("method"):
         raise unknown("method", name, choices("method"))
-    settings = OmegaConf.to_container(OmegaConf.load(config_dir() / "method" / f"{name}.yaml"))
-    assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items()}
+    return dict(_read(config_dir() / "method" / f"{name}.yaml"))
+
+
+@functools.cache
+def _read(path: Path) -> Mapping[str, Any]:
+    """Read a file and those that its `defaults` name, once a process; later ones win, `_self_` last.
+
+    Hydra composes the same from the same file; this is for callers that may be inside a Hydra app of
+    their own, whose global state Hydra's compose would take.
+    """
+    own = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(own, dict)
+    merged: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        if base != "_self_":
+            merged |= _read(path.with_name(f"{base}.yaml"))
+    return merged | {str(key): value for key, value in own.items()}
 
 
 def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
@@ -49,11 +79,29 @@ def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         if key not in resolved or key == "_target_":
             raise unknown(f"setting of {name}", key, set(resolved) - {"_target_"})
         resolved[key] = value
-    try:
-        method = instantiate(resolved)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    given = ", ".join(f"{key}={value!r}" for key, value in (settings or {}).items())
+    method = build(resolved, f"{name} cannot take {given}" if given else name)
     assert isinstance(method, Method)
     return method
+
+
+def build(config: Any, what: str | None = None) -> Any:
+    """Build the object that a configuration describes, its own `UserError` coming through as it is.
+
+    Args:
+        config: settings with a `_target_`, plain or composed by Hydra.
+        what: how a message begins if the target does not take the settings; None: the target's name.
+
+    Raises:
+        UserError: what the target raises, and for settings that it does not have or cannot use.
+    """
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if cause is None or isinstance(cause, TypeError | ValueError | AttributeError):
+            why = first_line(cause or error).rstrip(".")
+            raise UserError(f"{what or config.get('_target_')}: {why}.") from error
+        raise

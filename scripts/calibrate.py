@@ -15,14 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.cli import check_choices
 from harness.files import write_atomically
-from harness.settings import Choices, Settings, settings_from
+from harness.settings import Settings, compose
 from kvmerge import merging
 from kvmerge.budget import Budget
 from kvmerge.engine import Stop, run_sample
@@ -30,7 +27,6 @@ from kvmerge.errors import UserError
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Entries, PrefillLayer, top_positions
 from kvmerge.models import load
-from kvmerge.resolve import config_dir
 from kvmerge.session import Row
 
 SAMPLES = 20
@@ -80,12 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        check_choices(overrides)
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = compose("config", overrides=["method=kvmerger", f"limit={SAMPLES}", *overrides])
-        settings = settings_from(config, Choices("kvmerger"))
-        path = calibrate(settings)
-    except (UserError, HydraException) as error:
+        path = calibrate(compose([f"limit={SAMPLES}", *overrides]))
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"use it with: method=kvmerger method.budget_mode=eps_layer method.thresholds={path}")
@@ -97,7 +89,10 @@ def calibrate(settings: Settings) -> Path:
     cell = settings.cells[0]
     method = cell.method
     if not isinstance(method, KVMerger) or method.linkage != "adjacent":
-        raise UserError("only KVMerger with linkage=adjacent has thresholds to calibrate.")
+        raise UserError(
+            f"{cell.name} has no thresholds to calibrate: only KVMerger with linkage=adjacent has. "
+            "Leave method=... out, or give method=kvmerger."
+        )
     model, tokenizer = load(settings.model)
     links = Links(method, cell.budget)
     jobs = [(task, sample) for task in settings.benchmark.tasks for sample in settings.samples(task)]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import harness.answering
-from harness import cli
+from harness import settings
 from kvmerge.errors import UserError
 from kvmerge.resolve import choices
 from tests.conftest import Output
@@ -129,7 +129,7 @@ def test_an_unknown_choice_is_answered_with_the_nearest_and_all(
     assert output.err.rstrip(".\n").endswith(", ".join(choices(group)))
 
 
-@pytest.mark.parametrize("group", cli.GROUPS)
+@pytest.mark.parametrize("group", settings.GROUPS)
 @pytest.mark.parametrize("name", ["null", "", "none"])
 def test_a_choice_cannot_be_left_empty(command: Command, group: str, name: str) -> None:
     assert_refused(command(f"{group}={name}"), f"unknown {group} '{name}'")
@@ -193,12 +193,12 @@ def test_missing_data_and_weights_are_told(command: Command, given: list[str], t
 )
 def test_choices_are_checked_before_anything_is_composed(argument: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
-        cli.check_choices(["-m", "limit=1", argument])
+        settings.check_choices(["-m", "limit=1", argument])
 
 
 def test_choices_that_exist_pass() -> None:
-    every = [f"{group}={name}" for group in cli.GROUPS for name in choices(group)]
-    cli.check_choices([*every, "method=h2o,cam", "budget=0.5", "-m", "--help", "model.path=x"])
+    every = [f"{group}={name}" for group in settings.GROUPS for name in choices(group)]
+    settings.check_choices([*every, "method=h2o,cam", "budget=0.5", "-m", "--help", "model.path=x"])
 
 
 # what is promised

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from benchmarks.metric import find_metric
 from harness.report.published import Reference, load_references
 from harness.report.run import Run, load_run
+from harness.results import Results
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +107,12 @@ def summary_lines(found: Sequence[Gate]) -> list[tuple[Verdict, str]]:
     return lines
 
 
-def log_gate(output_dir: Path, benchmark: str, task: str) -> None:
+def log_gate(benchmark: str, results: Results, task: str) -> None:
     """Log the verdict on a task that has just been finished, a warning where it is outside."""
     published = [r for r in load_references() if r.benchmark == benchmark and r.task == task]
     if not published:
         return
-    for gate in gates(load_run(output_dir), published):
+    for gate in gates(load_run(results.folder, results), published):
         if gate.task == task and gate.verdict is not Verdict.NOT_COMPARABLE:
             level = logging.WARNING if gate.verdict is Verdict.OUTSIDE else logging.INFO
             logger.log(level, "Gate: %s is %s", gate.text, gate.verdict)

@@ -21,9 +21,10 @@ from matplotlib.patches import Patch
 from harness.files import write_atomically
 from harness.report.bootstrap import Estimate
 from harness.report.groups import GroupScore, group_values, scores_by
-from harness.report.run import Run, averages, split_cell
+from harness.report.run import Run, averages
 from harness.report.summary import sample_mean
 from harness.report.tables import INTERVAL, count_tasks, gaps, setting, task_label
+from kvmerge.cells import parse_name
 
 # Okabe and Ito's colours; with a marker each, so that no method is told by colour alone.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -80,7 +81,7 @@ class Look:
 
 def looks(runs: Iterable[Run]) -> dict[str, Look]:
     """Give each method one look for a whole report, in order of first appearance."""
-    names = dict.fromkeys(split_cell(cell)[0] for run in runs for cell in run.cells)
+    names = dict.fromkeys(parse_name(cell).variant for run in runs for cell in run.cells)
     others = [name for name in names if name != "full"]
     return {"full": Look(_FULL, "_")} | {
         name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)])
@@ -129,7 +130,7 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
                 [shown.value for _, shown in bars],
                 width=0.92 * step,
                 color=fills[cell],
-                edgecolor=by_method[split_cell(cell)[0]].colour,
+                edgecolor=by_method[parse_name(cell).variant].colour,
                 linewidth=0.7,
             )
             axis.errorbar(
@@ -152,9 +153,9 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
         [
             Patch(facecolor=fills[cell], edgecolor=by_method[method].colour, label=cell)
             for cell in run.cells
-            if split_cell(cell)[0] == method
+            if parse_name(cell).variant == method
         ]
-        for method in dict.fromkeys(split_cell(cell)[0] for cell in run.cells)
+        for method in dict.fromkeys(parse_name(cell).variant for cell in run.cells)
     ]
     _legend(figure, columns)
     caption = f"Score by task: {setting(run)}. Bars: {INTERVAL}."
@@ -164,7 +165,7 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
     """Average score against achieved budget, one line a method, full as a band."""
     averaged = {cell: scored.estimate() for cell, scored in averages(run).items()}
-    points = {cell: shown for cell, shown in averaged.items() if split_cell(cell)[0] != "full"}
+    points = {cell: shown for cell, shown in averaged.items() if parse_name(cell).variant != "full"}
     if not points:
         return None
     title = "Average score against budget"
@@ -195,12 +196,12 @@ def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
         if any(
             record.kl_to_full is not None
             for cell in run.cells
-            if split_cell(cell)[0] != "full"
+            if parse_name(cell).variant != "full"
             for record in run.records.get((task, cell), [])
         )
     ]
     for cell in run.cells:
-        if split_cell(cell)[0] == "full":
+        if parse_name(cell).variant == "full":
             continue
         means = [sample_mean(run.records.get((task, cell), []), "kl_to_full") for task in tasks]
         if tasks and not np.isnan(means).any():
@@ -330,10 +331,10 @@ def _lines(axis: Axes, run: Run, points: dict[str, Estimate], by_method: Mapping
         )
         for cell in points
     }
-    methods = list(dict.fromkeys(split_cell(cell)[0] for cell in points))
+    methods = list(dict.fromkeys(parse_name(cell).variant for cell in points))
     span = max(achieved.values()) - min(achieved.values())
     for i, method in enumerate(methods):
-        cells = sorted((c for c in points if split_cell(c)[0] == method), key=achieved.__getitem__)
+        cells = sorted((c for c in points if parse_name(c).variant == method), key=achieved.__getitem__)
         nudge = (i - (len(methods) - 1) / 2) * 0.012 * (span or 1)
         look = by_method[method]
         axis.errorbar(
@@ -365,10 +366,10 @@ def _fills(
     cells: Sequence[str], by_method: Mapping[str, Look]
 ) -> dict[str, tuple[float, float, float]]:
     fills = {}
-    for method in dict.fromkeys(split_cell(cell)[0] for cell in cells):
+    for method in dict.fromkeys(parse_name(cell).variant for cell in cells):
         own = sorted(
-            (cell for cell in cells if split_cell(cell)[0] == method),
-            key=lambda cell: float(split_cell(cell)[1]),
+            (cell for cell in cells if parse_name(cell).variant == method),
+            key=lambda cell: parse_name(cell).budget.value,
             reverse=True,
         )
         colour = np.array(to_rgb(by_method[method].colour))

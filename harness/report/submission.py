@@ -21,8 +21,8 @@ import pandas as pd
 
 from benchmarks.zero_scrolls import TASKS
 from harness.files import write_atomically
-from harness.records import file_name
 from harness.report.run import Run, load_run
+from kvmerge.cells import file_name
 from kvmerge.errors import UserError
 
 log = logging.getLogger(__name__)

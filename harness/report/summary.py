@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from harness.files import write_atomically
 from harness.records import Record
-from harness.report.run import Run, load_run, split_cell
+from harness.report.run import Run
+from kvmerge.cells import parse_name
 
 COLUMNS = [
     "model",
@@ -50,7 +50,8 @@ def summarise(run: Run) -> pd.DataFrame:
     """Give the summary of a run: one line a cell and task that has records, columns `COLUMNS`."""
     rows = []
     for cell in run.cells:
-        method, budget = split_cell(cell)
+        name = parse_name(cell)
+        method, budget = name.variant, str(name.budget)
         for task, metric in run.tasks.items():
             if (task, cell) not in run.records:
                 continue
@@ -111,11 +112,9 @@ def _extreme(pick: Callable[..., float], records: Iterable[Record], name: str) -
     return pick(values, default=np.nan)
 
 
-def write_summary(output_dir: Path) -> Run:
-    """Read an output_dir and write its summary.csv in one step, never half of it."""
-    run = load_run(output_dir)
-    write_atomically(output_dir / "summary.csv", to_csv(summarise(run)))
-    return run
+def write_summary(run: Run) -> None:
+    """Write a run's summary.csv in one step, never half of it."""
+    write_atomically(run.output_dir / "summary.csv", to_csv(summarise(run)))
 
 
 def to_csv(frame: pd.DataFrame) -> str:

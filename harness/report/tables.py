@@ -15,8 +15,9 @@ from harness.report.bootstrap import RESAMPLES, Scored, aggregate
 from harness.report.gates import PROFILE, Gate, gates, outside, profile_of
 from harness.report.groups import group_values, scores_by
 from harness.report.published import Reference, for_benchmark, members
-from harness.report.run import Run, averages, differences, split_cell
+from harness.report.run import Run, averages, differences
 from harness.report.summary import summarise
+from kvmerge.cells import parse_name
 
 MARK = " †"
 MARK_NOTE = (
@@ -132,7 +133,8 @@ def _tidy(run: Run, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -
 
 
 def _score_row(cell: str, task: str, scored: Scored, n: int | None = None) -> dict[str, Any]:
-    method, budget = split_cell(cell)
+    name = parse_name(cell)
+    method, budget = name.variant, str(name.budget)
     shown = scored.estimate()
     return {
         "method": method,
@@ -334,7 +336,8 @@ def budget_table(run: Run) -> Table:
     rows = []
     data = []
     for cell in run.cells:
-        method, budget = split_cell(cell)
+        name = parse_name(cell)
+        method, budget = name.variant, str(name.budget)
         lines = summary[(summary["method"] == method) & (summary["budget"] == budget)]
         if lines.empty:
             rows.append((cell, "0", *[""] * 11))
@@ -508,7 +511,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
         }
         for cell in run.cells:
             scored = averaged.get(cell)
-            means = budgets.get(split_cell(cell), {})
+            means = budgets.get((parse_name(cell).variant, str(parse_name(cell).budget)), {})
             rows.append(
                 (
                     run.model,

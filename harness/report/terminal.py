@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -13,9 +12,10 @@ from rich.table import Table as RichTable
 
 from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.published import load_references
-from harness.report.run import Run, averages, load_run
+from harness.report.run import Run, averages
 from harness.report.summary import sample_mean
 from harness.report.tables import gaps, setting, task_label
+from kvmerge.cells import parse_name
 
 _LABEL_WIDTH = 22
 _COLUMN_WIDTH = 12
@@ -26,13 +26,12 @@ _GATE_STYLE = {
 }
 
 
-def print_comparison(output_dir: Path, console: Console) -> None:
+def print_comparison(run: Run, console: Console) -> None:
     """Print the gates, then the scores: tasks in rows and cells in columns, or the other way round.
 
     Rows are tasks unless the cells do not fit beside each other and the tasks do; where neither fits,
-    further cells follow in further blocks. Raises `UserError` as `load_run` does.
+    further cells follow in further blocks.
     """
-    run = load_run(output_dir)
     for verdict, line in summary_lines(gates(run, load_references())):
         console.print(line, style=_GATE_STYLE[verdict], highlight=False)
     figures = _figures(run)
@@ -83,8 +82,8 @@ def _by_task(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", overflow="fold")
     for cell in cells:
-        method, _, budget = cell.rpartition("@")
-        table.add_column(f"{method}\n@{budget}", justify="right", overflow="fold")
+        name = parse_name(cell)
+        table.add_column(f"{name.variant}\n@{name.budget}", justify="right", overflow="fold")
     for figure in figures:
         texts = [figure.by_cell.get(cell, "") for cell in cells]
         table.add_row(figure.label, *texts, style=figure.style)

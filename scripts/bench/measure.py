@@ -16,18 +16,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.texts import read_text
-from harness.settings import Choices, Settings, settings_from
+from harness.settings import Settings, compose
 from kvmerge.cells import parse_cell
 from kvmerge.engine import Request, Stop, run_samples
 from kvmerge.models import load
-from kvmerge.resolve import config_dir
 from kvmerge.session import Row
 
 
@@ -58,9 +56,7 @@ class Bench:
     @cached_property
     def settings(self) -> Settings:
         """The settings that the model comes from."""
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = compose("config", overrides=["experiment=mini", *self.overrides])
-        return settings_from(config, Choices("kvmerger", "mini"))
+        return compose(["experiment=mini", *self.overrides])
 
     @property
     def cells(self) -> list[str]:
