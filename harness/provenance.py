@@ -19,6 +19,7 @@ import torch
 from harness.results import Results
 from harness.settings import Settings
 from kvmerge.errors import UserError
+from kvmerge.kernels.choice import chosen, processor
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("kvmerge", "baselines", "benchmarks")
@@ -173,7 +174,8 @@ def hardware() -> dict[str, Any]:
     """The machine in words."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor(),
+        "cpu_products": chosen(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
@@ -207,16 +209,6 @@ def _code_digest() -> str:
             if path.suffix in (".py", ".txt", ".json") and path.is_file():
                 digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def _now() -> str:

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.files import write_atomically
 from harness.records import Record, append_record, prediction_path, read_records
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 
 
 class Results:

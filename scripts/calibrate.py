@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.files import write_atomically
 from harness.settings import Settings, compose
 from kvmerge import merging
 from kvmerge.budget import Budget
 from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Entries, PrefillLayer, top_positions
 from kvmerge.models import load

@@ -17,7 +17,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from harness.files import write_atomically
 from harness.report.plots import Look, Plot, draw_all, looks
 from harness.report.published import Reference, load_references
 from harness.report.render import is_numeric, write_table
@@ -36,6 +35,7 @@ from harness.report.tables import (
 )
 from harness.report.terminal import print_comparison
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 
 __all__ = ["main", "print_comparison", "write_report"]
 

@@ -18,13 +18,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from harness.files import write_atomically
 from harness.report.bootstrap import Estimate
 from harness.report.groups import GroupScore, group_values, scores_by
 from harness.report.run import Run, averages
 from harness.report.summary import sample_mean
 from harness.report.tables import INTERVAL, count_tasks, gaps, setting, task_label
 from kvmerge.cells import parse_name
+from kvmerge.files import write_atomically
 
 # Okabe and Ito's colours; with a marker each, so that no method is told by colour alone.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from harness.files import write_atomically
 from harness.report.summary import to_csv
 from harness.report.tables import Table
+from kvmerge.files import write_atomically
 
 _LATEX = {
     "\\": r"\textbackslash{}",

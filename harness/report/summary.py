@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 
-from harness.files import write_atomically
 from harness.records import Record
 from harness.report.run import Run
 from kvmerge.cells import parse_name
+from kvmerge.files import write_atomically
 
 COLUMNS = [
     "model",

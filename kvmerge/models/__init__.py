@@ -1,6 +1,6 @@
 """Models: what the harness must know about each, and how one is loaded."""
 
-from kvmerge.models.checkpoints import Embedded, Random, cache_dir
+from kvmerge.models.checkpoints import Embedded, Random
 from kvmerge.models.loading import load, stop_token_ids
 from kvmerge.models.spec import DTYPES, ModelSpec, Shape
 
@@ -10,7 +10,6 @@ __all__ = [
     "ModelSpec",
     "Random",
     "Shape",
-    "cache_dir",
     "load",
     "stop_token_ids",
 ]

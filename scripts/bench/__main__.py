@@ -18,9 +18,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from harness.files import write_atomically
 from harness.provenance import git_state, hardware, package_versions
 from kvmerge.errors import UserError, unknown
+from kvmerge.files import write_atomically
 from scripts.bench.comparison import comparison
 from scripts.bench.compression import compression
 from scripts.bench.decode import decode

@@ -33,13 +33,13 @@ from rich.markdown import Markdown
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from harness.files import write_atomically
 from harness.provenance import git_state, hardware, package_versions
 from harness.report.render import markdown
 from harness.report.tables import Table
 from kvmerge.budget import Budget
 from kvmerge.engine import Comparison, Decoder, Stop
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 from kvmerge.hook import hooked
 from kvmerge.kernels.attention import prefill_attention
 from kvmerge.resolve import load_method

@@ -28,10 +28,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.task import Sample, Task
 from harness.answering import prompt_hash, stop_rule
-from harness.files import write_atomically
 from harness.settings import Settings, compose
 from kvmerge.engine import Comparison, Decoder
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 from kvmerge.hook import hooked
 from kvmerge.method import Allowance, Entries, PrefillLayer
 from kvmerge.models import load

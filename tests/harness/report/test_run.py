@@ -13,7 +13,6 @@ import pytest
 from scipy import stats
 
 from benchmarks.metric import find_metric
-from harness.files import write_atomically
 from harness.records import prediction_path
 from harness.report.bootstrap import RESAMPLES, aggregate, score_task
 from harness.report.run import averages, differences, load_run
@@ -429,20 +428,6 @@ def test_cells_of_earlier_runs_into_the_same_folder_are_shown_last(tmp_path: Pat
     write_run(tmp_path, {"t": "qa_f1"}, cells)
     _edit(tmp_path / "run.json", cells=["full@1"])
     assert load_run(tmp_path).cells == ("full@1", "h2o@0.5")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "summary.csv"
-    write_atomically(path, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError("no")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="no"):
-        write_atomically(path, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
-    assert path.read_text() == "old"
 
 
 def test_scores_in_summary_csv_are_not_rounded(tmp_path: Path) -> None:

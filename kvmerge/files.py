@@ -1,9 +1,17 @@
-"""Files that no reader and no crash ever meets half of."""
+"""Where the project keeps what it need not make twice, and how a file is replaced whole."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Return where converted models and measurements are kept; `KVMERGE_CACHE` moves it."""
+    base = os.environ.get("KVMERGE_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvmerge"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
