@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from kvmerge.errors import UserError, unknown
+from kvmerge.errors import unknown
 from kvmerge.files import cache_dir, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _kept(machine: str) -> str | None:
 
 def _measured(machine: str, run: Callable[[str], None]) -> str:
     """Return the faster way and keep it, or what another process has kept in the meantime."""
-    seconds = least_seconds(run)
+    seconds = _least_seconds(run)
     way = "onednn" if seconds["onednn"] < _MARGIN * seconds["torch"] else "torch"
     way = _kept(machine) or way
     path = cache_dir() / FILE
@@ -102,7 +102,7 @@ def _measured(machine: str, run: Callable[[str], None]) -> str:
     return way
 
 
-def least_seconds(run: Callable[[str], None]) -> dict[str, float]:
+def _least_seconds(run: Callable[[str], None]) -> dict[str, float]:
     """Return the least seconds of each way, in turn, after a round that does not count.
 
     The least, because other work on the machine can only add to a reading.
