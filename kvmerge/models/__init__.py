@@ -2,7 +2,7 @@
 
 from kvmerge.models.checkpoints import Embedded, Random
 from kvmerge.models.loading import load, stop_token_ids
-from kvmerge.models.spec import DTYPES, ModelSpec, Shape
+from kvmerge.models.spec import DTYPES, ModelSpec, Shape, attention_sizes
 
 __all__ = [
     "DTYPES",
@@ -10,6 +10,7 @@ __all__ = [
     "ModelSpec",
     "Random",
     "Shape",
+    "attention_sizes",
     "load",
     "stop_token_ids",
 ]
