@@ -42,6 +42,13 @@ class Run:
         """The benchmark's name."""
         return str(self.info["benchmark"])
 
+    def recorded(self, *path: str) -> Any:
+        """Return what run.json says at a place; None where an earlier version did not record it."""
+        value: Any = self.info
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
     @cached_property
     def samples(self) -> dict[tuple[str, str], Samples]:
         """The numbers behind each score, by task and cell.

@@ -44,17 +44,6 @@ class Table:
     data: pd.DataFrame
 
 
-def find_setting(info: Any, name: str) -> Any:
-    """Find a key anywhere in run.json, the shallowest first; None where there is none."""
-    level = [info]
-    while level:
-        for node in level:
-            if name in node and node[name] is not None:
-                return node[name]
-        level = [child for node in level for child in node.values() if isinstance(child, Mapping)]
-    return None
-
-
 def sample_counts(run: Run, tasks: Iterable[str] | None = None) -> str:
     """Say how many samples a task has, as `5` or `5 to 200`."""
     wanted = set(run.tasks if tasks is None else tasks)
@@ -76,12 +65,12 @@ def setting(run: Run) -> str:
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
     ]
     for name in ("dtype", "device"):
-        value = find_setting(run.info, name)
+        value = run.recorded(name)
         if isinstance(value, str):
             parts.append(value.removeprefix("torch."))
-    commit = find_setting(run.info, "commit")
+    commit = run.recorded("git", "commit")
     if isinstance(commit, str):
-        modified = " with local changes" if find_setting(run.info, "dirty") else ""
+        modified = " with local changes" if run.recorded("git", "dirty") else ""
         parts.append(f"commit {commit[:10]}{modified}")
     return ", ".join(parts)
 
