@@ -61,7 +61,7 @@ $(PEER_READY):
 	@touch $@
 
 bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
-	$(BIN)/python -m scripts.bench.gpu
+	$(BIN)/python -m scripts.bench gpu
 
 lock: $(READY)  ## compile requirements.lock anew from requirements.in
 	$(BIN)/pip install --quiet uv

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.source import NeedsDownload, no_downloads
+from harness.results import Results
 from harness.runner import pending
 from harness.settings import Settings
 from kvmerge.models import DTYPES
@@ -18,7 +19,7 @@ def print_plan(settings: Settings, console: Console) -> None:
     """Print samples, answers and the estimated cost of what is left to run. Writes nothing."""
     try:
         with no_downloads():
-            jobs, _ = pending(settings)
+            jobs, _ = pending(settings, Results(settings.results_dir))
     except NeedsDownload as error:
         console.print(
             f"{error} A run fetches it first; `python scripts/data.py fetch "

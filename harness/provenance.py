@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from harness.files import write_atomically
+from harness.results import Results
 from harness.settings import Settings
 from kvmerge.errors import UserError
+from kvmerge.kernels.choice import chosen, processor
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("kvmerge", "baselines", "benchmarks")
@@ -81,7 +82,7 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(prints)))  # as it is read back
 
 
-def check_resumable(path: Path, current: Mapping[str, Any]) -> dict[str, Any]:
+def check_resumable(results: Results, current: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the fingerprint of an earlier run in the same folder into this one's.
 
     Raises `UserError` naming the first setting that differs, or saying that nothing tells what the
@@ -89,67 +90,54 @@ def check_resumable(path: Path, current: Mapping[str, Any]) -> dict[str, Any]:
     difference, and a run that failed before its first prediction binds nobody.
     """
     merged = dict(current)
-    earlier = read_run(path).get("fingerprint")
-    if not _has_predictions(path.parent):
+    earlier = results.info.get("fingerprint")
+    if not results.has_predictions():
         return merged
     if not earlier:
         raise UserError(
-            f"{path.parent} holds predictions but no {path.name} that says what made them. "
+            f"{results.folder} holds predictions but no run.json that says what made them. "
             "Choose another output_dir, or delete that folder to start over."
         )
     for key, value in current.items():
         before = earlier.get(key)
         if key in ("data", "cells"):
             for name in sorted(set(value) & set(before or {})):
-                _refuse_change(path, f"{key}.{name}", before[name], value[name])
+                _refuse_change(results, f"{key}.{name}", before[name], value[name])
             merged[key] = {**(before or {}), **value}
         elif isinstance(value, dict) and isinstance(before, dict):
             for name in sorted(set(value) | set(before)):
-                _refuse_change(path, f"{key}.{name}", before.get(name), value.get(name))
+                _refuse_change(results, f"{key}.{name}", before.get(name), value.get(name))
         else:
-            _refuse_change(path, key, before, value)
+            _refuse_change(results, key, before, value)
     return merged
 
 
-def _has_predictions(folder: Path) -> bool:
-    return any(folder.glob("predictions/*/*.jsonl"))
-
-
-def _refuse_change(path: Path, setting: str, before: object, now: object) -> None:
+def _refuse_change(results: Results, setting: str, before: object, now: object) -> None:
     if json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
         raise UserError(
-            f"{path.parent} holds results made with another {setting}: {before!r} then, {now!r} now. "
-            "Choose another output_dir, or delete that folder to start over."
+            f"{results.folder} holds results made with another {setting}: {before!r} then, "
+            f"{now!r} now. Choose another output_dir, or delete that folder to start over."
         )
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """Read a run.json; {} if there is none. Raises `UserError` if it cannot be read."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}. Choose another output_dir.") from error
-
-
-def write_run(
+def run_info(
     settings: Settings,
-    path: Path,
+    results: Results,
     prints: Mapping[str, Any],
     counts: Mapping[str, int],
     notes: Iterable[str],
     seconds: float | None = None,
-) -> None:
-    """Write run.json for the run under way, keeping what earlier runs in the folder did.
+) -> dict[str, Any]:
+    """Describe the run under way, keeping what earlier runs in the folder did: the content of run.json.
 
     Args:
+        results: the folder that the run writes into.
         prints: the merged fingerprint.
         counts: samples that each task has in all.
         notes: what a reader of the results must know.
         seconds: wall time of the finished run; None while it is under way.
     """
-    earlier = read_run(path) if _has_predictions(path.parent) else {}
+    earlier = results.info if results.has_predictions() else {}
     cells = list(dict.fromkeys([*earlier.get("cells", []), *(c.name for c in settings.cells)]))
     tasks = dict(earlier.get("tasks", {}))
     for task in settings.benchmark.tasks:
@@ -160,7 +148,7 @@ def write_run(
         }
     runs = [run for run in earlier.get("runs", []) if run.get("seconds") is not None]
     runs.append({"ended": _now() if seconds is not None else None, "seconds": seconds})
-    content = {
+    return {
         "model": settings.model.name,
         "benchmark": settings.benchmark.name,
         "cells": cells,
@@ -180,15 +168,14 @@ def write_run(
         "fingerprint": dict(prints),
         "config": settings.resolved,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def hardware() -> dict[str, Any]:
     """The machine in words."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor(),
+        "cpu_products": chosen(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
@@ -222,16 +209,6 @@ def _code_digest() -> str:
             if path.suffix in (".py", ".txt", ".json") and path.is_file():
                 digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def _now() -> str:

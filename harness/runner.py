@@ -7,21 +7,28 @@ sample) that has its line; when nothing is left to do, the model is not even loa
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import groupby
 
 from tqdm import tqdm
 
 from harness.answering import Answerer, Job
-from harness.provenance import check_resumable, fingerprint, read_run, write_run
-from harness.records import append_record, prediction_path, read_records
-from harness.report.gates import log_gate
+from harness.provenance import check_resumable, fingerprint, run_info
+from harness.results import Results
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.models import load
 
 
-def run(settings: Settings) -> None:
-    """Run everything that has no line yet; results go to `settings.results_dir`.
+def run(
+    settings: Settings, after_task: Callable[[Results, str], None] = lambda results, task: None
+) -> Results:
+    """Run everything that has no line yet and return what lies in `settings.results_dir` then.
+
+    Args:
+        settings: the run.
+        after_task: called with the results so far and the name of each task that gained a line, as
+            soon as the task is finished.
 
     Raises:
         UserError: if data, weights or settings cannot be used, or the folder holds results made
@@ -29,16 +36,16 @@ def run(settings: Settings) -> None:
     """
     started = time.perf_counter()
     _refuse_mixed(settings)
-    jobs, counts = pending(settings)
+    results = Results(settings.results_dir)
+    jobs, counts = pending(settings, results)
     notes = settings.benchmark.notes()
-    run_file = settings.results_dir / "run.json"
-    prints = check_resumable(run_file, fingerprint(settings, settings.benchmark.fingerprint()))
+    prints = check_resumable(results, fingerprint(settings, settings.benchmark.fingerprint()))
     if not jobs:
         # a shard that got no samples of a task still shares its run's tasks and cells
-        if read_run(run_file).get("fingerprint") != prints:
-            write_run(settings, run_file, prints, counts, notes, seconds=0.0)
-        return
-    write_run(settings, run_file, prints, counts, notes)
+        if results.info.get("fingerprint") != prints:
+            results.write_info(run_info(settings, results, prints, counts, notes, seconds=0.0))
+        return results
+    results.write_info(run_info(settings, results, prints, counts, notes))
     answerer = Answerer(settings, *load(settings.model))
     work = sum(len(job.missing) for job in jobs)
     with tqdm(total=len(jobs), unit="sample", desc=f"{work} answers", smoothing=0.05) as bar:
@@ -46,12 +53,12 @@ def run(settings: Settings) -> None:
             bar.set_postfix_str(task.name)
             for lines in answerer.answer(list(of_task)):
                 for cell, record in lines:
-                    append_record(prediction_path(settings.results_dir, task.name, cell.name), record)
+                    results.add(task.name, cell.name, record)
                 bar.update()
-            log_gate(settings.results_dir, settings.benchmark.name, task.name)
-    write_run(
-        settings, run_file, prints, counts, notes, seconds=round(time.perf_counter() - started, 1)
-    )
+            after_task(results, task.name)
+    seconds = round(time.perf_counter() - started, 1)
+    results.write_info(run_info(settings, results, prints, counts, notes, seconds))
+    return results
 
 
 def _refuse_mixed(settings: Settings) -> None:
@@ -71,8 +78,8 @@ def _refuse_mixed(settings: Settings) -> None:
         )
 
 
-def pending(settings: Settings) -> tuple[list[Job], dict[str, int]]:
-    """The samples with lines missing, task by task in the benchmark's order.
+def pending(settings: Settings, results: Results) -> tuple[list[Job], dict[str, int]]:
+    """Find the samples with lines missing, task by task in the benchmark's order.
 
     Returns:
         the jobs; how many samples each task has in all, whatever this run takes of them.
@@ -82,8 +89,8 @@ def pending(settings: Settings) -> tuple[list[Job], dict[str, int]]:
     for task in settings.benchmark.tasks:
         done: set[tuple[str, int, str]] = set()
         for cell in settings.cells:
-            path = prediction_path(settings.results_dir, task.name, cell.name)
-            done |= {(cell.name, record.seed, record.id) for record in read_records(path)}
+            records = results.records(task.name, cell.name)
+            done |= {(cell.name, record.seed, record.id) for record in records}
         samples = settings.benchmark.samples(task)
         counts[task.name] = len(samples)
         for sample in settings.of_run(samples):

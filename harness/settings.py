@@ -8,15 +8,72 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
-from harness.records import file_name
-from kvmerge.cells import Cell, make_cell, parse_cells
-from kvmerge.errors import UserError
+from kvmerge.cells import Cell, file_name, make_cell, parse_cells
+from kvmerge.errors import UserError, unknown
 from kvmerge.models import ModelSpec
-from kvmerge.resolve import build, method_settings
+from kvmerge.resolve import build, choices, config_dir, method_settings
 from kvmerge.session import Policy, Row
+
+GROUPS = ("model", "method", "benchmark", "experiment")
+
+
+def _listed() -> str:
+    return "\n".join(f"{group}: {', '.join(choices(group))}" for group in sorted(GROUPS))
+
+
+# What `--help` shows: Hydra's own list would also name the files that only serve others.
+OmegaConf.register_new_resolver("kvmerge_choices", _listed, replace=True)
+
+
+def compose(overrides: Sequence[str]) -> Settings:
+    """Return the settings that `run.py` has with these overrides, for tools and tests.
+
+    Hydra's global state, which a caller may be using itself, is as it was afterwards.
+
+    Raises:
+        UserError: for a choice, setting or value that does not exist or is not allowed.
+    """
+    check_choices(overrides)
+    hydra = GlobalHydra.instance()
+    outer = hydra.hydra
+    hydra.clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = hydra_compose("config", list(overrides), return_hydra_config=True)
+    except HydraException as error:
+        raise UserError(str(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+    choices = Choices.of(config.hydra)
+    with open_dict(config):
+        del config["hydra"]
+    return settings_from(config, choices)
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Refuse group choices that do not exist, with what does and the nearest to it.
+
+    Also what Hydra's grammar refuses without saying how to write it: a cell's options unquoted.
+    """
+    for override in overrides:
+        group, separator, listed = override.partition("=")
+        if group == "cells" and "=" in listed and not set("'\"") & set(listed):
+            raise UserError(
+                f"{override}: a cell with options needs quotes, as in "
+                "\"cells=[full@1,'kvmerger:sigma=3@0.35']\"."
+            )
+        if not separator or group not in GROUPS:
+            continue
+        for name in listed.split(","):
+            if name not in choices(group):
+                raise unknown(group, name, choices(group))
 
 
 @dataclass(frozen=True)
@@ -26,6 +83,13 @@ class Choices:
     method: str
     experiment: str | None = None
     given: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, hydra: Any) -> Choices:
+        """Read them from Hydra's own part of a composed configuration."""
+        chosen = hydra.runtime.choices
+        given = {text.lstrip("+").partition("=")[0] for text in hydra.overrides.task}
+        return cls(str(chosen["method"]), chosen.get("experiment"), frozenset(given))
 
 
 @dataclass(frozen=True)

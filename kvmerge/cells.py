@@ -18,6 +18,40 @@ from kvmerge.errors import UserError
 from kvmerge.method import Method
 from kvmerge.resolve import load_method, method_settings
 
+_FORM = "A cell is <method>[:option=value,...]@<budget>, e.g. kvmerger@0.35."
+
+
+@dataclass(frozen=True)
+class CellName:
+    """A cell's name taken apart, without knowing whether there is such a method."""
+
+    method: str
+    options: str
+    """As they are written, `option=value,...`; empty where there are none."""
+    budget: Budget
+
+    @property
+    def variant(self) -> str:
+        """The method with its options: what stands before the `@`."""
+        return f"{self.method}:{self.options}" if self.options else self.method
+
+    def __str__(self) -> str:
+        return f"{self.variant}@{self.budget}"
+
+
+def parse_name(text: object) -> CellName:
+    """Take a cell's name apart. Raises `UserError` for what has another form, or a bad budget."""
+    if not isinstance(text, str) or "@" not in text:
+        raise UserError(f"cannot read the cell {text!r}. {_FORM}")
+    variant, _, budget = text.rpartition("@")
+    method, _, options = variant.partition(":")
+    return CellName(method.strip(), options, Budget.parse(budget))
+
+
+def file_name(cell_name: str) -> str:
+    """Return a cell's name as files and folders have it: `:`, `,` and `/` of its options become `-`."""
+    return cell_name.translate(str.maketrans(":,/", "---"))
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -33,7 +67,7 @@ class Cell:
     def name(self) -> str:
         """The cell's name in results."""
         options = ",".join(f"{key}={_text(value)}" for key, value in self.options)
-        return f"{self.method_name}{':' + options if options else ''}@{self.budget}"
+        return str(CellName(self.method_name, options, self.budget))
 
     @property
     def is_full(self) -> bool:
@@ -50,7 +84,7 @@ def make_cell(method_name: str, options: Mapping[str, Any], budget: object) -> C
     defaults = method_settings(method_name)
     method = load_method(method_name, options)
     changed = {key: value for key, value in options.items() if value != defaults.get(key)}
-    parsed = Budget.parse(budget)
+    parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
     if float(str(parsed)) != parsed.value or "e+" in str(parsed):
         raise UserError(f"budget={budget} has more than the six digits that results are named by.")
     if method_name == "full" and parsed != Budget.parse(1):
@@ -62,25 +96,21 @@ def make_cell(method_name: str, options: Mapping[str, Any], budget: object) -> C
 
 
 def parse_cell(text: object) -> Cell:
-    """Read a cell's name. Raises `UserError` naming what cannot be used."""
-    form = "A cell is <method>[:option=value,...]@<budget>, e.g. kvmerger@0.35."
-    if not isinstance(text, str) or "@" not in text:
-        raise UserError(f"cannot read the cell {text!r}. {form}")
-    variant, _, budget = text.rpartition("@")
-    method_name, _, listed = variant.partition(":")
+    """Build the cell of a name. Raises `UserError` naming what cannot be used."""
+    name = parse_name(text)
     options: dict[str, Any] = {}
-    for part in filter(None, listed.split(",")):
+    for part in filter(None, name.options.split(",")):
         key, separator, value = part.partition("=")
         key = key.strip()
         if not separator or key in options:
             why = "it is given twice" if separator else "it has no value"
-            raise UserError(f"cannot read {part!r} in the cell {text!r}: {why}. {form}")
+            raise UserError(f"cannot read {part!r} in the cell {text!r}: {why}. {_FORM}")
         try:
             # typed as Hydra types a value: unlike plain YAML, 1e-5 is a number
             options[key] = OmegaConf.from_dotlist([f"value={value}"]).value
         except yaml.YAMLError:
-            raise UserError(f"cannot read {part!r} in the cell {text!r}. {form}") from None
-    return make_cell(method_name.strip(), options, budget)
+            raise UserError(f"cannot read {part!r} in the cell {text!r}. {_FORM}") from None
+    return make_cell(name.method, options, name.budget)
 
 
 def parse_cells(texts: Iterable[object]) -> list[Cell]:

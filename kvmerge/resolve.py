@@ -1,33 +1,42 @@
 """From a method's name to the method: the one dynamic import of the project.
 
 A method is a class and a file `configs/method/<name>.yaml` that names it under `_target_` and lists
-every setting with its value, or one that starts from another (`defaults: [kvmerger]`) and says what
-differs. The folder is the list of methods; there is no registry beside it.
+every setting with its value. The folder is the list of methods; there is no registry beside it. A file
+that differs from another in a few settings names that one under `defaults`, as Hydra has it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from kvmerge.errors import UserError, unknown
+from kvmerge.errors import UserError, first_line, unknown
 from kvmerge.method import Method
 
+_PACKAGE = Path(__file__).resolve().parent
 
+
+@functools.cache
 def config_dir() -> Path:
-    """Return the folder of the configuration groups, in a checkout and in an installed wheel alike."""
-    return Path(str(files("configs")))
+    """Return the folder of the configuration groups: inside an installed wheel, beside a checkout.
+
+    Raises:
+        UserError: if it is in neither place.
+    """
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"{_PACKAGE} has no configs/ in or beside it: install kvmerge again.")
 
 
 def choices(group: str) -> list[str]:
-    """Return the choices of a configuration group: its files, but those named with a leading `_`."""
+    """Return the names of a configuration group; files that begin with `_` serve the others."""
     names = (path.stem for path in (config_dir() / group).glob("*.yaml"))
     return sorted(name for name in names if not name.startswith("_"))
 
@@ -40,28 +49,27 @@ def method_settings(name: str) -> dict[str, Any]:
     """
     if name not in choices("method"):
         raise unknown("method", name, choices("method"))
-    settings = OmegaConf.to_container(_composed(config_dir() / "method", name))
-    assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items()}
+    return dict(_read(config_dir() / "method" / f"{name}.yaml"))
 
 
-@cache
-def _composed(group: Path, name: str) -> DictConfig:
-    """Read a file and those of its group that it lists under `defaults`, as Hydra composes them.
+@functools.cache
+def _read(path: Path) -> Mapping[str, Any]:
+    """Read a file and those that its `defaults` name, once a process; later ones win, `_self_` last.
 
-    A file's own settings hold over theirs. Hydra itself would do, if it kept no state that is global:
-    a method may be named inside somebody else's Hydra application.
+    Hydra composes the same from the same file; this is for callers that may be inside a Hydra app of
+    their own, whose global state Hydra's compose would take.
     """
-    own = OmegaConf.load(group / f"{name}.yaml")
-    assert isinstance(own, DictConfig)
-    bases = own.pop("defaults", [])
-    composed = OmegaConf.merge(*(_composed(group, base) for base in bases if base != "_self_"), own)
-    assert isinstance(composed, DictConfig)
-    return composed
+    own = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(own, dict)
+    merged: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        if base != "_self_":
+            merged |= _read(path.with_name(f"{base}.yaml"))
+    return merged | {str(key): value for key, value in own.items()}
 
 
 def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """Build the method `name` with some of its settings changed; its files are read once a process.
+    """Build the method `name` with some of its settings changed.
 
     Raises:
         UserError: if there is no such method or setting, or a value is not allowed.
@@ -77,16 +85,15 @@ def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     return method
 
 
-def build(config: Mapping[str, Any] | DictConfig, named: str | None = None) -> Any:
-    """Instantiate what a configuration names under `_target_`, with its other keys as arguments.
+def build(config: Any, what: str | None = None) -> Any:
+    """Build the object that a configuration describes, its own `UserError` coming through as it is.
 
     Args:
-        config: a part of a composed configuration, or the same as plain data.
-        named: how a message begins that says why it cannot be built; None: with the `_target_`.
+        config: settings with a `_target_`, plain or composed by Hydra.
+        what: how a message begins if the target does not take the settings; None: the target's name.
 
     Raises:
-        UserError: if the part refuses its settings, if one is of a type that it cannot use or that
-            it does not know, or if there is no such part.
+        UserError: what the target raises, and for settings that it does not have or cannot use.
     """
     try:
         return instantiate(config, _convert_="all")
@@ -94,6 +101,7 @@ def build(config: Mapping[str, Any] | DictConfig, named: str | None = None) -> A
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, TypeError | ValueError | ImportError):
-            raise UserError(f"{named or config.get('_target_')}: {cause}") from error
+        if cause is None or isinstance(cause, TypeError | ValueError | AttributeError | ImportError):
+            why = first_line(cause or error).rstrip(".")
+            raise UserError(f"{what or config.get('_target_')}: {why}.") from error
         raise

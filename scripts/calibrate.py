@@ -15,25 +15,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import hydra
 import torch
-from hydra import initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import open_dict
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.cli import check_choices
-from harness.files import write_atomically
-from harness.settings import Choices, Settings, settings_from
+from harness.settings import Settings, compose
 from kvmerge import merging
 from kvmerge.budget import Budget
 from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Entries, PrefillLayer
 from kvmerge.models import load
-from kvmerge.resolve import config_dir
 from kvmerge.session import Row
 
 SAMPLES = 20
@@ -81,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        check_choices(overrides)
         path = calibrate(compose([f"limit={SAMPLES}", *overrides]))
-    except (UserError, HydraException) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"use it with: method=kvmerger method.budget_mode=eps_layer method.thresholds={path}")
@@ -109,7 +102,7 @@ def calibrate(settings: Settings) -> Path:
     if not isinstance(method, KVMerger) or method.linkage != "adjacent":
         raise UserError(
             f"{cell.name} has no thresholds to calibrate: only KVMerger with linkage=adjacent has. "
-            "Use method=kvmerger."
+            "Leave method=... out, or give method=kvmerger."
         )
     model, tokenizer = load(settings.model)
     links = Links(method, cell.budget)
@@ -131,17 +124,6 @@ def calibrate(settings: Settings) -> Path:
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path
-
-
-def compose(overrides: Sequence[str]) -> Settings:
-    """Compose settings from overrides as the command line does."""
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = hydra.compose("config", list(overrides), return_hydra_config=True)
-    chosen = config.hydra.runtime.choices
-    with open_dict(config):
-        del config["hydra"]
-    given = frozenset(text.lstrip("+").partition("=")[0] for text in overrides)
-    return settings_from(config, Choices(str(chosen["method"]), chosen.get("experiment"), given))
 
 
 if __name__ == "__main__":

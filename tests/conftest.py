@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from harness import cli
@@ -20,6 +21,12 @@ class Output(NamedTuple):
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draw the same numbers in every run of a test that names no generator."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harness.cli import GROUPS
-from harness.settings import Settings
+from harness.settings import GROUPS, Settings
+from kvmerge import resolve
 from kvmerge.cells import parse_cells
 from kvmerge.method import Method
 from kvmerge.models import DTYPES, ModelSpec
 from kvmerge.resolve import choices, config_dir, load_method, method_settings
 from tests.tiny_run import compose as settings
 
-FILES = [(path.parent.name, path.stem) for path in sorted(config_dir().glob("*/*.yaml"))]
-CHOICES = [(group, name) for group, name in FILES if not name.startswith("_")]
+FILES = [(group, name) for group in GROUPS for name in choices(group)]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -34,7 +32,7 @@ def test_every_group_is_guarded_by_the_command_line() -> None:
     assert all(choices(group) for group in GROUPS)
 
 
-@pytest.mark.parametrize(("group", "name"), CHOICES, ids=map("/".join, CHOICES))
+@pytest.mark.parametrize(("group", "name"), FILES, ids=map("/".join, FILES))
 def test_every_choice_composes_without_gaps(group: str, name: str) -> None:
     config = composed(f"{group}={name}")
     assert OmegaConf.missing_keys(config) == set()
@@ -55,13 +53,6 @@ def test_a_methods_file_lists_exactly_the_settings_of_its_class(name: str) -> No
     target = given.pop("_target_")
     assert f"{type(method).__module__}.{type(method).__qualname__}" == target
     assert sorted(given) == sorted(field.name for field in fields(method))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", choices("method"))
-def test_a_method_is_the_same_whether_hydra_composes_it_or_not(name: str) -> None:
-    by_hydra = OmegaConf.to_container(composed(f"method={name}").method)
-    assert isinstance(by_hydra, dict)
-    assert list(by_hydra.items()) == list(method_settings(name).items())
 
 
 @pytest.mark.parametrize("name", choices("method"))
@@ -163,7 +154,30 @@ def test_no_choice_is_named_as_a_file_of_another_spelling() -> None:
         assert not set(name) - set("abcdefghijklmnopqrstuvwxyz0123456789_-.")
 
 
-def test_the_configs_ship_with_the_package() -> None:
-    package = import_module("configs")
-    assert package.__file__ is not None
-    assert Path(package.__file__).parent == config_dir()
+@pytest.mark.parametrize("name", choices("method"))
+def test_hydra_and_the_python_api_read_the_same_settings_of_a_method(name: str) -> None:
+    composed_method = OmegaConf.to_container(composed(f"method={name}").method)
+    assert isinstance(composed_method, dict)
+    assert list(composed_method.items()) == list(method_settings(name).items()), "in the same order"
+
+
+def test_files_that_serve_others_are_no_choices() -> None:
+    serving = [path.stem for path in config_dir().glob("*/_*.yaml")]
+    assert serving
+    for group in GROUPS:
+        assert not set(choices(group)) & set(serving)
+
+
+def test_a_file_is_read_once_however_often_its_method_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    load = OmegaConf.load
+
+    def counted(path: Path) -> Any:
+        reads.append(path.name)
+        return load(path)
+
+    monkeypatch.setattr(resolve.OmegaConf, "load", counted)
+    resolve._read.cache_clear()
+    for _ in range(3):
+        parse_cells(["h2o@0.5", "h2o@0.35", "kvmerger@0.5", "kvmerger_log:top=0.1@0.5"])
+    assert sorted(reads) == ["h2o.yaml", "kvmerger.yaml", "kvmerger_log.yaml"]

@@ -7,16 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as compose_config
-from hydra import initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from harness import cli
-from harness.settings import Settings, settings_from
-from kvmerge.resolve import config_dir
+from harness import settings
+from harness.settings import Settings
 from tests.tiny import new_model
 
 TASKS = ("qasper", "trec", "samsum", "lcc")
@@ -88,12 +83,7 @@ def write_rows(folder: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) ->
 
 def compose(*overrides: str) -> Settings:
     """The settings of a command line, as `run.py` composes them."""
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose_config("config", list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config["hydra"]
-    return settings_from(config, cli._choices())
+    return settings.compose(overrides)
 
 
 def tiny_settings(checkpoint: Path, rows: Path, folder: Path, *overrides: str) -> Settings:

@@ -17,11 +17,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from harness.files import write_atomically
 from harness.report.plots import Look, Plot, draw_all, looks
 from harness.report.published import Reference, load_references
 from harness.report.render import is_numeric, write_table
-from harness.report.run import Run
+from harness.report.run import Run, load_run
 from harness.report.submission import report_submissions
 from harness.report.summary import write_summary
 from harness.report.tables import (
@@ -36,6 +35,7 @@ from harness.report.tables import (
 )
 from harness.report.terminal import print_comparison
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 
 __all__ = ["main", "print_comparison", "write_report"]
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        page = write_report(arguments.output_dir, arguments.out)
+        page = write_report(_load_all(arguments.output_dir), arguments.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -75,20 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(output_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Refresh each summary.csv and write tables/, plots/ and report.html; gives the page's path.
-
-    Several runs have one folder each below tables/ and plots/, and one table of all of them. A run
-    on the ZeroSCROLLS test split also gets its submissions/ (`harness.report.submission`).
-    Raises `UserError` where an output_dir cannot be read or is given twice.
-    """
+def _load_all(output_dirs: Sequence[Path]) -> list[Run]:
+    """Read runs. Raises `UserError` where one cannot be read or is given twice."""
     resolved = [output_dir.resolve() for output_dir in output_dirs]
     twice = [str(given) for i, given in enumerate(output_dirs) if resolved[i] in resolved[:i]]
     if twice:
         raise UserError(f"{', '.join(twice)} is given twice. Give each output_dir once.")
-    out = out or (output_dirs[0] if len(output_dirs) == 1 else _OUT)
-    runs = [write_summary(output_dir) for output_dir in output_dirs]
+    return [load_run(output_dir) for output_dir in output_dirs]
+
+
+def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
+    """Write each summary.csv, tables/, plots/ and report.html, and return the page's path.
+
+    Several runs have one folder each below tables/ and plots/, and one table of all of them. A run
+    on the ZeroSCROLLS test split also gets its submissions/ (`harness.report.submission`).
+    """
+    out = out or (runs[0].output_dir if len(runs) == 1 else _OUT)
     for run in runs:
+        write_summary(run)
         report_submissions(run)
     references = load_references()
     by_method = looks(runs)

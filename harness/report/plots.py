@@ -18,12 +18,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from harness.files import write_atomically
 from harness.report.bootstrap import Estimate
 from harness.report.groups import GroupScore, group_values, scores_by
-from harness.report.run import Run, averages, split_cell
-from harness.report.summary import sample_mean
+from harness.report.run import Run, averages
 from harness.report.tables import INTERVAL, count_tasks, gaps, setting, task_label
+from kvmerge.cells import parse_name
+from kvmerge.files import write_atomically
 
 # Okabe and Ito's colours; with a marker each, so that no method is told by colour alone.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -80,7 +80,7 @@ class Look:
 
 def looks(runs: Iterable[Run]) -> dict[str, Look]:
     """Give each method one look for a whole report, in order of first appearance."""
-    names = dict.fromkeys(split_cell(cell)[0] for run in runs for cell in run.cells)
+    names = dict.fromkeys(parse_name(cell).variant for run in runs for cell in run.cells)
     others = [name for name in names if name != "full"]
     return {"full": Look(_FULL, "_")} | {
         name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)])
@@ -129,7 +129,7 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
                 [shown.value for _, shown in bars],
                 width=0.92 * step,
                 color=fills[cell],
-                edgecolor=by_method[split_cell(cell)[0]].colour,
+                edgecolor=by_method[parse_name(cell).variant].colour,
                 linewidth=0.7,
             )
             axis.errorbar(
@@ -152,9 +152,9 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
         [
             Patch(facecolor=fills[cell], edgecolor=by_method[method].colour, label=cell)
             for cell in run.cells
-            if split_cell(cell)[0] == method
+            if parse_name(cell).variant == method
         ]
-        for method in dict.fromkeys(split_cell(cell)[0] for cell in run.cells)
+        for method in dict.fromkeys(parse_name(cell).variant for cell in run.cells)
     ]
     _legend(figure, columns)
     caption = f"Score by task: {setting(run)}. Bars: {INTERVAL}."
@@ -164,7 +164,7 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
     """Average score against achieved budget, one line a method, full as a band."""
     averaged = {cell: scored.estimate() for cell, scored in averages(run).items()}
-    points = {cell: shown for cell, shown in averaged.items() if split_cell(cell)[0] != "full"}
+    points = {cell: shown for cell, shown in averaged.items() if parse_name(cell).variant != "full"}
     if not points:
         return None
     title = "Average score against budget"
@@ -187,24 +187,19 @@ def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 
 def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
     """KL(full || cell) against achieved budget, mean over tasks; None where nothing has it."""
-    points = {}
+    cells = [cell for cell in run.cells if parse_name(cell).variant != "full"]
+    divergence = {
+        key: values["kl_to_full"]
+        for key, values in run.figures.items()
+        if not np.isnan(values["kl_to_full"])
+    }
     # A task on which nothing was compared, such as one of a single token, is left out for all.
-    tasks = [
-        task
-        for task in run.tasks
-        if any(
-            record.kl_to_full is not None
-            for cell in run.cells
-            if split_cell(cell)[0] != "full"
-            for record in run.records.get((task, cell), [])
-        )
-    ]
-    for cell in run.cells:
-        if split_cell(cell)[0] == "full":
-            continue
-        means = [sample_mean(run.records.get((task, cell), []), "kl_to_full") for task in tasks]
-        if tasks and not np.isnan(means).any():
-            points[cell] = Estimate(float(np.mean(means)), np.nan, np.nan)
+    tasks = [task for task in run.tasks if any((task, cell) in divergence for cell in cells)]
+    points = {
+        cell: Estimate(float(np.mean([divergence[task, cell] for task in tasks])), np.nan, np.nan)
+        for cell in cells
+        if tasks and all((task, cell) in divergence for task in tasks)
+    }
     if not points:
         return None
     title = "KL to the full cache against budget"
@@ -317,23 +312,11 @@ def _perplexity(run: Run, task: str, by_method: Mapping[str, Look]) -> Plot:
 
 def _lines(axis: Axes, run: Run, points: dict[str, Estimate], by_method: Mapping[str, Look]) -> None:
     """One line a method; methods are moved apart a little where their budgets coincide."""
-    achieved = {
-        cell: 100
-        * float(
-            np.mean(
-                [
-                    sample_mean(run.records[task, cell], "budget_achieved")
-                    for task in run.tasks
-                    if (task, cell) in run.records
-                ]
-            )
-        )
-        for cell in points
-    }
-    methods = list(dict.fromkeys(split_cell(cell)[0] for cell in points))
+    achieved = {cell: 100 * run.over_tasks(cell)["budget_achieved_mean"] for cell in points}
+    methods = list(dict.fromkeys(parse_name(cell).variant for cell in points))
     span = max(achieved.values()) - min(achieved.values())
     for i, method in enumerate(methods):
-        cells = sorted((c for c in points if split_cell(c)[0] == method), key=achieved.__getitem__)
+        cells = sorted((c for c in points if parse_name(c).variant == method), key=achieved.__getitem__)
         nudge = (i - (len(methods) - 1) / 2) * 0.012 * (span or 1)
         look = by_method[method]
         axis.errorbar(
@@ -365,10 +348,10 @@ def _fills(
     cells: Sequence[str], by_method: Mapping[str, Look]
 ) -> dict[str, tuple[float, float, float]]:
     fills = {}
-    for method in dict.fromkeys(split_cell(cell)[0] for cell in cells):
+    for method in dict.fromkeys(parse_name(cell).variant for cell in cells):
         own = sorted(
-            (cell for cell in cells if split_cell(cell)[0] == method),
-            key=lambda cell: float(split_cell(cell)[1]),
+            (cell for cell in cells if parse_name(cell).variant == method),
+            key=lambda cell: parse_name(cell).budget.value,
             reverse=True,
         )
         colour = np.array(to_rgb(by_method[method].colour))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from kvmerge.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / "results" / "reference"
+_PACKAGE = Path(__file__).resolve().parent
 _COLUMNS = [
     "benchmark",
     "model",
@@ -75,13 +76,26 @@ class Reference:
         return bool(self.over) or self.task.startswith(("average", "category"))
 
 
-def load_references(folder: Path = FOLDER) -> list[Reference]:
-    """Read every CSV file of a folder, in name order; a folder that is not there has none.
+def folder() -> Path:
+    """Return where the published numbers lie: inside an installed wheel, in results/ of a checkout.
 
-    Raises `UserError` naming file and line where a row does not fit.
+    Raises `UserError` if they are in neither place: without them a run would have no gates.
     """
+    for place in (_PACKAGE / "reference", _PACKAGE.parents[1] / "results" / "reference"):
+        if place.is_dir():
+            return place
+    raise UserError(f"the published numbers are missing beside {_PACKAGE}: install kvmerge again.")
+
+
+@functools.cache
+def load_references(source: Path | None = None) -> tuple[Reference, ...]:
+    """Read every CSV file of a folder, in name order, once; None reads `folder()`.
+
+    Raises `UserError` naming file and line where a row does not fit, and for a folder without a file.
+    """
+    source = source or folder()
     references = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(source.glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != _COLUMNS:
@@ -91,7 +105,9 @@ def load_references(folder: Path = FOLDER) -> list[Reference]:
                     references.append(_reference(row))
                 except ValueError as error:
                     raise UserError(f"{path}, line {reader.line_num}: {error}.") from error
-    return references
+    if not references:
+        raise UserError(f"{source} holds no published numbers: install kvmerge again.")
+    return tuple(references)
 
 
 def _reference(row: Mapping[str, str]) -> Reference:

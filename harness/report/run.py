@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.metric import find_metric
-from harness.records import Record, prediction_path, read_records
+from harness.records import Record, prediction_path
 from harness.report.bootstrap import Samples, Scored, average, gather, score_task
+from harness.report.columns import COLUMNS, figures
+from harness.results import Results
+from kvmerge.cells import file_name, parse_name
 from kvmerge.errors import UserError
 
 
@@ -40,6 +42,13 @@ class Run:
         """The benchmark's name."""
         return str(self.info["benchmark"])
 
+    def recorded(self, *path: str) -> Any:
+        """Return what run.json says at a place; None where an earlier version did not record it."""
+        value: Any = self.info
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
     @cached_property
     def samples(self) -> dict[tuple[str, str], Samples]:
         """The numbers behind each score, by task and cell.
@@ -66,6 +75,21 @@ class Run:
             for (task, cell), samples in self.samples.items()
         }
 
+    @cached_property
+    def figures(self) -> dict[tuple[str, str], dict[str, float]]:
+        """Every figure of each task and cell, by column name (`harness.report.columns`)."""
+        return {key: figures(records) for key, records in self.records.items()}
+
+    def over_tasks(self, cell: str) -> dict[str, float]:
+        """Return every figure of a cell over the tasks that it has records of; {} if there are none."""
+        of_tasks = [self.figures[task, cell] for task in self.tasks if (task, cell) in self.figures]
+        if not of_tasks:
+            return {}
+        return {
+            column.name: column.over_tasks([values[column.name] for values in of_tasks])
+            for column in COLUMNS
+        }
+
     @property
     def averaged_tasks(self) -> tuple[str, ...]:
         """The tasks scored 0 to 100; a perplexity has no place in an average with them."""
@@ -74,23 +98,13 @@ class Run:
     @property
     def full_cell(self) -> str | None:
         """The cell of the full cache, where the run has one."""
-        return next((cell for cell in self.cells if split_cell(cell)[0] == "full"), None)
+        return next((cell for cell in self.cells if parse_name(cell).method == "full"), None)
 
 
-def split_cell(cell: str) -> tuple[str, str]:
-    """Split `method@budget`; the budget prints as `:g`.
-
-    Raises `UserError` where the name has no numeric budget.
-    """
-    method, _, budget = cell.rpartition("@")
-    try:
-        return method, f"{float(budget):g}"
-    except ValueError:
-        raise UserError(f"cell {cell!r} is not of the form method@budget.") from None
-
-
-def load_run(output_dir: Path) -> Run:
+def load_run(output_dir: Path, results: Results | None = None) -> Run:
     """Read an output_dir: its own predictions/, or all its shards merged.
+
+    `results` is what was read and written there already, of an output_dir that is not sharded.
 
     Raises `UserError` where run.json is missing or incomplete, where a shard is missing, shards
     differ in a setting, or a sample was written twice.
@@ -101,30 +115,31 @@ def load_run(output_dir: Path) -> Run:
             f"{output_dir} holds predictions/ of its own and shards/ too, and one of them would be "
             "counted twice. Move one of the two elsewhere."
         )
-    folders = _complete_shards(output_dir, shards) if shards else [output_dir]
-    infos = [_read_info(folder) for folder in folders]
-    for folder, info in zip(folders, infos, strict=True):
+    parts = _complete_shards(output_dir, shards) if shards else [results or Results(output_dir)]
+    first = parts[0].info
+    for part in parts:
+        _check_info(part)
         for key in ("fingerprint", "model", "benchmark"):
-            if info.get(key) != infos[0].get(key):
+            if part.info.get(key) != first.get(key):
                 raise UserError(
-                    f"{folder} and {folders[0]} differ in {key} ({info.get(key)!r} against "
-                    f"{infos[0].get(key)!r}), so they are not one run. Run the odd shard again "
+                    f"{part.folder} and {parts[0].folder} differ in {key} ({part.info.get(key)!r} "
+                    f"against {first.get(key)!r}), so they are not one run. Run the odd shard again "
                     "with the settings of the others."
                 )
-    tasks = {task: spec["metric"] for info in infos for task, spec in info["tasks"].items()}
-    cells = list(dict.fromkeys(cell for info in infos for cell in info["cells"]))
-    cells += _unlisted_cells(folders, cells)
+    tasks = {task: spec["metric"] for part in parts for task, spec in part.info["tasks"].items()}
+    cells = list(dict.fromkeys(cell for part in parts for cell in part.info["cells"]))
+    cells += _unlisted_cells(parts, cells)
     records: dict[tuple[str, str], list[Record]] = {}
     for task in tasks:
         for cell in cells:
-            merged = _merge([prediction_path(folder, task, cell) for folder in folders])
+            merged = _merge(parts, task, cell)
             if merged:
                 records[task, cell] = merged
-    _refuse_unknown_tasks(folders, tasks)
-    return Run(output_dir, infos[0], tasks, tuple(cells), records)
+    _refuse_unknown_tasks(parts, tasks)
+    return Run(output_dir, first, tasks, tuple(cells), records)
 
 
-def _complete_shards(output_dir: Path, shards: Sequence[Path]) -> list[Path]:
+def _complete_shards(output_dir: Path, shards: Sequence[Path]) -> list[Results]:
     numbers = {}
     for shard in shards:
         match = re.fullmatch(r"(\d+)-of-(\d+)", shard.name)
@@ -148,44 +163,40 @@ def _complete_shards(output_dir: Path, shards: Sequence[Path]) -> list[Path]:
             f"{output_dir / 'shards'} {what} {', '.join(names)}. "
             f"{fix} shard=0..{total - 1} num_shards={total}."
         )
-    ordered = [numbers[k, total] for k in range(total)]
-    for k, shard in enumerate(ordered):
-        info = _read_info(shard)
-        if (info.get("shard"), info.get("num_shards")) != (k, total):
+    ordered = [Results(numbers[k, total]) for k in range(total)]
+    for k, part in enumerate(ordered):
+        _check_info(part)
+        says = part.info.get("shard"), part.info.get("num_shards")
+        if says != (k, total):
             raise UserError(
-                f"{shard / 'run.json'} says shard {info.get('shard')} of {info.get('num_shards')}, "
+                f"{part.run_file} says shard {says[0]} of {says[1]}, "
                 "which is not what its folder says. Shard folders cannot be renamed."
             )
     return ordered
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _check_info(results: Results) -> None:
+    """Refuse a folder whose run.json is missing or does not say enough."""
+    if not results.info:
         raise UserError(
-            f"{folder} has no run.json, so it is not an output_dir of a run. "
+            f"{results.folder} has no run.json, so it is not an output_dir of a run. "
             "Give the folder that run.py printed, e.g. results/runs/mini/mini/smollm2-135m."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}. Run again to write it anew.") from error
-    missing = [key for key in ("model", "benchmark", "tasks", "cells") if key not in info]
+        )
+    missing = [key for key in ("model", "benchmark", "tasks", "cells") if key not in results.info]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}. Run again to write it anew.")
-    return info
+        raise UserError(f"{results.run_file} lacks {', '.join(missing)}. Run again to write it anew.")
 
 
-def _unlisted_cells(folders: Iterable[Path], cells: Iterable[str]) -> list[str]:
-    """Cells of earlier runs into the same folder, which the last run.json need not list."""
-    listed = {prediction_path(Path(), "task", cell).stem for cell in cells}
-    found = {path.stem for folder in folders for path in folder.glob("predictions/*/*@*.jsonl")}
-    return sorted(found - listed)
+def _unlisted_cells(parts: Iterable[Results], cells: Iterable[str]) -> list[str]:
+    """Return cells of earlier runs into the same folder, which the last run.json need not list."""
+    listed = {file_name(cell) for cell in cells}
+    stems = {path.stem for part in parts for path in part.folder.glob("predictions/*/*@*.jsonl")}
+    return sorted(stems - listed)
 
 
-def _refuse_unknown_tasks(folders: Iterable[Path], tasks: Mapping[str, str]) -> None:
-    for folder in folders:
-        for path in sorted(folder.glob("predictions/*/")):
+def _refuse_unknown_tasks(parts: Iterable[Results], tasks: Mapping[str, str]) -> None:
+    for part in parts:
+        for path in sorted(part.folder.glob("predictions/*/")):
             if path.name not in tasks:
                 raise UserError(
                     f"{path} belongs to a task that run.json does not list, so its metric is "
@@ -193,11 +204,13 @@ def _refuse_unknown_tasks(folders: Iterable[Path], tasks: Mapping[str, str]) -> 
                 )
 
 
-def _merge(paths: Iterable[Path]) -> list[Record]:
+def _merge(parts: Iterable[Results], task: str, cell: str) -> list[Record]:
+    """Join the records of all shards, refusing one that is there twice."""
     first: dict[tuple[str, int], Path] = {}
     merged = []
-    for path in paths:
-        for record in read_records(path):
+    for part in parts:
+        path = prediction_path(part.folder, task, cell)
+        for record in part.records(task, cell):
             key = (record.id, record.seed)
             if key in first:
                 where = f"{path}" if first[key] == path else f"both {first[key]} and {path}"

@@ -20,10 +20,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.zero_scrolls import TASKS
-from harness.files import write_atomically
-from harness.records import file_name
 from harness.report.run import Run, load_run
+from kvmerge.cells import file_name
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 
 log = logging.getLogger(__name__)
 

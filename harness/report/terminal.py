@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
-from pathlib import Path
+from math import isnan, nan
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from harness.report.columns import COLUMNS
 from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.published import load_references
-from harness.report.run import Run, averages, load_run
-from harness.report.summary import sample_mean
+from harness.report.run import Run, averages
 from harness.report.tables import gaps, setting, task_label
+from kvmerge.cells import parse_name
 
 _LABEL_WIDTH = 22
 _COLUMN_WIDTH = 12
@@ -26,13 +26,12 @@ _GATE_STYLE = {
 }
 
 
-def print_comparison(output_dir: Path, console: Console) -> None:
+def print_comparison(run: Run, console: Console) -> None:
     """Print the gates, then the scores: tasks in rows and cells in columns, or the other way round.
 
     Rows are tasks unless the cells do not fit beside each other and the tasks do; where neither fits,
-    further cells follow in further blocks. Raises `UserError` as `load_run` does.
+    further cells follow in further blocks.
     """
-    run = load_run(output_dir)
     for verdict, line in summary_lines(gates(run, load_references())):
         console.print(line, style=_GATE_STYLE[verdict], highlight=False)
     figures = _figures(run)
@@ -71,11 +70,7 @@ def _figures(run: Run) -> list[_Figure]:
         for task in run.tasks
     ]
     averaged = {cell: f"{scored.value:.2f}" for cell, scored in averages(run).items()}
-    below = [
-        _Figure("average", averaged, "bold"),
-        _Figure("achieved budget", _means(run, "budget_achieved", ".3f"), "dim"),
-        _Figure("KL to full (nats)", _means(run, "kl_to_full", ".4f"), "dim"),
-    ]
+    below = [_Figure("average", averaged, "bold"), *_below(run)]
     return [*scores, *(figure for figure in below if figure.by_cell)]
 
 
@@ -83,8 +78,8 @@ def _by_task(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", overflow="fold")
     for cell in cells:
-        method, _, budget = cell.rpartition("@")
-        table.add_column(f"{method}\n@{budget}", justify="right", overflow="fold")
+        name = parse_name(cell)
+        table.add_column(f"{name.variant}\n@{name.budget}", justify="right", overflow="fold")
     for figure in figures:
         texts = [figure.by_cell.get(cell, "") for cell in cells]
         table.add_row(figure.label, *texts, style=figure.style)
@@ -101,12 +96,19 @@ def _by_cell(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
     return table
 
 
-def _means(run: Run, field: str, form: str) -> dict[str, str]:
-    """Mean over samples, then over the tasks that have the field, by cell."""
-    found = {}
-    for cell in run.cells:
-        means = [sample_mean(run.records.get((task, cell), []), field) for task in run.tasks]
-        known = [mean for mean in means if not isnan(mean)]
-        if known:
-            found[cell] = format(sum(known) / len(known), form)
-    return found
+def _below(run: Run) -> list[_Figure]:
+    """What stands below the scores: the figures that have a label for the terminal."""
+    by_cell = {cell: run.over_tasks(cell) for cell in run.cells}
+    return [
+        _Figure(
+            column.terminal[0],
+            {
+                cell: format(values[column.name], column.terminal[1])
+                for cell, values in by_cell.items()
+                if not isnan(values.get(column.name, nan))
+            },
+            "dim",
+        )
+        for column in COLUMNS
+        if column.terminal
+    ]

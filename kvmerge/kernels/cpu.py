@@ -5,30 +5,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvmerge.kernels import packed_linear
+from kvmerge.kernels import choice, packed_linear
 
+_WORTH_A_CHOICE = 512
+"""Prompt tokens from which it is worth to know the faster way to multiply."""
 _TILE = 2**20
 """Logits worked on at once: they stay in the cache between the two products and the softmax."""
 
 
 def suits(states: Tensor) -> bool:
-    """Whether `attend` is the way for these states: float32 on a CPU.
+    """Return whether `attend` is the way for these states: float32 on a CPU.
 
-    With scores it is the fastest there. Without them torch's own kernel is faster where oneDNN has no
-    AVX-512; it is not taken, because it rounds otherwise, and what a cell gives must not depend on
-    whether another cell beside it wants scores.
+    With scores it is the fastest there. Without them torch's own kernel is faster on some processors;
+    it is not taken, because it rounds otherwise, and what a cell gives must not depend on whether
+    another cell beside it wants scores.
     """
     return states.device.type == "cpu" and states.dtype == torch.float32
 
 
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, scored: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    *,
+    scored: bool,
+    products: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention and, from the same logits, how much of it each key received.
+    """Return attention and, from the same logits, how much of it each key received.
 
     A block of rows at a time: its logits, their softmax, the sums of the columns, the product with
     the values. Causal blocks only; the map never exists whole. Shapes are those of
     `attention.attention_and_scores`, which calls this where it suits.
+
+    Args:
+        products: which library multiplies (`choice.WAYS`); None: the faster one on this machine for
+            prompts that are long enough to matter, torch for others.
     """
     _, heads, length, head_dim = queries.shape
     kv_heads = keys.shape[1]
@@ -36,7 +48,7 @@ def attend(
     block = max(32, min(128, _TILE // (group * length)))
     in_place = not torch.is_grad_enabled()  # torch refuses where gradients may flow
     multiply: _OneDNN | _Torch
-    if packed_linear.multiplies_faster(queries):
+    if (products or faster_products(queries)) == "onednn":
         multiply = _OneDNN()
     else:
         multiply = _Torch(queries.new_empty(group * block * length) if in_place else None)
@@ -58,6 +70,23 @@ def attend(
             if sums is not None:
                 sums[0, head, :end] += weights.sum(dim=0)
     return out, sums
+
+
+def faster_products(queries: Tensor) -> str:
+    """Return which library is to multiply for a prompt, by its length and this machine."""
+    if queries.shape[2] < _WORTH_A_CHOICE or not packed_linear.available(queries):
+        return "torch"
+    return choice.fastest(_rehearse)
+
+
+@torch.no_grad()
+def _rehearse(products: str) -> None:
+    """Attend once over a prompt of 2,048 tokens and one KV head of three query heads."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (
+        torch.randn(1, heads, 2048, 64, generator=generator) for heads in (3, 1, 1)
+    )
+    attend(queries, keys, values, 0.125, scored=True, products=products)
 
 
 class _OneDNN:

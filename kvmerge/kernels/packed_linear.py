@@ -23,14 +23,6 @@ def available(states: Tensor) -> bool:
     )
 
 
-def multiplies_faster(states: Tensor) -> bool:
-    """Whether oneDNN multiplies large matrices faster than torch's own float32 product does.
-
-    It does where it has AVX-512 to use; with AVX2 the two are level.
-    """
-    return available(states) and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
 def times_transposed(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """`left @ right.T + bias` of float32 `(..., n)` and `(m, n)`, which may be packed."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")

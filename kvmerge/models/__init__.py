@@ -1,8 +1,8 @@
 """Models: what the harness must know about each, and how one is loaded."""
 
-from kvmerge.models.checkpoints import Embedded, Random, cache_dir
+from kvmerge.models.checkpoints import Embedded, Random
 from kvmerge.models.loading import load, stop_token_ids
-from kvmerge.models.spec import DTYPES, ModelSpec, Shape
+from kvmerge.models.spec import DTYPES, ModelSpec, Shape, attention_sizes
 
 __all__ = [
     "DTYPES",
@@ -10,7 +10,7 @@ __all__ = [
     "ModelSpec",
     "Random",
     "Shape",
-    "cache_dir",
+    "attention_sizes",
     "load",
     "stop_token_ids",
 ]

@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from kvmerge.errors import UserError
+from kvmerge.files import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +74,6 @@ class Random:
                 f"{self}: heads must be a multiple of kv_heads, hidden a multiple of heads, and "
                 "head_dim even."
             )
-
-
-def cache_dir() -> Path:
-    """Where converted models and built benchmarks are kept; `KVMERGE_CACHE` moves it."""
-    base = os.environ.get("KVMERGE_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvmerge"
 
 
 # --- folders that were given

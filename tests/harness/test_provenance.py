@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from harness import provenance
-from harness.provenance import check_resumable, fingerprint, git_state, package_versions, read_run
+from harness.provenance import check_resumable, fingerprint, git_state, package_versions, run_info
+from harness.results import Results
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from tests.tiny_run import compose
@@ -75,7 +76,7 @@ def test_what_can_change_a_prediction_is_refused_by_name(
 ) -> None:
     path = saved(tmp_path, prints("cells=[full@1]"))
     with pytest.raises(UserError, match=f"made with another {setting}: .* then, .* now") as caught:
-        check_resumable(path, prints("cells=[full@1]", given))
+        check_resumable(Results(path.parent), prints("cells=[full@1]", given))
     assert str(tmp_path) in str(caught.value)
     assert "Choose another output_dir" in str(caught.value)
 
@@ -87,7 +88,7 @@ def test_another_version_of_what_computes_is_refused(
     path = saved(tmp_path, prints())
     monkeypatch.setattr(provenance, "package_versions", lambda: package_versions() | {package: "0.1"})
     with pytest.raises(UserError, match=f"another {package}: .* now"):
-        check_resumable(path, prints())
+        check_resumable(Results(path.parent), prints())
 
 
 def test_a_local_build_of_the_same_torch_is_the_same(
@@ -97,44 +98,50 @@ def test_a_local_build_of_the_same_torch_is_the_same(
     monkeypatch.setattr(provenance, "package_versions", lambda: versions | {"torch": "9.9+cpu"})
     path = saved(tmp_path, prints())
     monkeypatch.setattr(provenance, "package_versions", lambda: versions | {"torch": "9.9+cu128"})
-    check_resumable(path, prints())
+    check_resumable(Results(path.parent), prints())
 
 
 def test_another_file_of_a_task_is_refused_and_another_task_is_added(tmp_path: Path) -> None:
     path = saved(tmp_path, prints(trec="aa", qasper="bb"))
     with pytest.raises(UserError, match=r"another data\.trec: 'aa' then, 'cc' now"):
-        check_resumable(path, prints(trec="cc"))
-    merged = check_resumable(path, prints(trec="aa", lcc="dd"))
+        check_resumable(Results(path.parent), prints(trec="cc"))
+    merged = check_resumable(Results(path.parent), prints(trec="aa", lcc="dd"))
     assert merged["data"] == {"trec": "aa", "qasper": "bb", "lcc": "dd"}
 
 
 def test_another_setting_of_a_cell_is_refused_and_another_cell_is_added(tmp_path: Path) -> None:
     earlier = prints("cells=[h2o@0.5,kvmerger@0.5]")
     path = saved(tmp_path, earlier)
-    merged = check_resumable(path, prints("cells=[h2o@0.5,'kvmerger:sigma=3@0.5']"))
+    merged = check_resumable(Results(path.parent), prints("cells=[h2o@0.5,'kvmerger:sigma=3@0.5']"))
     assert list(merged["cells"]) == ["h2o@0.5", "kvmerger@0.5", "kvmerger:sigma=3@0.5"]
     assert merged["cells"]["kvmerger:sigma=3@0.5"]["sigma"] == 3
     earlier["cells"]["kvmerger@0.5"]["sigma"] = 4
     saved(tmp_path, earlier)
     with pytest.raises(UserError, match=r"another cells\.kvmerger@0\.5: .*'sigma': 4"):
-        check_resumable(path, prints("cells=[kvmerger@0.5]"))
+        check_resumable(Results(path.parent), prints("cells=[kvmerger@0.5]"))
+
+
+def write(settings: Settings, prints: dict[str, Any], notes: list[str], **more: Any) -> None:
+    """Write run.json as a run does."""
+    results = Results(settings.results_dir)
+    results.write_info(run_info(settings, results, prints, COUNTS, notes, **more))
 
 
 def test_a_run_that_failed_before_its_first_prediction_binds_nobody(tiny: Tiny) -> None:
     settings = tiny("seed=3", "cells=[cam@0.01]")
     path = settings.results_dir / "run.json"
-    provenance.write_run(settings, path, prints("seed=3"), COUNTS, [])
-    assert check_resumable(path, prints()) == prints()
-    provenance.write_run(tiny("cells=[cam@0.5]"), path, prints(), COUNTS, [])
-    assert read_run(path)["cells"] == ["cam@0.5"]
+    write(settings, prints("seed=3"), [])
+    assert check_resumable(Results(path.parent), prints()) == prints()
+    write(tiny("cells=[cam@0.5]"), prints(), [])
+    assert Results(path.parent).info["cells"] == ["cam@0.5"]
 
 
 def test_a_new_folder_is_resumable_and_one_without_run_json_is_not(tmp_path: Path) -> None:
     current = prints()
-    assert check_resumable(tmp_path / "new" / "run.json", current) == current
+    assert check_resumable(Results(tmp_path / "new"), current) == current
     predict(tmp_path)
     with pytest.raises(UserError, match=r"holds predictions but no run\.json"):
-        check_resumable(tmp_path / "run.json", current)
+        check_resumable(Results(tmp_path), current)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"null"])
@@ -142,24 +149,24 @@ def test_a_run_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes)
     path = tmp_path / "run.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"cannot read {path}"):
-        read_run(path)
+        assert Results(path.parent).info
 
 
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match="Not a directory"):
-        check_resumable(tmp_path / "out" / "run.json", prints())
+        check_resumable(Results(tmp_path / "out"), prints())
 
 
 def test_run_json_says_what_made_the_predictions(tiny: Tiny) -> None:
     settings = tiny("benchmark.tasks=[trec,lcc]", "cells=[full@1,cam@0.5]", "limit=1")
     path = settings.results_dir / "run.json"
-    provenance.write_run(settings, path, fingerprint(settings, {"trec": "aa"}), COUNTS, ["a note"])
-    under_way = read_run(path)
+    write(settings, fingerprint(settings, {"trec": "aa"}), ["a note"])
+    under_way = Results(path.parent).info
     assert under_way["runs"] == [{"ended": None, "seconds": None}]
-    provenance.write_run(settings, path, under_way["fingerprint"], COUNTS, ["a note"], seconds=1.5)
+    write(settings, under_way["fingerprint"], ["a note"], seconds=1.5)
 
-    info = read_run(path)
+    info = Results(path.parent).info
     assert (info["model"], info["benchmark"]) == (settings.model.name, "longbench")
     assert info["cells"] == ["full@1", "cam@0.5"]
     assert info["tasks"]["trec"] == {
@@ -182,9 +189,9 @@ def test_run_json_keeps_the_cells_tasks_and_times_of_earlier_runs(tiny: Tiny) ->
     for task, cell in (("lcc", "h2o@0.5"), ("trec", "full@1"), ("trec", "h2o@0.5")):
         settings = tiny(f"benchmark.tasks=[{task}]", f"cells=[{cell}]")
         path = settings.results_dir / "run.json"
-        provenance.write_run(settings, path, {}, COUNTS, [], seconds=2.0)
+        write(settings, {}, [], seconds=2.0)
         predict(settings.results_dir)
-    info = read_run(path)
+    info = Results(path.parent).info
     assert info["cells"] == ["h2o@0.5", "full@1"]
     assert list(info["tasks"]) == ["lcc", "trec"]
     assert len(info["runs"]) == 3

@@ -27,6 +27,7 @@ from benchmarks.task import PromptFormat
 from harness.answering import prompt_hash, stop_rule
 from harness.batching import BatchSize
 from harness.records import prediction_path
+from harness.report.run import load_run
 from harness.report.summary import write_summary
 from harness.runner import run
 from harness.settings import Settings
@@ -108,7 +109,7 @@ def assert_same_lines(found: dict[Key, dict[str, Any]], wanted: dict[Key, dict[s
 
 
 def summary(folder: Path) -> pd.DataFrame:
-    write_summary(folder)
+    write_summary(load_run(folder))
     frame = pd.read_csv(folder / "summary.csv", dtype=str, keep_default_na=False)
     return frame.drop(columns=["prefill_seconds", "decode_seconds"])
 
@@ -253,7 +254,7 @@ def test_fidelity_true_compares_with_a_full_cache_that_is_not_recorded(
     }
     assert_same_lines(read_lines(settings.output_dir), wanted)
     assert [name for name, *_ in calls.rows[0]] == ["H2O", "KVMerger", "Full"]
-    assert write_summary(settings.output_dir).full_cell is None
+    assert load_run(settings.output_dir).full_cell is None
 
 
 # when answers end
@@ -589,7 +590,7 @@ def test_a_killed_process_loses_at_most_the_sample_it_was_at(
         whole = content[: content.rfind(b"\n") + 1]
         assert path.read_bytes().startswith(whole)
     assert len(read_lines(out)) == 80
-    assert write_summary(out).info["runs"][-1]["seconds"] > 0
+    assert load_run(out).info["runs"][-1]["seconds"] > 0
 
 
 def test_a_malformed_row_is_named_and_what_is_finished_stays(

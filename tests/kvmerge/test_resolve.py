@@ -7,8 +7,6 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from baselines.h2o import H2O
-from kvmerge import resolve
-from kvmerge.cells import make_cell
 from kvmerge.errors import UserError
 from kvmerge.kvmerger import KVMerger
 from kvmerge.resolve import build, choices, config_dir, load_method, method_settings
@@ -33,20 +31,8 @@ def test_presets_differ_in_what_they_are_named_for():
     assert load_method("kvmerger_log") == KVMerger(attn_bias="log_size")
 
 
-def test_files_with_a_leading_underscore_are_no_choices():
-    assert (config_dir() / "model" / "_base.yaml").exists()
-    assert not [name for group in ("model", "experiment") for name in choices(group) if name[0] == "_"]
-
-
-def test_a_file_is_read_once_however_often_its_method_is_named(monkeypatch):
-    resolve._composed.cache_clear()
-    read, load = [], OmegaConf.load
-    monkeypatch.setattr(OmegaConf, "load", lambda path: read.append(path.stem) or load(path))
-    for name in ("h2o_sim_decode", "h2o", "h2o_sim_decode", "kvmerger_log"):
-        method_settings(name)["heavy"] = 3  # a copy: what a caller writes into it stays with the caller
-        load_method(name)
-        make_cell(name, {}, 0.5).settings()
-    assert sorted(read) == ["h2o", "h2o_sim_decode", "kvmerger", "kvmerger_log"]
+def test_settings_are_a_copy_of_what_was_read():
+    method_settings("h2o")["heavy"] = 3
     assert method_settings("h2o")["heavy"] is None
 
 

@@ -22,21 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.task import Sample, Task
 from harness.answering import prompt_hash, stop_rule
-from harness.files import write_atomically
-from harness.settings import Choices, Settings, settings_from
+from harness.settings import Settings, compose
 from kvmerge.engine import Comparison, Decoder
 from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
 from kvmerge.hook import hooked
 from kvmerge.method import Allowance, Entries, PrefillLayer
 from kvmerge.models import load
-from kvmerge.resolve import config_dir
 from kvmerge.session import Row
 
 RECORDS = Path(__file__).with_suffix(".json")
@@ -140,9 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def regression_settings(*overrides: str) -> Settings:
     """The settings of the comparison: the mini experiment's cells, one seed."""
     fixed = ["experiment=mini", f"limit={SAMPLES}", "num_seeds=1"]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("config", overrides=[*fixed, *overrides])
-    return settings_from(config, Choices("kvmerger", "mini"))
+    return compose([*fixed, *overrides])
 
 
 def measure(

@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from harness.report.published import Reference, load_references
 from harness.report.run import Run, load_run
 from harness.report.tables import gate_table, reference_table, score_table
 from harness.report.terminal import print_comparison
+from harness.results import Results
 from harness.runner import run as run_settings
 from tests.synthetic_run import record, write_run
 
@@ -205,7 +207,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_console_says_it_before_the_scores(mixed: Run) -> None:
     console = Console(width=300, record=True, file=io.StringIO())
-    print_comparison(mixed.output_dir, console)
+    print_comparison(mixed, console)
     first, second = console.export_text().splitlines()[:2]
     assert "OUTSIDE" in first
     assert "passage_retrieval_en 20.00 (published 9.8 ± 2)" in first
@@ -213,7 +215,7 @@ def test_the_console_says_it_before_the_scores(mixed: Run) -> None:
 
 
 def test_the_report_opens_with_the_gate(mixed: Run) -> None:
-    page = write_report([mixed.output_dir]).read_text()
+    page = write_report([mixed]).read_text()
     assert page.index("Gate: does the full cache") < page.index("Scores by task")
     frame = pd.read_csv(mixed.output_dir / "tables" / "gate.csv").set_index("task")
     assert frame["verdict"].to_dict() == {
@@ -289,7 +291,7 @@ def test_a_finished_task_is_logged(
     other = replace(BAND, task="trec")
     monkeypatch.setattr(harness.report.gates, "load_references", lambda: [BAND, other])
     caplog.set_level(logging.INFO)
-    log_gate(run.output_dir, run.benchmark, "qasper")
+    log_gate(run.benchmark, Results(run.output_dir), "qasper")
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [(level, text)]
 
 
@@ -300,7 +302,7 @@ def test_a_run_logs_each_task_as_it_ends(
     band = replace(BAND, model=settings.model.name, samples=3, published="100")
     monkeypatch.setattr(harness.report.gates, "load_references", lambda: [band])
     caplog.set_level(logging.INFO)
-    run_settings(settings)
+    run_settings(settings, after_task=partial(log_gate, settings.benchmark.name))
     messages = [r.getMessage() for r in caplog.records if r.name == "harness.report.gates"]
     assert len(messages) == 1
     assert messages[0].endswith("(published 100 ± 1) is outside")

@@ -231,7 +231,7 @@ def test_a_needle_run_is_reported_by_depth_and_length(checkpoint: Path, tmp_path
         f"output_dir={tmp_path / 'out'}",
     )
     runner.run(settings)
-    page = write_report([settings.output_dir])
+    page = write_report([load_run(settings.output_dir)])
     records = load_run(settings.output_dir).records["number", "full@1"]
     assert [record.extra["groups"] for record in records] == [
         {"length": length, "depth": depth} for length in (300, 400) for depth in (0, 100)

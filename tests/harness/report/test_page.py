@@ -21,12 +21,10 @@ from harness.report.run import load_run
 from harness.report.tables import (
     Table,
     difference_table,
-    find_setting,
     official_aggregates,
     reference_table,
     score_table,
 )
-from kvmerge.errors import UserError
 from tests.synthetic_run import record, write_run
 
 TASKS = {"qa_x": "qa_f1", "code": "code_sim", "text": "perplexity"}
@@ -150,7 +148,7 @@ def test_budget_table_in_numbers(reported: Path) -> None:
 
 def test_a_run_without_any_record_is_all_blank(tmp_path: Path) -> None:
     write_run(tmp_path, {"t": "qa_f1"}, {"full@1": {}, "h2o@0.5": {}})
-    page = write_report([tmp_path]).read_text()
+    page = write_report([load_run(tmp_path)]).read_text()
     assert "no records: full@1 on t." in page
     assert "<img" not in page
     assert (tmp_path / "summary.csv").read_text().count("\n") == 1
@@ -203,7 +201,7 @@ def test_the_page_is_self_contained(reported: Path) -> None:
 
 def test_the_page_escapes_what_a_run_says(tmp_path: Path) -> None:
     small_run(tmp_path, model="<script>alert(1)</script>")
-    page = write_report([tmp_path]).read_text()
+    page = write_report([load_run(tmp_path)]).read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
@@ -216,7 +214,7 @@ def digests(folder: Path) -> Iterator[tuple[str, str]]:
 
 def test_two_reports_of_one_run_are_equal_byte_for_byte(reported: Path, tmp_path: Path) -> None:
     for name in "ab":
-        write_report([reported], tmp_path / name)
+        write_report([load_run(reported)], tmp_path / name)
     assert dict(digests(tmp_path / "a")) == dict(digests(tmp_path / "b"))
 
 
@@ -244,10 +242,12 @@ def test_several_runs_get_a_section_each_and_a_common_table(tmp_path: Path) -> N
     assert not (first / "tables").exists()
 
 
-def test_an_output_dir_given_twice_is_refused(tmp_path: Path) -> None:
+def test_an_output_dir_given_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = small_run(tmp_path)
-    with pytest.raises(UserError, match="given twice"):
-        write_report([folder, folder / ".." / folder.name])
+    assert main([str(folder), str(folder / ".." / folder.name)]) == 2
+    assert "given twice" in capsys.readouterr().err
 
 
 def test_a_user_error_is_one_message_and_status_2(
@@ -337,7 +337,7 @@ def test_a_benchmark_without_published_numbers_has_no_such_table(reported: Path)
 
 def test_the_console_shows_scores_average_and_budget(reported: Path) -> None:
     console = Console(width=100, record=True, file=io.StringIO())
-    print_comparison(reported, console)
+    print_comparison(load_run(reported), console)
     lines = [line.split() for line in console.export_text().splitlines()]
     assert ["qa_x", "50.00", "37.50", "25.00", "12.50"] in lines
     assert ["code", "50.00", "37.50", "25.00"] in lines
@@ -347,7 +347,7 @@ def test_the_console_shows_scores_average_and_budget(reported: Path) -> None:
 
 def test_a_narrow_console_gets_blocks_and_loses_nothing(reported: Path) -> None:
     console = Console(width=48, record=True, file=io.StringIO())
-    print_comparison(reported, console)
+    print_comparison(load_run(reported), console)
     text = console.export_text()
     assert all(number in text for number in ("50.00", "37.50", "25.00", "12.50"))
     assert "…" not in text
@@ -358,7 +358,7 @@ def test_many_cells_stand_in_rows_where_the_tasks_fit_beside_each_other(tmp_path
     cells = {f"h2o@0.{n}": {"t": [record("0", n / 10)]} for n in range(1, 9)}
     run = write_run(tmp_path, {"t": "qa_f1"}, cells)
     console = Console(width=80, record=True, file=io.StringIO())
-    print_comparison(run, console)
+    print_comparison(load_run(run), console)
     lines = [line.split() for line in console.export_text().splitlines()]
     for n in range(1, 9):
         assert [f"h2o@0.{n}", f"{10 * n}.00", f"{10 * n}.00", "0.500"] in lines
@@ -372,7 +372,7 @@ def test_a_perplexity_is_drawn_against_the_budget_and_has_no_average(tmp_path: P
     cells = {"full@1": {"t": line(10, 1)}, "h2o@0.5": {"t": line(20, 0.5)}}
     run = write_run(tmp_path, {"t": "perplexity"}, cells)
     console = Console(width=100, record=True, file=io.StringIO())
-    print_comparison(run, console)
+    print_comparison(load_run(run), console)
     text = console.export_text()
     assert "2.72" in text
     assert "7.39" in text
@@ -409,10 +409,16 @@ def test_latex_escapes_its_special_characters() -> None:
     assert r"\begin{tabular}{lr}" in text
 
 
-def test_settings_are_found_at_any_depth_the_shallowest_first() -> None:
-    info = {"a": {"b": {"dtype": "deep"}}, "c": {"dtype": "shallow"}, "list": [1]}
-    assert find_setting(info, "dtype") == "shallow"
-    assert find_setting(info, "commit") is None
+def test_a_setting_is_read_at_its_place_and_one_that_is_not_recorded_is_left_out(
+    tmp_path: Path,
+) -> None:
+    info = {"dtype": None, "git": None, "config": {"deep": {"dtype": "float16", "commit": "abc"}}}
+    run = load_run(small_run(tmp_path, **info))
+    assert run.recorded("config", "deep", "dtype") == "float16"
+    assert run.recorded("git", "commit") is None
+    assert run.recorded("model", "anything") is None
+    assert "float16" not in score_table(run).caption
+    assert "commit" not in score_table(run).caption
 
 
 def test_methods_keep_their_look_across_runs(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.report import published
 from harness.report.published import Reference, for_benchmark, load_references, members
 from kvmerge.errors import UserError
 
@@ -134,8 +135,14 @@ def test_members_are_followed_to_the_tasks() -> None:
     assert members("a", over) == {"a"}
 
 
-def test_a_folder_that_is_not_there_has_no_references(tmp_path: Path) -> None:
-    assert load_references(tmp_path / "none") == []
+def test_a_folder_without_published_numbers_is_an_error_not_a_run_without_gates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="holds no published numbers"):
+        load_references(tmp_path / "none")
+    monkeypatch.setattr(published, "_PACKAGE", tmp_path / "harness" / "report")
+    with pytest.raises(UserError, match="published numbers are missing"):
+        published.folder()
 
 
 HEADER = "benchmark,model,method,budget,task,score,samples,tolerance,over,confidence,provenance,note\n"

@@ -149,7 +149,7 @@ def test_the_report_writes_submissions_and_says_what_is_missing(tmp_path, caplog
     folder = complete_run(tmp_path, ["full@1", "h2o@0.5"])
     (folder / "predictions" / "gov_report" / "h2o@0.5.jsonl").unlink()
     with caplog.at_level(logging.INFO, logger="harness"):
-        write_report([folder])
+        write_report([load_run(folder)])
     assert [path.name for path in (folder / "submissions").iterdir()] == ["full@1.csv"]
     levels = {r.levelname: r.message for r in caplog.records if r.name == "harness.report.submission"}
     assert levels["INFO"].endswith("full@1.csv")

@@ -76,13 +76,3 @@ def test_nothing_is_packed_without_onednn(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_not_for_it(dtype):
     assert not available(torch.ones(1, dtype=dtype))
-
-
-@needs_onednn
-@pytest.mark.parametrize(
-    ("capability", "faster"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)]
-)
-def test_it_multiplies_faster_with_avx512_only(monkeypatch, capability, faster):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert packed_linear.multiplies_faster(torch.ones(1)) is faster
-    assert not packed_linear.multiplies_faster(torch.ones(1, dtype=torch.bfloat16))

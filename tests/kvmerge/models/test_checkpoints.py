@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvmerge.errors import UserError
+from kvmerge.files import cache_dir
 from kvmerge.models import ModelSpec, load
 from kvmerge.models.checkpoints import (
     INDEX,
     Embedded,
     Random,
-    cache_dir,
     check_folder,
     converted,
     damaged_files,
@@ -23,15 +23,6 @@ from kvmerge.models.checkpoints import (
     weight_files,
 )
 from tests.tiny import new_model, prompt
-
-
-def test_cache_dir(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.delenv("KVMERGE_CACHE", raising=False)
-    assert cache_dir() == tmp_path / "xdg" / "kvmerge"
-    monkeypatch.setenv("KVMERGE_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
-
 
 # --- folders that were given
 

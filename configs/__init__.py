@@ -1,1 +1,0 @@
-"""Hydra's configuration groups, a package so that an installed wheel finds them."""

@@ -1,0 +1,70 @@
+"""What lies in the folder of a run: its run.json and its records, each file read at most once.
+
+The runner reads records to know what is left, adds those that it makes, and hands the object on: the
+gate after each task and the report look at the same records, and at no file.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from harness.records import Record, append_record, prediction_path, read_records
+from kvmerge.errors import UserError
+from kvmerge.files import write_atomically
+
+
+class Results:
+    """One results folder: an output_dir that is not sharded, or one of its shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._records: dict[tuple[str, str], list[Record]] = {}
+
+    @property
+    def run_file(self) -> Path:
+        """Return where run.json lies."""
+        return self.folder / "run.json"
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """Return what run.json says; {} if there is none. Raises `UserError` if it cannot be read."""
+        try:
+            return dict(json.loads(self.run_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(
+                f"cannot read {self.run_file}: {error}. Choose another output_dir, or run again to "
+                "write it anew after deleting it."
+            ) from error
+
+    def write_info(self, content: dict[str, Any]) -> None:
+        """Replace run.json, in one step."""
+        write_atomically(self.run_file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self.info = content
+
+    def records(self, task: str, cell_name: str) -> list[Record]:
+        """Return the records of a task and cell in the order of their file; [] if there is none.
+
+        Raises `UserError` as `read_records` does.
+        """
+        key = task, cell_name
+        if key not in self._records:
+            self._records[key] = read_records(self._path(*key))
+        return self._records[key]
+
+    def add(self, task: str, cell_name: str, record: Record) -> None:
+        """Add a record, on the disk first. Raises `UserError` as `append_record` does."""
+        records = self.records(task, cell_name)
+        append_record(self._path(task, cell_name), record)
+        records.append(record)
+
+    def has_predictions(self) -> bool:
+        """Return whether there is any prediction file."""
+        return any(self.folder.glob("predictions/*/*.jsonl"))
+
+    def _path(self, task: str, cell_name: str) -> Path:
+        return prediction_path(self.folder, task, cell_name)

@@ -1,0 +1,126 @@
+"""Which way this processor multiplies faster: measured once, and kept for the machine.
+
+oneDNN's float32 product is twice as fast as torch's on some processors with AVX-512 and slower on
+others (docs/performance.md), and nothing that a processor says of itself tells which. So both are
+timed on the attention of one prompt, in turn, and the answer is kept in the cache folder under the
+processor's name, the number of threads and torch's version. It holds for prompts and heads of any size:
+which library is faster has not depended on them. Results of the two are equal up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kvmerge.errors import unknown
+from kvmerge.files import cache_dir, write_atomically
+
+logger = logging.getLogger(__name__)
+
+WAYS = ("torch", "onednn")
+VARIABLE = "KVMERGE_CPU_PRODUCTS"
+"""Environment variable that names the way instead of a measurement."""
+FILE = "cpu_products.json"
+_ROUNDS = 6
+_MARGIN = 0.9
+"""Share of torch's time that oneDNN must stay below: where the two are level, torch it is."""
+
+_taken: dict[str, str] = {}
+"""The answer of this process by machine: one run takes one way, whatever happens to the file."""
+
+
+def fastest(run: Callable[[str], None]) -> str:
+    """Return the way that is faster here, one of `WAYS`.
+
+    Args:
+        run: multiplies as the caller does, by the way that it is given; called only where nothing is
+            kept for this machine yet.
+
+    Raises:
+        UserError: if the environment variable names something else.
+    """
+    given = os.environ.get(VARIABLE)
+    if given:
+        if given not in WAYS:
+            raise unknown(VARIABLE, given, WAYS)
+        return given
+    machine = _machine()
+    if machine not in _taken:
+        _taken[machine] = _kept(machine) or _measured(machine, run)
+    return _taken[machine]
+
+
+def chosen() -> str | None:
+    """Return the way that `fastest` gives on this machine, None where it has not been measured yet."""
+    machine = _machine()
+    return os.environ.get(VARIABLE) or _taken.get(machine) or _kept(machine)
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _machine() -> str:
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{processor()}, {capability}, {threads} threads, torch {torch.__version__}"
+
+
+def _kept(machine: str) -> str | None:
+    way = _read().get(machine)
+    return way if way in WAYS else None
+
+
+def _measured(machine: str, run: Callable[[str], None]) -> str:
+    """Return the faster way and keep it, or what another process has kept in the meantime."""
+    seconds = _least_seconds(run)
+    way = "onednn" if seconds["onednn"] < _MARGIN * seconds["torch"] else "torch"
+    way = _kept(machine) or way
+    path = cache_dir() / FILE
+    # A folder that cannot be written costs the next process a measurement, nothing else.
+    with contextlib.suppress(OSError):
+        write_atomically(path, json.dumps(_read() | {machine: way}, indent=1) + "\n")
+    logger.info(
+        "large products by %s on this machine (torch %.1f ms, onednn %.1f ms; kept in %s)",
+        way,
+        1e3 * seconds["torch"],
+        1e3 * seconds["onednn"],
+        path,
+    )
+    return way
+
+
+def _least_seconds(run: Callable[[str], None]) -> dict[str, float]:
+    """Return the least seconds of each way, in turn, after a round that does not count.
+
+    The least, because other work on the machine can only add to a reading.
+    """
+    seconds = dict.fromkeys(WAYS, float("inf"))
+    for attempt in range(_ROUNDS + 1):
+        for way in WAYS:
+            started = time.perf_counter()
+            run(way)
+            if attempt:
+                seconds[way] = min(seconds[way], time.perf_counter() - started)
+    return seconds
+
+
+def _read() -> dict[str, str]:
+    """Return what is kept; {} for a file that is not there or holds something else."""
+    try:
+        kept = json.loads((cache_dir() / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
