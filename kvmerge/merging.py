@@ -111,7 +111,9 @@ def _scan_links(
     """Return the links of the anchor and complete linkages, and the similarity each was accepted at.
 
     A budget without a threshold takes the largest threshold that leaves no more sets than allowed,
-    found by refining a grid over [-1, 1] whose thresholds are all scanned at once.
+    found by refining a grid over [-1, 1] whose thresholds are all scanned at once. A smaller threshold
+    may open sets elsewhere and so leave more of them; a larger one that is enough, between two points
+    of the grid, can then be missed.
     """
     if threshold is not None:
         thresholds = torch.full((1,), threshold, dtype=keys.dtype, device=keys.device)

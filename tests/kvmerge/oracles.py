@@ -97,11 +97,9 @@ def merging_sets(
             i: cosine(k[i], k[i + 1]) for i in range(len(k) - 1) if not fixed[i] and not fixed[i + 1]
         }
         links = {i: c for i, c in strengths.items() if threshold is None or c > threshold}
-    elif threshold is not None:
-        links = backward_scan(k, fixed, lambda c: c > threshold, linkage)
     else:
-        assert budget is not None
-        links = _scan_to_budget(k, fixed, budget, linkage)
+        assert threshold is not None, "the scanning linkages have no slow version without one"
+        links = backward_scan(k, fixed, lambda c: c > threshold, linkage)
     wanted = None
     if budget is not None and (threshold is None or underfill == "split"):
         wanted = len(k) - budget
@@ -147,19 +145,6 @@ def backward_scan(
             members.append(token)
         else:
             members = [token]
-    return links
-
-
-def _scan_to_budget(
-    keys: list[list[float]], protected: list[bool], budget: int, linkage: str
-) -> dict[int, float]:
-    """The scan at the largest threshold with enough links: thresholds matter only where a pair is."""
-    pairs = {cosine(a, b) for i, a in enumerate(keys) for b in keys[:i]}
-    links: dict[int, float] = {}
-    for least in sorted(pairs, reverse=True):
-        links = backward_scan(keys, protected, least.__le__, linkage)
-        if len(links) >= len(keys) - budget:
-            break
     return links
 
 
