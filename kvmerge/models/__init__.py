@@ -1,7 +1,7 @@
 """Models: what the harness must know about each, and how one is loaded."""
 
 from kvmerge.models.checkpoints import Embedded, Random
-from kvmerge.models.loading import load, stop_token_ids
+from kvmerge.models.loading import end_token_ids, load, stop_token_ids
 from kvmerge.models.spec import DTYPES, ModelSpec, Shape
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ModelSpec",
     "Random",
     "Shape",
+    "end_token_ids",
     "load",
     "stop_token_ids",
 ]
