@@ -68,7 +68,7 @@ def compare(
         fidelity: measure every cell against the full cache, which is run for it if it is no cell.
 
     Returns:
-        a line a prompt and cell, in the order given, with `COLUMNS`: `prompt` is the prompt's number
+        a line a prompt and cell, in the order given, with `COLUMNS`. `prompt` is the prompt's number
         from 0, `text` the answer, `kept_entries` the mean over layers and KV heads after the prefill,
         `kv_bytes` the bytes of these keys and values, `kl_to_full` (nats) and `top1_agreement` (0 to
         1) the means along the full cache's answer, NaN where it has one token only or `fidelity` is
