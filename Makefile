@@ -61,7 +61,7 @@ $(PEER_READY):
 	@touch $@
 
 bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
-	$(BIN)/python -m scripts.bench.gpu
+	$(BIN)/python -m scripts.bench gpu
 
 $(VENV)/.docs: $(READY) requirements-docs.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-docs.lock

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvmerge.errors import UserError
+from kvmerge.models import attention_sizes
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def entry_bytes(model: PreTrainedModel) -> int:
     """Bytes of one entry, key and value, over all layers and KV heads."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize)
+    _, kv_heads, head_dim = attention_sizes(model.config)
+    return int(2 * model.config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,21 +1,30 @@
 """The command line: compose the configuration, run it, show the table.
 
-A user error prints one message and exits with status 2; everything else keeps its traceback.
+A user error prints one message and exits with status 2; everything else keeps its traceback. Ctrl-C and
+the signals that schedulers send (SIGTERM, SIGHUP) end a run alike, with 128 and the signal's number. Of
+a sweep every point runs; those that failed are listed at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
+from harness.lock import only_writer
 from harness.plan import print_plan
 from harness.report.gates import log_gate
 from harness.report.run import load_run
@@ -23,13 +32,25 @@ from harness.report.terminal import print_comparison
 from harness.results import Results
 from harness.runner import run
 from harness.settings import Choices, Settings, check_choices, settings_from
-from kvmerge.errors import UserError
+from kvmerge.errors import UserError, first_line
+from kvmerge.files import remove_leftovers
 from kvmerge.resolve import config_dir
 
+FAULT = 1
 USER_ERROR = 2
-INTERRUPTED = 130
+_STOPS = (signal.SIGTERM, signal.SIGHUP)
+_SWEEP = "KVMERGE_SWEEP"
+"""Environment variable: the folder where points of a sweep, which may be processes, leave errors."""
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of the disk that only its owner can mend."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the run, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def main() -> None:
@@ -40,14 +61,48 @@ def main() -> None:
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def task(config: DictConfig) -> None:
         started.append(True)
-        _guarded(lambda: execute(config))
+        if _SWEEP in os.environ:
+            _run_point(config, Path(os.environ[_SWEEP]))
+        else:
+            _guarded(lambda: execute(config))
 
     _guarded(lambda: check_choices(sys.argv[1:]))
+    with _stopped_by_signals():
+        try:
+            if {"-m", "--multirun"} & set(sys.argv[1:]):
+                _guarded(lambda: _sweep(task))
+            else:
+                _guarded(task)
+        except SystemExit as stop:
+            # Hydra has printed its message about the configuration and left with 1.
+            sys.exit(USER_ERROR if stop.code == FAULT and not started else stop.code)
+
+
+def _sweep(task: Callable[[], None]) -> None:
+    """Run every point of a sweep, and list those that failed."""
+    with tempfile.TemporaryDirectory(prefix="kvmerge-sweep-") as folder:
+        os.environ[_SWEEP] = folder
+        try:
+            task()
+        finally:
+            del os.environ[_SWEEP]
+        failed = [path.read_text() for path in sorted(Path(folder).iterdir())]
+    if failed:
+        listed = "\n".join(f"  {line}" for line in failed)
+        raise UserError(f"{len(failed)} of the points failed; the others are done.\n{listed}")
+
+
+def _run_point(config: DictConfig, failures: Path) -> None:
+    """Run one point of a sweep; what goes wrong is told now, noted for the end, and stops no other."""
+    job = HydraConfig.get().job
     try:
-        task()
-    except SystemExit as stop:
-        # Hydra has printed its message about the configuration and left with 1.
-        sys.exit(USER_ERROR if stop.code == 1 and not started else stop.code)
+        execute(config)
+    except Exception as error:
+        if not isinstance(error, UserError) and not _is_storage(error):
+            traceback.print_exc()
+        line = f"{job.override_dirname}: {first_line(error)}"
+        print(f"error: {line}", file=sys.stderr)
+        (failures / f"{job.num:06d}").write_text(line)
 
 
 def execute(config: DictConfig) -> None:
@@ -57,8 +112,10 @@ def execute(config: DictConfig) -> None:
     if config.dry_run:
         print_plan(settings, console)
         return
-    results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
-    report(settings, results, console)
+    with only_writer(settings.results_dir):
+        remove_leftovers(settings.results_dir)
+        results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
+        report(settings, results, console)
 
 
 def report(settings: Settings, results: Results, console: Console) -> None:
@@ -87,6 +144,25 @@ def _show_log() -> None:
         logging.getLogger(package).setLevel(logging.INFO)
 
 
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Take the signals of schedulers as Ctrl-C inside the block."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in _STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_storage(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _STORAGE
+
+
 def _guarded(action: Callable[[], None]) -> None:
     try:
         action()
@@ -94,7 +170,7 @@ def _guarded(action: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except OSError as error:
-        if error.errno not in _STORAGE:
+        if not _is_storage(error):
             raise
         where = f": {error.filename}" if error.filename else ""
         print(
@@ -102,6 +178,6 @@ def _guarded(action: Callable[[], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; what is finished is kept, the same command resumes.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT))

@@ -12,14 +12,18 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmerge.cells import file_name
 from kvmerge.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 log = logging.getLogger(__name__)
 
@@ -218,3 +222,29 @@ def _sound_end(file: FileIO) -> int:
 
 def _count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n")
+
+
+def features(output_dir: Path) -> Features:
+    """Return the types of all keys of a run's lines, for `datasets.load_dataset("json", features=…)`.
+
+    Lines of different tasks and methods hold different keys, and a key that is null in a whole file has
+    no type there. With these types every line loads, and what it lacks is null.
+    """
+    from datasets import Features, List, Value  # takes half a second
+
+    def typed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: typed(each) for name, each in value.items()}
+        return Value({str: "string", int: "int64"}.get(type(value), "float64"))
+
+    types: dict[str, Any] = {}
+    for field_ in fields(Record):
+        text = "str" in str(field_.type)
+        value = Value("string" if text else "float64" if "float" in str(field_.type) else "int64")
+        types[field_.name] = List(value) if re.match("tuple|list", str(field_.type)) else value
+    del types["extra"]
+    for path in sorted(output_dir.glob("predictions/*/*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            for name, value in Record.from_json(next(lines)).extra.items():
+                types[name] = typed(value)
+    return Features(types)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+import psutil
+
+_PARTIAL = re.compile(r"\..+\.(\d+)")
+"""Name of a file that is being written: the file's own and the number of the process."""
 
 
 def cache_dir() -> Path:
@@ -27,3 +33,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what `write_atomically` had begun in processes that were killed, and return it.
+
+    Looks into a folder and those directly below it.
+    """
+    removed = []
+    for path in (*folder.glob(".*"), *folder.glob("*/.*")):
+        match = _PARTIAL.fullmatch(path.name)
+        if match and path.is_file() and not psutil.pid_exists(int(match[1])):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed

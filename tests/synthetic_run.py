@@ -13,8 +13,9 @@ SETTINGS: dict[str, Any] = {
     "model": "toy-1m",
     "benchmark": "toy",
     "seeds": [42],
-    "fingerprint": {"dtype": "float32", "data": "abc"},
-    "config": {"model": {"dtype": "float32"}, "decode_policy": "append"},
+    "dtype": "float32",
+    "fingerprint": {"data": "abc"},
+    "config": {"decode_policy": "append"},
     "git": {"commit": "0123456789abcdef", "dirty": False},
     "packages": {"torch": "2.13.0"},
 }

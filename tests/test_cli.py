@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 import harness.answering
 from harness import settings
+from harness.lock import only_writer
 from kvmerge.errors import UserError
 from kvmerge.resolve import choices
 from tests.conftest import Output
@@ -243,6 +245,59 @@ def test_an_interrupt_is_no_error_and_keeps_what_is_finished(
     assert output.status == 130
     assert "the same command resumes" in output.err
     assert "Traceback" not in output.err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_schedulers_signal_ends_a_run_as_an_interrupt_does(
+    command: Command,
+    given: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    status: int,
+) -> None:
+    before = signal.getsignal(number)
+
+    def signalled(*_: Any, **__: Any) -> Any:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(harness.answering, "run_samples", signalled)
+    output = command(*given, "method=h2o", "num_shards=2")
+    assert output.status == status
+    assert "the same command resumes" in output.err
+    assert "Traceback" not in output.err
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_into_a_folder_that_another_writes_is_refused(
+    command: Command, given: list[str], tmp_path: Path
+) -> None:
+    with only_writer(tmp_path / "out"):
+        assert_refused(command(*given, "method=h2o"), "error: ", f"by process {os.getpid()} on ")
+
+
+def test_a_run_removes_what_a_killed_one_had_begun(
+    command: Command, given: list[str], tmp_path: Path
+) -> None:
+    left = tmp_path / "out" / "tables" / f".scores.md.{2**22 + 1}"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert command(*given, "method=h2o").status == 0
+    assert list((tmp_path / "out").rglob(".*")) == []
+
+
+def test_a_bad_point_of_a_sweep_stops_no_other_and_is_listed_at_the_end(
+    command: Command, given: list[str], tmp_path: Path
+) -> None:
+    free = [text for text in given if not text.startswith(("output_dir", "limit"))]
+    folder = f"output_dir={tmp_path}/first-${{limit}}"
+    output = command("-m", *free, "method=h2o", "limit=0,1", "num_shards=2", folder)
+    assert output.status == 2
+    assert "Traceback" not in output.err
+    *_, summary, point = output.err.splitlines()
+    assert summary == "error: 1 of the points failed; the others are done."
+    assert "limit=0" in point
+    assert point.endswith("limit=0 must be a whole number of 1 or more.")
+    assert len(list(tmp_path.glob("first-1/shards/*/predictions/*/*.jsonl"))) == 1
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])

@@ -8,10 +8,9 @@ Whatever cannot be compared is named with its reason, never passed in silence.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from benchmarks.metric import find_metric
 from harness.report.published import Reference, load_references
@@ -75,7 +74,7 @@ def gates(run: Run, references: Iterable[Reference]) -> list[Gate]:
 
 def profile_of(run: Run) -> str:
     """Name the benchmark profile of a run."""
-    return str(_benchmark_setting(run, "profile") or PROFILE)
+    return str(run.recorded("config", "benchmark", "profile") or PROFILE)
 
 
 def outside(found: Iterable[Gate]) -> set[str]:
@@ -124,7 +123,7 @@ def _judge(run: Run, band: Reference) -> Gate:
     if reason or ours is None or band.score is None or band.tolerance is None:
         return Gate(band.task, samples, ours, band, Verdict.NOT_COMPARABLE, reason)
     within = abs(ours - band.score) <= band.tolerance + 1e-9  # of decimal fractions in binary
-    given = _benchmark_setting(run, "data_dir")
+    given = run.recorded("config", "benchmark", "data_dir")
     basis = f"rows from {given}: only their number was compared" if given else ""
     return Gate(band.task, samples, ours, band, Verdict.INSIDE if within else Verdict.OUTSIDE, basis)
 
@@ -161,8 +160,3 @@ def _full_score(run: Run, task: str) -> tuple[float | None, int]:
     if samples is None or not samples.ids:
         return None, 0
     return float(find_metric(run.tasks[task]).score(samples.parts.mean(axis=0))), len(samples.ids)
-
-
-def _benchmark_setting(run: Run, name: str) -> Any:
-    config = run.info.get("config", {}).get("benchmark", {})
-    return config.get(name) if isinstance(config, Mapping) else None

@@ -21,7 +21,6 @@ from matplotlib.patches import Patch
 from harness.report.bootstrap import Estimate
 from harness.report.groups import GroupScore, group_values, scores_by
 from harness.report.run import Run, averages
-from harness.report.summary import sample_mean
 from harness.report.tables import INTERVAL, count_tasks, gaps, setting, task_label
 from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
@@ -188,24 +187,19 @@ def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 
 def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
     """KL(full || cell) against achieved budget, mean over tasks; None where nothing has it."""
-    points = {}
+    cells = [cell for cell in run.cells if parse_name(cell).variant != "full"]
+    divergence = {
+        key: values["kl_to_full"]
+        for key, values in run.figures.items()
+        if not np.isnan(values["kl_to_full"])
+    }
     # A task on which nothing was compared, such as one of a single token, is left out for all.
-    tasks = [
-        task
-        for task in run.tasks
-        if any(
-            record.kl_to_full is not None
-            for cell in run.cells
-            if parse_name(cell).variant != "full"
-            for record in run.records.get((task, cell), [])
-        )
-    ]
-    for cell in run.cells:
-        if parse_name(cell).variant == "full":
-            continue
-        means = [sample_mean(run.records.get((task, cell), []), "kl_to_full") for task in tasks]
-        if tasks and not np.isnan(means).any():
-            points[cell] = Estimate(float(np.mean(means)), np.nan, np.nan)
+    tasks = [task for task in run.tasks if any((task, cell) in divergence for cell in cells)]
+    points = {
+        cell: Estimate(float(np.mean([divergence[task, cell] for task in tasks])), np.nan, np.nan)
+        for cell in cells
+        if tasks and all((task, cell) in divergence for task in tasks)
+    }
     if not points:
         return None
     title = "KL to the full cache against budget"
@@ -318,19 +312,7 @@ def _perplexity(run: Run, task: str, by_method: Mapping[str, Look]) -> Plot:
 
 def _lines(axis: Axes, run: Run, points: dict[str, Estimate], by_method: Mapping[str, Look]) -> None:
     """One line a method; methods are moved apart a little where their budgets coincide."""
-    achieved = {
-        cell: 100
-        * float(
-            np.mean(
-                [
-                    sample_mean(run.records[task, cell], "budget_achieved")
-                    for task in run.tasks
-                    if (task, cell) in run.records
-                ]
-            )
-        )
-        for cell in points
-    }
+    achieved = {cell: 100 * run.over_tasks(cell)["budget_achieved_mean"] for cell in points}
     methods = list(dict.fromkeys(parse_name(cell).variant for cell in points))
     span = max(achieved.values()) - min(achieved.values())
     for i, method in enumerate(methods):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from harness.report.summary import to_csv
@@ -30,14 +31,22 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?( to \d+|\n.*)?$")
 
 def markdown(table: Table) -> str:
     """Render as a pipe table under its title, with caption and notes."""
-
-    def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
-
-    rule = "".join("| ---: " if is_numeric(table, i) else "| --- " for i in _columns(table)) + "|"
-    body = "\n".join([line(table.header), rule, *map(line, table.rows)])
+    numeric = [column for column in _columns(table) if is_numeric(table, column)]
+    body = markdown_table(table.header, table.rows, numeric)
     notes = "".join(f"- {note}\n" for note in table.notes)
-    return f"## {table.title}\n\n{table.caption}\n\n{body}\n" + (f"\n{notes}" if notes else "")
+    return f"## {table.title}\n\n{table.caption}\n\n{body}" + (f"\n{notes}" if notes else "")
+
+
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[int]
+) -> str:
+    """Render a header and lines of as many cells as a pipe table, the numeric columns to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |\n"
+
+    rule = "".join("| ---: " if i in numeric else "| --- " for i in range(len(header))) + "|\n"
+    return line(header) + rule + "".join(map(line, rows))
 
 
 def latex(table: Table) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.metric import find_metric
 from harness.records import Record, prediction_path
 from harness.report.bootstrap import Samples, Scored, average, gather, score_task
+from harness.report.columns import COLUMNS, figures
 from harness.results import Results
 from kvmerge.cells import file_name, parse_name
 from kvmerge.errors import UserError
@@ -41,6 +42,13 @@ class Run:
         """The benchmark's name."""
         return str(self.info["benchmark"])
 
+    def recorded(self, *path: str) -> Any:
+        """Return what run.json says at a place; None where an earlier version did not record it."""
+        value: Any = self.info
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
     @cached_property
     def samples(self) -> dict[tuple[str, str], Samples]:
         """The numbers behind each score, by task and cell.
@@ -65,6 +73,21 @@ class Run:
         return {
             (task, cell): score_task(task, samples, find_metric(self.tasks[task]))
             for (task, cell), samples in self.samples.items()
+        }
+
+    @cached_property
+    def figures(self) -> dict[tuple[str, str], dict[str, float]]:
+        """Every figure of each task and cell, by column name (`harness.report.columns`)."""
+        return {key: figures(records) for key, records in self.records.items()}
+
+    def over_tasks(self, cell: str) -> dict[str, float]:
+        """Return every figure of a cell over the tasks that it has records of; {} if there are none."""
+        of_tasks = [self.figures[task, cell] for task in self.tasks if (task, cell) in self.figures]
+        if not of_tasks:
+            return {}
+        return {
+            column.name: column.over_tasks([values[column.name] for values in of_tasks])
+            for column in COLUMNS
         }
 
     @property

@@ -12,6 +12,7 @@ import pandas as pd
 
 from benchmarks.metric import find_metric
 from harness.report.bootstrap import RESAMPLES, Scored, aggregate
+from harness.report.columns import COLUMNS, TABLE, Column
 from harness.report.gates import PROFILE, Gate, gates, outside, profile_of
 from harness.report.groups import group_values, scores_by
 from harness.report.published import Reference, for_benchmark, members
@@ -43,17 +44,6 @@ class Table:
     data: pd.DataFrame
 
 
-def find_setting(info: Any, name: str) -> Any:
-    """Find a key anywhere in run.json, the shallowest first; None where there is none."""
-    level = [info]
-    while level:
-        for node in level:
-            if name in node and node[name] is not None:
-                return node[name]
-        level = [child for node in level for child in node.values() if isinstance(child, Mapping)]
-    return None
-
-
 def sample_counts(run: Run, tasks: Iterable[str] | None = None) -> str:
     """Say how many samples a task has, as `5` or `5 to 200`."""
     wanted = set(run.tasks if tasks is None else tasks)
@@ -75,12 +65,12 @@ def setting(run: Run) -> str:
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
     ]
     for name in ("dtype", "device"):
-        value = find_setting(run.info, name)
+        value = run.recorded(name)
         if isinstance(value, str):
             parts.append(value.removeprefix("torch."))
-    commit = find_setting(run.info, "commit")
+    commit = run.recorded("git", "commit")
     if isinstance(commit, str):
-        modified = " with local changes" if find_setting(run.info, "dirty") else ""
+        modified = " with local changes" if run.recorded("git", "dirty") else ""
         parts.append(f"commit {commit[:10]}{modified}")
     return ", ".join(parts)
 
@@ -314,56 +304,17 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
     )
 
 
-_MEANS = [
-    "budget_achieved_mean",
-    "kept_entries_mean",
-    "prompt_tokens_mean",
-    "kv_bytes",
-    "kv_bytes_full",
-    "size_bytes",
-    "merged_tokens",
-    "evicted_tokens",
-    "kl_to_full",
-    "top1_agreement",
-    "prefill_seconds",
-    "decode_seconds",
-]
-
-
 def budget_table(run: Run) -> Table:
     """Cells in rows: what was kept, what it weighs, how far the predictions move from full."""
-    summary = summarise(run)
     rows = []
     data = []
     for cell in run.cells:
         name = parse_name(cell)
-        method, budget = name.variant, str(name.budget)
-        lines = summary[(summary["method"] == method) & (summary["budget"] == budget)]
-        if lines.empty:
-            rows.append((cell, "0", *[""] * 11))
-            continue
-        values = {name: float(lines[name].mean()) for name in _MEANS}
-        values["budget_achieved_min"] = float(lines["budget_achieved_min"].min())
-        values["budget_achieved_max"] = float(lines["budget_achieved_max"].max())
-        data.append({"method": method, "budget": budget, "tasks": len(lines)} | values)
-        rows.append(
-            (
-                cell,
-                str(len(lines)),
-                f"{values['budget_achieved_mean']:.4f}\n"
-                f"[{values['budget_achieved_min']:.4f}, {values['budget_achieved_max']:.4f}]",
-                f"{values['kept_entries_mean']:.1f}",
-                _number(values["merged_tokens"], ".1f"),
-                _number(values["evicted_tokens"], ".1f"),
-                f"{values['prompt_tokens_mean']:.1f}",
-                _number(values["kv_bytes"] / 2**20, ".2f"),
-                _number(values["kv_bytes_full"] / 2**20, ".2f"),
-                _number(values["size_bytes"] / 2**20, ".3f"),
-                _number(values["kl_to_full"], ".4f"),
-                _number(100 * values["top1_agreement"], ".1f"),
-                _number(values["decode_seconds"], ".2f"),
-            )
-        )
+        values = run.over_tasks(cell)
+        tasks = sum((task, cell) in run.records for task in run.tasks)
+        rows.append((cell, str(tasks), *(_figure_text(column, values) for column in TABLE)))
+        if values:
+            data.append({"method": name.variant, "budget": str(name.budget), "tasks": tasks} | values)
     return Table(
         name="budgets",
         title="Budget, memory and fidelity",
@@ -372,29 +323,20 @@ def budget_table(run: Run) -> Table:
         "the prompt tokens that share another's entry, evicted those that none stands for (told by "
         "methods that keep sizes). KV counts K and V alone, size vectors stand apart. KL(full || cell) "
         "in nats and top-1 agreement along the full cache's own answer.",
-        header=(
-            "cell",
-            "tasks",
-            "achieved budget",
-            "entries kept",
-            "merged",
-            "evicted",
-            "prompt tokens",
-            "KV MiB",
-            "full KV MiB",
-            "sizes MiB",
-            "KL to full",
-            "top-1 agreement %",
-            "decode s a sample",
-        ),
+        header=("cell", "tasks", *(column.header for column in TABLE)),
         rows=tuple(rows),
         notes=tuple(gaps(run)),
-        data=_tidy(
-            run,
-            data,
-            ["method", "budget", "tasks", *_MEANS, "budget_achieved_min", "budget_achieved_max"],
-        ),
+        data=_tidy(run, data, ["method", "budget", "tasks", *(column.name for column in COLUMNS)]),
     )
+
+
+def _figure_text(column: Column, values: Mapping[str, float]) -> str:
+    """A figure as the table shows it, its extremes in brackets; empty where there is none."""
+    text = column.text(values.get(column.name, np.nan))
+    if text and column.brackets:
+        low, high = (column.text(values[name]) for name in column.brackets)
+        return f"{text}\n[{low}, {high}]"
+    return text
 
 
 def difference_table(run: Run) -> Table | None:
@@ -501,17 +443,14 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """All cells of several runs in one table, keyed by model and benchmark."""
+    overview = [column for column in TABLE if column.overview]
     ordered = sorted(runs, key=lambda run: (run.model, run.benchmark))
     rows = []
     frames = []
     for run in ordered:
         averaged = averages(run)
-        budgets = {
-            (row["method"], row["budget"]): row for row in budget_table(run).data.to_dict("records")
-        }
         for cell in run.cells:
-            scored = averaged.get(cell)
-            means = budgets.get((parse_name(cell).variant, str(parse_name(cell).budget)), {})
+            values = run.over_tasks(cell)
             rows.append(
                 (
                     run.model,
@@ -520,10 +459,8 @@ def runs_table(runs: Sequence[Run]) -> Table:
                     cell,
                     f"{len(run.averaged_tasks)}",
                     sample_counts(run, run.averaged_tasks),
-                    _score_text(scored),
-                    _number(means.get("budget_achieved_mean", np.nan), ".4f"),
-                    _number(means.get("kv_bytes", np.nan) / 2**20, ".2f"),
-                    _number(means.get("kl_to_full", np.nan), ".4f"),
+                    _score_text(averaged.get(cell)),
+                    *(column.text(values.get(column.name, np.nan)) for column in overview),
                 )
             )
         frames.append(summarise(run).assign(output_dir=str(run.output_dir)))
@@ -541,9 +478,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
             "tasks",
             "n a task",
             "average",
-            "achieved budget",
-            "KV MiB",
-            "KL to full",
+            *(column.header for column in overview),
         ),
         rows=tuple(rows),
         notes=tuple(f"{run.output_dir}: {note}" for run in ordered for note in gaps(run)),

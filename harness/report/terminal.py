@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from harness.report.columns import COLUMNS
 from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.published import load_references
 from harness.report.run import Run, averages
-from harness.report.summary import sample_mean
 from harness.report.tables import gaps, setting, task_label
 from kvmerge.cells import parse_name
 
@@ -70,11 +70,7 @@ def _figures(run: Run) -> list[_Figure]:
         for task in run.tasks
     ]
     averaged = {cell: f"{scored.value:.2f}" for cell, scored in averages(run).items()}
-    below = [
-        _Figure("average", averaged, "bold"),
-        _Figure("achieved budget", _means(run, "budget_achieved", ".3f"), "dim"),
-        _Figure("KL to full (nats)", _means(run, "kl_to_full", ".4f"), "dim"),
-    ]
+    below = [_Figure("average", averaged, "bold"), *_below(run)]
     return [*scores, *(figure for figure in below if figure.by_cell)]
 
 
@@ -100,12 +96,19 @@ def _by_cell(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
     return table
 
 
-def _means(run: Run, field: str, form: str) -> dict[str, str]:
-    """Mean over samples, then over the tasks that have the field, by cell."""
-    found = {}
-    for cell in run.cells:
-        means = [sample_mean(run.records.get((task, cell), []), field) for task in run.tasks]
-        known = [mean for mean in means if not isnan(mean)]
-        if known:
-            found[cell] = format(sum(known) / len(known), form)
-    return found
+def _below(run: Run) -> list[_Figure]:
+    """What stands below the scores: the figures that have a label for the terminal."""
+    by_cell = {cell: run.over_tasks(cell) for cell in run.cells}
+    return [
+        _Figure(
+            column.terminal[0],
+            {
+                cell: format(values[column.name], column.terminal[1])
+                for cell, values in by_cell.items()
+                if not isnan(values.get(column.name, nan))
+            },
+            "dim",
+        )
+        for column in COLUMNS
+        if column.terminal
+    ]

@@ -3,14 +3,13 @@
 oneDNN's float32 product is twice as fast as torch's on some processors with AVX-512 and slower on
 others (docs/performance.md), and nothing that a processor says of itself tells which. So both are
 timed on the attention of one prompt, in turn, and the answer is kept in the cache folder under the
-processor's name, the number of threads and torch's version. Results of the two are equal up to float32
-rounding.
+processor's name, the number of threads and torch's version. It holds for prompts and heads of any size:
+which library is faster has not depended on them. Results of the two are equal up to float32 rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from kvmerge.errors import UserError, unknown
+from kvmerge.errors import unknown
 from kvmerge.files import cache_dir, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -30,9 +29,12 @@ WAYS = ("torch", "onednn")
 VARIABLE = "KVMERGE_CPU_PRODUCTS"
 """Environment variable that names the way instead of a measurement."""
 FILE = "cpu_products.json"
-_ROUNDS = 4
-_MARGIN = 0.95
+_ROUNDS = 6
+_MARGIN = 0.9
 """Share of torch's time that oneDNN must stay below: where the two are level, torch it is."""
+
+_taken: dict[str, str] = {}
+"""The answer of this process by machine: one run takes one way, whatever happens to the file."""
 
 
 def fastest(run: Callable[[str], None]) -> str:
@@ -46,19 +48,20 @@ def fastest(run: Callable[[str], None]) -> str:
         UserError: if the environment variable names something else.
     """
     given = os.environ.get(VARIABLE)
-    if given is None:
-        return _kept_or_measured(torch.get_num_threads(), run)
-    if given not in WAYS:
-        raise unknown(VARIABLE, given, WAYS)
-    return given
+    if given:
+        if given not in WAYS:
+            raise unknown(VARIABLE, given, WAYS)
+        return given
+    machine = _machine()
+    if machine not in _taken:
+        _taken[machine] = _kept(machine) or _measured(machine, run)
+    return _taken[machine]
 
 
 def chosen() -> str | None:
     """Return the way that `fastest` gives on this machine, None where it has not been measured yet."""
-    with contextlib.suppress(UserError):
-        given = os.environ.get(VARIABLE)
-        return given or _read(cache_dir() / FILE).get(_machine(torch.get_num_threads()))
-    return None
+    machine = _machine()
+    return os.environ.get(VARIABLE) or _taken.get(machine) or _kept(machine)
 
 
 def processor() -> str:
@@ -70,19 +73,25 @@ def processor() -> str:
     return platform.processor() or "unknown"
 
 
-def _machine(threads: int) -> str:
-    capability = torch.backends.cpu.get_cpu_capability()
+def _machine() -> str:
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return f"{processor()}, {capability}, {threads} threads, torch {torch.__version__}"
 
 
-@functools.cache
-def _kept_or_measured(threads: int, run: Callable[[str], None]) -> str:
-    path, machine = cache_dir() / FILE, _machine(threads)
-    kept = _read(path).get(machine)
-    if kept in WAYS:
-        return kept
-    seconds = _measure(run)
+def _kept(machine: str) -> str | None:
+    way = _read().get(machine)
+    return way if way in WAYS else None
+
+
+def _measured(machine: str, run: Callable[[str], None]) -> str:
+    """Return the faster way and keep it, or what another process has kept in the meantime."""
+    seconds = _least_seconds(run)
     way = "onednn" if seconds["onednn"] < _MARGIN * seconds["torch"] else "torch"
+    way = _kept(machine) or way
+    path = cache_dir() / FILE
+    # A folder that cannot be written costs the next process a measurement, nothing else.
+    with contextlib.suppress(OSError):
+        write_atomically(path, json.dumps(_read() | {machine: way}, indent=1) + "\n")
     logger.info(
         "large products by %s on this machine (torch %.1f ms, onednn %.1f ms; kept in %s)",
         way,
@@ -90,28 +99,28 @@ def _kept_or_measured(threads: int, run: Callable[[str], None]) -> str:
         1e3 * seconds["onednn"],
         path,
     )
-    # A folder that cannot be written costs the next process a measurement, nothing else.
-    with contextlib.suppress(OSError):
-        write_atomically(path, json.dumps(_read(path) | {machine: way}, indent=1) + "\n")
     return way
 
 
-def _measure(run: Callable[[str], None]) -> dict[str, float]:
-    """Return the least seconds of each way, in turn, after a round that does not count."""
+def _least_seconds(run: Callable[[str], None]) -> dict[str, float]:
+    """Return the least seconds of each way, in turn, after a round that does not count.
+
+    The least, because other work on the machine can only add to a reading.
+    """
     seconds = dict.fromkeys(WAYS, float("inf"))
-    for count in range(_ROUNDS + 1):
+    for attempt in range(_ROUNDS + 1):
         for way in WAYS:
             started = time.perf_counter()
             run(way)
-            if count:
+            if attempt:
                 seconds[way] = min(seconds[way], time.perf_counter() - started)
     return seconds
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read() -> dict[str, str]:
     """Return what is kept; {} for a file that is not there or holds something else."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads((cache_dir() / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}

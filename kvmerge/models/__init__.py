@@ -2,7 +2,7 @@
 
 from kvmerge.models.checkpoints import Embedded, Random
 from kvmerge.models.loading import end_token_ids, load, stop_token_ids
-from kvmerge.models.spec import DTYPES, ModelSpec, Shape
+from kvmerge.models.spec import DTYPES, ModelSpec, Shape, attention_sizes
 
 __all__ = [
     "DTYPES",
@@ -10,6 +10,7 @@ __all__ = [
     "ModelSpec",
     "Random",
     "Shape",
+    "attention_sizes",
     "end_token_ids",
     "load",
     "stop_token_ids",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from kvmerge.errors import UserError, unknown
 from kvmerge.models.checkpoints import Embedded, Random
@@ -26,6 +27,13 @@ class Shape:
     layers: int
     kv_heads: int
     head_dim: int
+
+
+def attention_sizes(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Return the query heads, KV heads and head size that a model's configuration states or implies."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 @dataclass(frozen=True)

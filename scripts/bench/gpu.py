@@ -1,52 +1,38 @@
-"""Check the GPU kernels on a card, then time an 8B-shaped model on it.
-
-    python -m scripts.bench.gpu                           # 4k, 16k and 32k tokens; results/bench/gpu.md
-    python -m scripts.bench.gpu --lengths 4096 8192
-    python -m scripts.bench.gpu --small --device cpu      # a rehearsal without a card
+"""On a CUDA card: are the kernels right, and what does an 8B-shaped model cost with them?
 
 The model has Llama 3.1 8B's shape and random weights, so nothing is downloaded: time and memory do not
 depend on what the weights say. Numbers are worth nothing unless the kernels are right, so they are
-compared with float64 first, and a wrong one stops the run with exit status 1.
+compared with float64 first, and nothing is timed after a wrong one.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.metadata
 import importlib.util
-import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from harness.provenance import git_state, hardware, package_versions
-from harness.report.render import markdown
-from harness.report.tables import Table
 from kvmerge.budget import Budget
 from kvmerge.engine import Comparison, Decoder, Stop
 from kvmerge.errors import UserError
-from kvmerge.files import write_atomically
 from kvmerge.hook import hooked
 from kvmerge.kernels.attention import prefill_attention
+from kvmerge.models import attention_sizes
 from kvmerge.resolve import load_method
 from kvmerge.scores import column_sums
 from kvmerge.session import Row
-from scripts.bench.gpu_checks import Shape, check_engine, check_kernels, random_states
-from scripts.bench.measure import weight_bytes
+from scripts.bench.gpu_checks import Check, Shape, check_engine, check_kernels
+from scripts.bench.measure import Report, random_states, weight_bytes
 
 PLAIN, FULL, COMPRESSED = "transformers", "full@1", "kvmerger@0.35"
 
@@ -56,8 +42,8 @@ class Setup:
     """What is checked and timed."""
 
     name: str
-    file: str
-    """Where the figures go, without ending: a rehearsal leaves a card's alone."""
+    device: str
+    """`cuda`; `cpu` only rehearses the code."""
     config: dict[str, Any]
     """Arguments of LlamaConfig."""
     dtype: torch.dtype
@@ -69,9 +55,9 @@ class Setup:
     """What the kernels are checked on."""
 
 
-LARGE = Setup(
+ON_A_CARD = Setup(
     name="Llama 3.1 8B's shape, random weights",
-    file="gpu",
+    device="cuda",
     config={
         "vocab_size": 128256,
         "hidden_size": 4096,
@@ -95,9 +81,9 @@ LARGE = Setup(
         (4, 2, 1, 128),
     ),
 )
-SMALL = Setup(
+REHEARSAL = Setup(
     name="a tiny Llama, random weights",
-    file="gpu_small",
+    device="cpu",
     config={
         "vocab_size": 128,
         "hidden_size": 64,
@@ -115,101 +101,42 @@ SMALL = Setup(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+def gpu(setup: Setup, repeats: int) -> list[Report]:
+    """Check the kernels and, where they are right, time prefills and decoding.
 
     Returns:
-        0; 1 if a kernel is wrong; 2 after a user error, e.g. where there is no card.
+        the checks alone where one is wrong; otherwise prefill, decoding and memory beside them.
+
+    Raises:
+        UserError: where there is no card, or the weights do not fit it.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--lengths", type=int, nargs="+", help="prompt tokens")
-    parser.add_argument("--repeats", type=int, default=5, help="counted rounds; medians are shown")
-    parser.add_argument("--small", action="store_true", help="a tiny model and short prompts")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder to write")
-    options = parser.parse_args(argv)
-    setup = SMALL if options.small else LARGE
-    try:
-        _check_options(options)
-        correct = run(
-            setup, options.lengths or setup.lengths, options.repeats, options.device, options.out
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0 if correct else 1
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if setup.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "the GPU benchmark needs a CUDA card, and torch sees none here. Run it on a machine with "
-            "one; `--small --device cpu` only rehearses the code."
+            "gpu needs a CUDA card, and torch sees none here. Run it on a machine with one; "
+            "`python -m scripts.bench gpu_rehearsal` only rehearses the code."
         )
-    if options.device == "cpu" and not options.small:
-        raise UserError("an 8B-shaped model is too much for --device cpu: add --small, or use a card.")
-    if options.repeats < 1 or min(options.lengths or [1]) < 1:
-        raise UserError("--repeats and --lengths must be 1 or more.")
+    small = random_model(REHEARSAL, setup.device)
+    checks = [*check_kernels(setup.states, setup.device), check_engine(small, _prompt(small, 300))]
+    reports = [_checks_report(setup, checks)]
+    if reports[0].wrong:
+        return reports
+    model = random_model(setup, setup.device)
+    measured = [measure(model, length, setup.steps, repeats) for length in setup.lengths]
+    return [*reports, *_time_reports(setup, weight_bytes(model), measured)]
 
 
-def run(setup: Setup, lengths: Sequence[int], repeats: int, device: str, out: Path) -> bool:
-    """Check, time, and write the figures as JSON and Markdown.
-
-    Returns:
-        whether every check passed; nothing is timed otherwise.
-    """
-    small = random_model(SMALL, device)
-    checks = [*check_kernels(setup.states, device), check_engine(small, _prompt(small, 300))]
-    correct = all(check.passed for check in checks)
-    figures: dict[str, Any] = {
-        "on_a_card": device == "cuda",
-        "environment": environment(),
-        "model": setup.name,
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "decode_steps": setup.steps,
-        "repeats": repeats,
-        "checks": [asdict(check) | {"passed": check.passed} for check in checks],
-        "weights_bytes": None,
-        "lengths": [],
-    }
-    if correct:
-        model = random_model(setup, device)
-        figures["weights_bytes"] = weight_bytes(model)
-        figures["lengths"] = [
-            measure(model, length, setup.steps, repeats) for length in sorted(lengths)
-        ]
-    text = report(figures)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / f"{setup.file}.json", json.dumps(figures, indent=2) + "\n")
-    write_atomically(out / f"{setup.file}.md", text)
-    Console().print(Markdown(text))
-    return correct
+def environment() -> str:
+    """Say what a GPU's figures depend on beside what every report names."""
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    return f"Driver {_driver()}, CUDA {torch.version.cuda}, Triton {triton}."
 
 
-def environment() -> dict[str, Any]:
-    """The machine, the driver, versions and the commit."""
-    packages = package_versions()
-    return {
-        "hardware": hardware(),
-        "driver": _driver(),
-        "cuda": torch.version.cuda,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
-        "torch": packages["torch"],
-        "transformers": packages["transformers"],
-        "git": git_state(),
-    }
-
-
-def _driver() -> str | None:
+def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return "none"
     return done.stdout.splitlines()[0].strip()
 
 
@@ -262,14 +189,14 @@ def measure(model: PreTrainedModel, length: int, steps: int, repeats: int) -> di
 
 @torch.inference_mode()
 def _plain(model: PreTrainedModel, ids: Tensor) -> Reading:
-    """The prefill as transformers runs it, with SDPA and a cache of its own."""
+    """Run the prefill as transformers does, with SDPA and a cache of its own."""
     _free(model.device)
     seconds, _ = _timed(model.device, lambda: model(ids, use_cache=True, logits_to_keep=1))
     return Reading(seconds, None, _peak(model.device), None)
 
 
 def _engine(model: PreTrainedModel, ids: Tensor, row: Row, steps: int) -> Reading:
-    """The engine with one row: prefill with what the method needs, then decoding."""
+    """Run the engine with one row: prefill with what the method needs, then decoding."""
     _free(model.device)
     with hooked(model):
         comparison = Comparison(model, [row])
@@ -280,14 +207,15 @@ def _engine(model: PreTrainedModel, ids: Tensor, row: Row, steps: int) -> Readin
 
 
 def _layer_seconds(model: PreTrainedModel, length: int, repeats: int) -> dict[str, float]:
-    """Median seconds of one layer's attention and of its column sums, as the engine runs them."""
-    config, device = model.config, model.device
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    states = random_states((heads, kv_heads, length, config.head_dim), model.dtype, device.type)
+    """Return median seconds of one layer's attention and of its column sums, as the engine's."""
+    device = model.device
+    heads, kv_heads, head_dim = attention_sizes(model.config)
+    scale = head_dim**-0.5
+    states = random_states(heads, kv_heads, length, head_dim, model.dtype, device.type)
     queries, keys, _ = states
-    _, lse = prefill_attention(*states, config.head_dim**-0.5)
+    _, lse = prefill_attention(*states, scale)
     actions = {
-        "attention": lambda: prefill_attention(*states, config.head_dim**-0.5),
+        "attention": lambda: prefill_attention(*states, scale),
         "column sums": lambda: column_sums(queries, keys, lse),
     }
     return {
@@ -297,7 +225,7 @@ def _layer_seconds(model: PreTrainedModel, length: int, repeats: int) -> dict[st
 
 
 def _timed(device: torch.device, action: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds until the device has finished, and what the action returned."""
+    """Return the seconds until the device has finished, and what the action returned."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     started = time.perf_counter()
@@ -319,7 +247,7 @@ def _peak(device: torch.device) -> int | None:
 
 
 def _median(readings: Sequence[Reading]) -> dict[str, float | None]:
-    """The median of each figure."""
+    """Return the median of each figure."""
     columns: dict[str, list[Any]] = {
         name: [getattr(reading, name) for reading in readings] for name in Reading.__annotations__
     }
@@ -329,7 +257,7 @@ def _median(readings: Sequence[Reading]) -> dict[str, float | None]:
 
 
 def random_model(setup: Setup, device: str) -> PreTrainedModel:
-    """A model of the setup's shape with random weights, made on the device itself.
+    """Return a model of the setup's shape with random weights, made on the device itself.
 
     Raises:
         UserError: if the weights do not fit.
@@ -342,7 +270,7 @@ def random_model(setup: Setup, device: str) -> PreTrainedModel:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the weights of {setup.name} do not fit this card: it needs about 16 GB, and more for "
-            "the caches. Use a larger card, or --small."
+            "the caches. Use a larger card."
         ) from error
 
 
@@ -357,136 +285,121 @@ def _prompt(model: PreTrainedModel, length: int) -> Tensor:
     return torch.randint(3, high, (1, length), generator=generator, device=model.device)
 
 
-# --- the report
+# --- the reports
 
 
-def report(figures: Mapping[str, Any]) -> str:
-    """All figures as Markdown."""
-    where, machine = figures["environment"], figures["environment"]["hardware"]
-    card = ", ".join(machine["gpus"]) or machine["cpu"]
-    rehearsal = (
-        ""
-        if figures["on_a_card"]
-        else ("A rehearsal without a card: these figures say nothing of a GPU.\n\n")
+def _report(
+    setup: Setup, part: str, title: str, setting: str, rows: list[dict[str, Any]], **more: Any
+) -> Report:
+    rehearsal = setup.device == "cpu"
+    words = "A rehearsal without a card: it says nothing of a GPU. " if rehearsal else ""
+    return Report(
+        f"gpu_rehearsal_{part}" if rehearsal else f"gpu_{part}",
+        f"On a GPU: {title}",
+        f"{words}{setting} {environment()}",
+        rows,
+        model=setup.name,
+        dtype=str(setup.dtype).removeprefix("torch."),
+        **more,
     )
-    commit = where["git"]["commit"] or "unknown"
-    dirty = " with changes" if where["git"]["dirty"] else ""
-    settings = {
-        "device": card,
-        "driver, CUDA": f"{where['driver']}, {where['cuda']}",
-        "torch, Triton, transformers": f"{where['torch']}, {where['triton']}, {where['transformers']}",
-        "model": f"{figures['model']}, {figures['dtype']}",
-        "commit": commit + dirty,
-    }
-    lines = "".join(f"- {name}: {value}\n" for name, value in settings.items())
-    tables = [_checks_table(figures["checks"])]
-    if any(_measured(figures)):
-        tables += [_prefill_table(figures), _decode_table(figures), _memory_table(figures)]
-    skipped = "".join(
-        f"- {of_length['tokens']:,} tokens skipped: {of_length['skipped']}\n"
-        for of_length in figures["lengths"]
-        if "skipped" in of_length
-    )
-    body = "\n".join(markdown(table) for table in tables)
-    return f"# The GPU path\n\n{rehearsal}{lines}\n{body}" + (f"\n{skipped}" if skipped else "")
 
 
-def _checks_table(checks: Sequence[Mapping[str, Any]]) -> Table:
-    """The worst of each kind of check, and every one that failed."""
+def _checks_report(setup: Setup, checks: Sequence[Check]) -> Report:
+    """Show the worst of each kind of check, and every one that failed."""
     rows = []
-    for what in dict.fromkeys(check["what"] for check in checks):
-        of_kind = [check for check in checks if check["what"] == what]
-        failed = [check for check in of_kind if not check["passed"]]
-        worst = max(of_kind, key=lambda check: check["error"] / (check["allowed"] or 1))
-        for check in failed or [worst]:
+    for what in dict.fromkeys(check.what for check in checks):
+        alike = [check for check in checks if check.what == what]
+        failed = [check for check in alike if not check.passed]
+        for check in failed or [max(alike, key=lambda check: check.error / (check.allowed or 1))]:
             rows.append(
                 {
                     "check": what,
-                    "inputs": str(len(of_kind)),
-                    "worst": check["states"],
-                    "error": f"{check['error']:.1e}",
-                    "allowed": f"{check['allowed']:.1e}",
-                    "": "ok" if check["passed"] else "WRONG",
+                    "inputs": len(alike),
+                    "worst": check.states,
+                    "error": f"{check.error:.1e}",
+                    "allowed": f"{check.allowed:.1e}",
+                    "verdict": "ok" if check.passed else "WRONG",
                 }
             )
-    return _table("Correctness", "Largest deviation from float64 on the same rounded inputs.", rows)
-
-
-def _prefill_table(figures: Mapping[str, Any]) -> Table:
-    rows = []
-    for tokens, ways, layer in _measured(figures):
-        base = ways[PLAIN]["prefill"]
-        rows.append(
-            {
-                "tokens": f"{tokens}",
-                **{f"{way} s": f"{ways[way]['prefill']:.3f}" for way in ways},
-                **{f"{way} ratio": f"{ways[way]['prefill'] / base:.3f}" for way in (FULL, COMPRESSED)},
-                "attention ms": f"{1e3 * layer['attention']:.2f}",
-                "column sums ms": f"{1e3 * layer['column sums']:.2f}",
-            }
-        )
-    caption = (
-        f"Median of {figures['repeats']} rounds. {PLAIN}: SDPA and its own cache; the others: this "
-        f"engine, and their ratio to it. {COMPRESSED} includes the scores and the merging. The last "
-        "columns are one layer's."
+    return _report(
+        setup,
+        "checks",
+        "correctness",
+        "Largest deviation from float64 on the same rounded inputs.",
+        rows,
+        raw={"checks": [asdict(check) | {"passed": check.passed} for check in checks]},
+        wrong=not all(check.passed for check in checks),
     )
-    return _table("Prefill", caption, rows)
 
 
-def _decode_table(figures: Mapping[str, Any]) -> Table:
-    rows = []
-    weights = figures["weights_bytes"]
-    for tokens, ways, _ in _measured(figures):
-        full, compressed = ways[FULL], ways[COMPRESSED]
-        speedup = full["step"] / compressed["step"]
-        bound = (weights + full["kv_bytes"]) / (weights + compressed["kv_bytes"])
-        rows.append(
-            {
-                "tokens": f"{tokens}",
-                f"{FULL} ms": f"{1e3 * full['step']:.2f}",
-                f"{COMPRESSED} ms": f"{1e3 * compressed['step']:.2f}",
-                "speed-up": f"{speedup:.3f}",
-                "bound by bytes": f"{bound:.3f}",
-            }
-        )
-    caption = (
-        f"Milliseconds a step, mean of {figures['decode_steps']} steps of one row. The bound is "
-        "(weights + full cache) / (weights + compressed cache): the bytes that a step reads."
+def _time_reports(
+    setup: Setup, weights: int, measured: Sequence[Mapping[str, Any]]
+) -> Iterator[Report]:
+    skipped = "".join(
+        f" {length['tokens']:,} tokens skipped: {length['skipped']}."
+        for length in measured
+        if "skipped" in length
     )
-    return _table("Decoding", caption, rows)
-
-
-def _memory_table(figures: Mapping[str, Any]) -> Table:
-    def gib(value: float | None) -> str:
-        return "" if value is None else f"{value / 2**30:.2f}"
-
-    rows = [
-        {
-            "tokens": f"{tokens}",
-            **{f"{way} peak": gib(ways[way]["peak"]) for way in ways},
-            **{f"{way} cache": gib(ways[way]["kv_bytes"]) for way in (FULL, COMPRESSED)},
-        }
-        for tokens, ways, _ in _measured(figures)
-    ]
-    caption = (
+    lengths = [length for length in measured if "skipped" not in length]
+    raw = {"lengths": list(measured), "weights_bytes": weights}
+    yield _report(
+        setup,
+        "prefill",
+        "prefill",
+        f"{PLAIN}: SDPA and its own cache; the others: this engine, and their ratio to it. "
+        f"{COMPRESSED} includes the scores and the merging. The last columns are one layer's.{skipped}",
+        [_prefill_row(length) for length in lengths],
+        raw=raw,
+    )
+    yield _report(
+        setup,
+        "decode",
+        "decoding",
+        f"Milliseconds a step, mean of {setup.steps} steps of one row. The bound is (weights + full "
+        f"cache) / (weights + compressed cache): the bytes that a step reads.{skipped}",
+        [_decode_row(length, weights) for length in lengths],
+    )
+    yield _report(
+        setup,
+        "memory",
+        "memory",
         f"GiB. Peak: most that torch had allocated, weights included; {PLAIN}: prefill alone. "
-        "Cache: keys and values of the prompt."
+        f"Cache: keys and values of the prompt.{skipped}",
+        [_memory_row(length) for length in lengths],
     )
-    return _table("Memory", caption, rows)
 
 
-def _measured(figures: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any], dict[str, float]]]:
-    """Tokens, medians by way and one layer's seconds, of the lengths that were not skipped."""
-    for of_length in figures["lengths"]:
-        if "skipped" not in of_length:
-            yield of_length["tokens"], of_length["ways"], of_length["layer_seconds"]
+def _prefill_row(length: Mapping[str, Any]) -> dict[str, Any]:
+    ways, layer = length["ways"], length["layer_seconds"]
+    base = ways[PLAIN]["prefill"]
+    return {
+        "tokens": length["tokens"],
+        **{f"{way} s": round(ways[way]["prefill"], 3) for way in ways},
+        **{f"{way} ratio": round(ways[way]["prefill"] / base, 3) for way in (FULL, COMPRESSED)},
+        "attention ms": round(1e3 * layer["attention"], 2),
+        "column sums ms": round(1e3 * layer["column sums"], 2),
+    }
 
 
-def _table(title: str, caption: str, rows: Sequence[Mapping[str, str]]) -> Table:
-    header = tuple(rows[0]) if rows else ()
-    cells = tuple(tuple(row.values()) for row in rows)
-    return Table(title.lower(), title, caption, header, cells, (), pd.DataFrame(rows))
+def _decode_row(length: Mapping[str, Any], weights: int) -> dict[str, Any]:
+    full, compressed = length["ways"][FULL], length["ways"][COMPRESSED]
+    bound = (weights + full["kv_bytes"]) / (weights + compressed["kv_bytes"])
+    return {
+        "tokens": length["tokens"],
+        f"{FULL} ms": round(1e3 * full["step"], 2),
+        f"{COMPRESSED} ms": round(1e3 * compressed["step"], 2),
+        "speed-up": round(full["step"] / compressed["step"], 3),
+        "bound by bytes": round(bound, 3),
+    }
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _memory_row(length: Mapping[str, Any]) -> dict[str, Any]:
+    def gib(value: float | None) -> float | str:
+        return "" if value is None else round(value / 2**30, 2)
+
+    ways = length["ways"]
+    return {
+        "tokens": length["tokens"],
+        **{f"{way} peak": gib(ways[way]["peak"]) for way in ways},
+        **{f"{way} cache": gib(ways[way]["kv_bytes"]) for way in (FULL, COMPRESSED)},
+    }

@@ -17,6 +17,7 @@ from kvmerge.kernels.attention import prefill_attention
 from kvmerge.resolve import load_method
 from kvmerge.scores import column_sums
 from kvmerge.session import Row
+from scripts.bench.measure import random_states
 
 Sums = Callable[[Tensor, Tensor, Tensor], Tensor]
 Shape = tuple[int, int, int, int]
@@ -58,7 +59,7 @@ def check_kernels(shapes: Iterable[Shape], device: str) -> Iterator[Check]:
 
 
 def _versions(device: str) -> dict[str, Sums]:
-    """The implementations of the column sums, each as a function of queries, keys and log-sum-exp."""
+    """Return the implementations of the column sums, of queries, keys and log-sum-exp each."""
     versions: dict[str, Sums] = {"torch": lambda queries, keys, _: column_sums(queries, keys)}
     if device == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -75,7 +76,7 @@ def _check_states(
     heads, kv_heads, length, head_dim = shape
     kind = str(dtype).removeprefix("torch.")
     states = f"{kind}, {heads}/{kv_heads} heads, {length} x {head_dim}"
-    queries, keys, values = random_states(shape, dtype, device)
+    queries, keys, values = random_states(*shape, dtype, device)
     exact = _exact(queries, keys, values)
     out, lse = prefill_attention(queries, keys, values, head_dim**-0.5)
     if lse is None:
@@ -86,8 +87,8 @@ def _check_states(
     allowed = 1e-2 if half and device == "cpu" else 1e-4
     yield Check("log-sum-exp", states, _worst(lse.double() - exact.lse), allowed)
     for version, sums in versions.items():
-        found = sums(queries, keys, exact.lse.float()).double()
-        error = _worst((found - exact.sums) / exact.sums)
+        received = sums(queries, keys, exact.lse.float()).double()
+        error = _worst((received - exact.sums) / exact.sums)
         yield Check(f"column sums, {version} (relative)", states, error, 1e-4)
 
 
@@ -105,7 +106,7 @@ class _Exact:
 
 
 def _exact(queries: Tensor, keys: Tensor, values: Tensor) -> _Exact:
-    """One query head after the other: a whole float64 map takes much memory."""
+    """Compute one query head after the other: a whole float64 map takes much memory."""
     length, head_dim = queries.shape[2:]
     group = queries.shape[1] // keys.shape[1]
     future = torch.ones(length, length, dtype=torch.bool, device=queries.device).triu(1)
@@ -120,17 +121,6 @@ def _exact(queries: Tensor, keys: Tensor, values: Tensor) -> _Exact:
         sums.append(weights.sum(0))
     by_head = torch.stack(sums).unflatten(0, (-1, group))
     return _Exact(torch.stack(out)[None], torch.stack(lse)[None], by_head.sum(1)[None])
-
-
-def random_states(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, keys and values, laid out as the models give them."""
-    heads, kv_heads, length, head_dim = shape
-    generator = torch.Generator(device).manual_seed(length)
-    queries, keys, values = (
-        torch.randn(1, length, n, head_dim, generator=generator, device=device).transpose(1, 2)
-        for n in (heads, kv_heads, kv_heads)
-    )
-    return (2 * queries).to(dtype), keys.to(dtype), values.to(dtype)
 
 
 def check_engine(model: PreTrainedModel, ids: Tensor, tokens: int = 24) -> Check:

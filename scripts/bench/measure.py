@@ -38,11 +38,17 @@ class Report:
     setting: str
     """What was measured, and how; the machine and the versions stand apart."""
     rows: list[dict[str, Any]]
-    """The table, a dictionary a line with the same keys."""
+    """The table, a dictionary a line with the same keys; the first names the line."""
     target: str = ""
     """What the project asks of it."""
     raw: dict[str, Any] = field(default_factory=dict)
     """Every single reading."""
+    model: str | None = None
+    """What was measured, where it is not the model of the bench."""
+    dtype: str | None = None
+    """Of that model."""
+    wrong: bool = False
+    """Whether a result is not what it must be, so that no time of it is worth anything."""
 
 
 class Bench:
@@ -55,7 +61,7 @@ class Bench:
 
     @cached_property
     def settings(self) -> Settings:
-        """The settings that the model comes from."""
+        """Settings that the model comes from."""
         return compose(["experiment=mini", *self.overrides])
 
     @property
@@ -111,18 +117,26 @@ class Bench:
             )
 
     def in_turn(self, actions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of each action, one after the other in every round; the first round warms up."""
-        seconds: dict[str, list[float]] = {name: [] for name in actions}
-        for attempt in range(self.repeats + 1):
-            for name, action in actions.items():
-                gc.collect()
-                started = time.perf_counter()
-                action()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if attempt:
-                    seconds[name].append(time.perf_counter() - started)
-        return seconds
+        """Return the seconds of each action, one after the other in every round.
+
+        A round before them warms up.
+        """
+        return in_turn(actions, self.repeats)
+
+
+def in_turn(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each action in `repeats` rounds, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for attempt in range(repeats + 1):
+        for name, action in actions.items():
+            gc.collect()
+            started = time.perf_counter()
+            action()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if attempt:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 class LiveBytes(TorchDispatchMode):
@@ -176,6 +190,18 @@ def against(seconds: Mapping[str, list[float]], base: str) -> list[dict[str, Any
 def ratio(values: Sequence[float], base: Sequence[float]) -> float:
     """Median over the rounds of one action's seconds divided by another's."""
     return statistics.median(a / b for a, b in zip(values, base, strict=True))
+
+
+def random_states(
+    heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random queries, keys and values of one prompt, laid out as the models give them."""
+    generator = torch.Generator(device).manual_seed(length)
+    queries, keys, values = (
+        torch.randn(1, length, n, head_dim, generator=generator, device=device).transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    return (2 * queries).to(dtype), keys.to(dtype), values.to(dtype)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +13,9 @@ import torch
 from matplotlib.figure import Figure
 
 from kvmerge.kernels.attention import attention_and_scores, prefill_attention
+from kvmerge.models import attention_sizes
 from kvmerge.scores import column_sums
-from scripts.bench.measure import Bench, LiveBytes, Report, ratio
+from scripts.bench.measure import Bench, LiveBytes, Report, in_turn, random_states, ratio
 
 LENGTHS = (512, 1024, 2048, 4096, 8000)
 SCORES_ONLY = 32_768
@@ -26,33 +26,19 @@ _MORE = ("streaming_llm", "snapkv", "tova", "random", "pivot_only", "meanpool_se
 @torch.inference_mode()
 def by_length(bench: Bench) -> Report:
     """Time attention and column sums of one layer, and count the bytes that the sums need."""
-    config = bench.model.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = config.hidden_size // heads
+    heads, kv_heads, head_dim = attention_sizes(bench.model.config)
+    scale = head_dim**-0.5
     rows: list[dict[str, Any]] = []
     raw: dict[str, Any] = {}
     for length in (*LENGTHS, SCORES_ONLY):
-        generator = torch.Generator().manual_seed(length)
-        queries = torch.randn(1, heads, length, head_dim, generator=generator)
-        keys, values = (
-            torch.randn(1, kv_heads, length, head_dim, generator=generator) for _ in range(2)
-        )
-        scale = head_dim**-0.5
-        _, lse = prefill_attention(queries, keys, values, scale)
-        repeats = bench.repeats if length < SCORES_ONLY else 1
+        states = random_states(heads, kv_heads, length, head_dim, torch.float32, "cpu")
+        _, lse = prefill_attention(*states, scale)
         ways: dict[str, Callable[[], object]] = {
-            "torch's attention": partial(prefill_attention, queries, keys, values, scale),
-            "column sums alone": partial(column_sums, queries, keys, lse, scale=scale),
-            "attention with sums": partial(
-                attention_and_scores, queries, keys, values, scale, scored=True
-            ),
+            "torch's attention": partial(prefill_attention, *states, scale),
+            "column sums alone": partial(column_sums, *states[:2], lse, scale=scale),
+            "attention with sums": partial(attention_and_scores, *states, scale, scored=True),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(repeats):
-            for name, action in ways.items():
-                started = time.perf_counter()
-                action()
-                seconds[name].append(time.perf_counter() - started)
+        seconds = in_turn(ways, bench.repeats if length < SCORES_ONLY else 1)
         with LiveBytes() as live:
             ways["attention with sums"]()
         raw[str(length)] = seconds

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from kvmerge.files import cache_dir, write_atomically
+from kvmerge.files import cache_dir, remove_leftovers, write_atomically
 
 
 def test_the_cache_is_in_the_users_folder_and_can_be_moved(monkeypatch, tmp_path):
@@ -28,3 +30,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(monkeypatch, t
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_killed_processes_had_begun_is_removed_and_nothing_else(tmp_path):
+    dead, alive = 2**22 + 1, os.getpid()  # above the largest number of a process
+    (tmp_path / "tables").mkdir()
+    left = [tmp_path / f".run.json.{dead}", tmp_path / "tables" / f".scores.md.{dead}"]
+    kept = [
+        tmp_path / f".run.json.{alive}",
+        tmp_path / "run.json",
+        tmp_path / ".writer",
+        tmp_path / ".notes.v2",
+    ]
+    for path in (*left, *kept):
+        path.touch()
+    assert sorted(remove_leftovers(tmp_path)) == sorted(left)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in left)

@@ -1,72 +1,89 @@
-"""The GPU benchmark, rehearsed without a card: what it writes, and when it refuses."""
+"""The GPU benchmark, rehearsed without a card: what it answers, and when it refuses."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from kvmerge.errors import UserError
+from scripts.bench import __main__ as bench
 from scripts.bench import gpu, gpu_checks
 from scripts.bench.gpu_checks import Check
 from scripts.bench.measure import weight_bytes
 
-REHEARSAL = ["--small", "--device", "cpu", "--repeats", "1"]
 SHAPE = (4, 2, 19, 16)
 
 
 @pytest.fixture
-def rehearse(tmp_path):
-    """Run it on the CPU with a prompt of 40 tokens; gives the exit status, the figures and the text."""
+def rehearse(monkeypatch):
+    """Answer on the CPU with a prompt of 40 tokens; gives the reports by name."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    monkeypatch.setattr(gpu, "REHEARSAL", replace(gpu.REHEARSAL, lengths=(40,)))
 
-    def run():
-        status = gpu.main([*REHEARSAL, "--lengths", "40", "--out", str(tmp_path / "out")])
-        figures = json.loads((tmp_path / "out" / "gpu_small.json").read_text())
-        return status, figures, (tmp_path / "out" / "gpu_small.md").read_text()
+    def run(repeats=1):
+        return {report.name: report for report in gpu.gpu(gpu.REHEARSAL, repeats)}
 
     return run
 
 
 def test_a_rehearsal_checks_and_measures_everything(rehearse):
-    status, figures, text = rehearse()
-    assert status == 0
-    assert not figures["on_a_card"]
-    assert "A rehearsal without a card" in text
-    assert {check["what"].split(",")[0] for check in figures["checks"]} == {
-        "attention",
-        "log-sum-exp",
-        "column sums",
-        "full cache against generate (tokens that differ)",
+    reports = rehearse(repeats=2)
+    names = ["checks", "prefill", "decode", "memory"]
+    assert list(reports) == [f"gpu_rehearsal_{name}" for name in names]
+    checks, prefill, decode, memory = reports.values()
+    for report in reports.values():
+        assert report.setting.startswith("A rehearsal without a card")
+        assert (report.model, report.dtype) == ("a tiny Llama, random weights", "float32")
+        assert not report.wrong
+    assert [(row["check"].split(",")[0], row["verdict"]) for row in checks.rows] == [
+        ("attention", "ok"),
+        ("log-sum-exp", "ok"),
+        ("column sums", "ok"),
+        ("full cache against generate (tokens that differ)", "ok"),
+    ]
+    assert all(check["passed"] for check in checks.raw["checks"])
+    [length] = prefill.raw["lengths"]
+    assert {way: len(readings) for way, readings in length["readings"].items()} == {
+        "transformers": 2,
+        "full@1": 2,
+        "kvmerger@0.35": 2,
     }
-    assert all(check["passed"] for check in figures["checks"])
-    assert text.count("| ok |") == 4
-    [of_length] = figures["lengths"]
-    ways = of_length["ways"]
-    assert of_length["tokens"] == 40
-    assert all(way["prefill"] > 0 for way in ways.values())
-    assert ways["full@1"]["step"] > 0
-    assert ways["kvmerger@0.35"]["step"] > 0
+    ways = length["ways"]
+    assert prefill.rows[0]["full@1 ratio"] == round(
+        ways["full@1"]["prefill"] / ways["transformers"]["prefill"], 3
+    )
     # layers, KV heads, entries, head size, keys and values, bytes
-    assert ways["full@1"]["kv_bytes"] == 2 * 2 * 40 * 16 * 2 * 4
-    assert ways["kvmerger@0.35"]["kv_bytes"] == 2 * 2 * 14 * 16 * 2 * 4
-    for title in ("Correctness", "Prefill", "Decoding", "Memory"):
-        assert f"## {title}" in text
+    full, compressed = (2 * 2 * entries * 16 * 2 * 4 for entries in (40, 14))
+    assert ways["full@1"]["kv_bytes"] == full
+    assert ways["kvmerger@0.35"]["kv_bytes"] == compressed
+    weights = prefill.raw["weights_bytes"]
+    assert decode.rows[0]["bound by bytes"] == round((weights + full) / (weights + compressed), 3)
+    assert memory.rows[0]["full@1 peak"] == ""  # only a card counts it
 
 
 def test_a_step_reads_all_weights_but_the_embedding():
-    model = gpu.random_model(gpu.SMALL, "cpu")
+    model = gpu.random_model(gpu.REHEARSAL, "cpu")
     attention, mlp, norms = 64 * (64 + 32 + 32 + 64), 3 * 64 * 96, 2 * 64
     read = 2 * (attention + mlp + norms) + 64 + 128 * 64  # layers, final norm, output
     assert weight_bytes(model) == 4 * read
 
 
-def test_a_wrong_kernel_stops_it(rehearse, monkeypatch):
+def test_nothing_is_timed_after_a_wrong_kernel(rehearse, monkeypatch):
     wrong = Check("column sums, Triton (relative)", "float16", 0.01, 1e-4)
     monkeypatch.setattr(gpu, "check_kernels", lambda *_: [wrong])
-    status, figures, text = rehearse()
-    assert status == 1
-    assert figures["lengths"] == []
-    assert "| column sums, Triton (relative) | 1 | float16 | 1.0e-02 | 1.0e-04 | WRONG |" in text
+    monkeypatch.setattr(gpu, "measure", lambda *_: pytest.fail("nothing is to be timed"))
+    [report] = rehearse().values()
+    assert report.wrong
+    assert report.rows[0] == {
+        "check": "column sums, Triton (relative)",
+        "inputs": 1,
+        "worst": "float16",
+        "error": "1.0e-02",
+        "allowed": "1.0e-04",
+        "verdict": "WRONG",
+    }
 
 
 def test_a_length_that_does_not_fit_is_skipped_and_named(rehearse, monkeypatch):
@@ -74,29 +91,26 @@ def test_a_length_that_does_not_fit_is_skipped_and_named(rehearse, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
     monkeypatch.setattr(gpu, "_engine", full)
-    status, figures, text = rehearse()
-    assert status == 0
-    assert "skipped" in figures["lengths"][0]
-    assert "- 40 tokens skipped: out of memory: CUDA out of memory. Tried to allocate 20 GiB\n" in text
+    prefill = rehearse()["gpu_rehearsal_prefill"]
+    assert prefill.rows == []
+    assert "skipped" in prefill.raw["lengths"][0]
+    reason = "40 tokens skipped: out of memory: CUDA out of memory. Tried to allocate 20 GiB."
+    assert reason in prefill.setting
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_so(capsys):
-    assert gpu.main([]) == 2
+def test_without_a_card_the_command_says_so(capsys, tmp_path):
+    assert bench.main(["gpu", "--out", str(tmp_path)]) == 2
     assert "needs a CUDA card" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "cpu"], "add --small"),
-        ([*REHEARSAL, "--repeats", "0"], "1 or more"),
-        ([*REHEARSAL, "--lengths", "0"], "1 or more"),
-    ],
-)
-def test_options_that_cannot_be_used(capsys, arguments, message):
-    assert gpu.main(arguments) == 2
-    assert message in capsys.readouterr().err
+def test_weights_that_do_not_fit_the_card_are_a_user_error(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu.AutoModelForCausalLM, "from_config", full)
+    with pytest.raises(UserError, match="the weights of a tiny Llama, random weights do not fit"):
+        gpu.random_model(gpu.REHEARSAL, "cpu")
 
 
 # --- the checks themselves
@@ -139,7 +153,7 @@ def test_sums_that_are_not_numbers_are_found(monkeypatch):
 
 
 def test_other_tokens_than_generate_are_found(monkeypatch):
-    model = gpu.random_model(gpu.SMALL, "cpu")
+    model = gpu.random_model(gpu.REHEARSAL, "cpu")
     ids = torch.arange(3, 30)[None]
     assert gpu_checks.check_engine(model, ids, tokens=6).passed
     right = gpu_checks.run_sample

@@ -21,7 +21,6 @@ from harness.report.run import load_run
 from harness.report.tables import (
     Table,
     difference_table,
-    find_setting,
     official_aggregates,
     reference_table,
     score_table,
@@ -410,10 +409,16 @@ def test_latex_escapes_its_special_characters() -> None:
     assert r"\begin{tabular}{lr}" in text
 
 
-def test_settings_are_found_at_any_depth_the_shallowest_first() -> None:
-    info = {"a": {"b": {"dtype": "deep"}}, "c": {"dtype": "shallow"}, "list": [1]}
-    assert find_setting(info, "dtype") == "shallow"
-    assert find_setting(info, "commit") is None
+def test_a_setting_is_read_at_its_place_and_one_that_is_not_recorded_is_left_out(
+    tmp_path: Path,
+) -> None:
+    info = {"dtype": None, "git": None, "config": {"deep": {"dtype": "float16", "commit": "abc"}}}
+    run = load_run(small_run(tmp_path, **info))
+    assert run.recorded("config", "deep", "dtype") == "float16"
+    assert run.recorded("git", "commit") is None
+    assert run.recorded("model", "anything") is None
+    assert "float16" not in score_table(run).caption
+    assert "commit" not in score_table(run).caption
 
 
 def test_methods_keep_their_look_across_runs(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from kvmerge.kernels import choice, cpu
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("KVMERGE_CACHE", str(tmp_path))
     monkeypatch.delenv(choice.VARIABLE, raising=False)
-    choice._kept_or_measured.cache_clear()
-    yield tmp_path
-    choice._kept_or_measured.cache_clear()
+    monkeypatch.setattr(choice, "_taken", {})
+    return tmp_path
 
 
 @pytest.fixture
@@ -42,6 +41,7 @@ def clock(monkeypatch):
         ({"torch": 0.2, "onednn": 0.1}, "onednn"),
         ({"torch": 0.1, "onednn": 0.2}, "torch"),
         ({"torch": 0.100, "onednn": 0.099}, "torch"),  # level
+        ({"torch": 0.100, "onednn": 0.091}, "torch"),  # nearly
     ],
 )
 def test_the_faster_way_is_taken_and_torch_where_they_are_level(clock, seconds, way):
@@ -68,7 +68,7 @@ def test_another_process_takes_over_what_was_measured(clock, fresh):
     runs, ran = clock
     choice.fastest(runs(torch=0.2, onednn=0.1))
     measured = len(ran)
-    choice._kept_or_measured.cache_clear()
+    choice._taken.clear()
     assert choice.fastest(runs(torch=0.1, onednn=0.2)) == "onednn"
     assert len(ran) == measured
     (machine,) = json.loads((fresh / choice.FILE).read_text())
@@ -89,7 +89,31 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement_alone(clock, monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KVMERGE_CACHE", str(tmp_path / "file"))
     assert choice.fastest(runs(torch=0.2, onednn=0.1)) == "onednn"
+    assert choice.chosen() == "onednn"  # this process keeps to it
+    assert choice.fastest(runs(torch=0.1, onednn=0.2)) == "onednn"
+    choice._taken.clear()
     assert choice.chosen() is None
+    assert choice.fastest(runs(torch=0.1, onednn=0.2)) == "torch"
+
+
+def test_the_first_of_two_processes_that_measure_at_once_decides_for_both(clock, fresh):
+    runs, _ = clock
+    steady = runs(torch=0.1, onednn=0.2)
+
+    def meanwhile(way):
+        steady(way)
+        (fresh / choice.FILE).write_text(json.dumps({choice._machine(): "onednn", "other": "torch"}))
+
+    assert choice.fastest(meanwhile) == "onednn"
+    assert json.loads((fresh / choice.FILE).read_text())["other"] == "torch"
+
+
+def test_other_threads_are_another_machine(clock, monkeypatch):
+    runs, _ = clock
+    assert choice.fastest(runs(torch=0.2, onednn=0.1)) == "onednn"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 61)
+    assert choice.chosen() is None
+    assert choice.fastest(runs(torch=0.1, onednn=0.2)) == "torch"
 
 
 def test_the_environment_can_name_the_way_and_nothing_else(monkeypatch):

@@ -1,0 +1,79 @@
+"""One writer a results folder: two would write each line twice.
+
+The lock is the kernel's, on a file in the folder that says who holds it. It goes with the process,
+however that ends, so there is nothing to clean up after a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from kvmerge.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FILE = ".writer"
+_HELD = (errno.EAGAIN, errno.EACCES)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a results folder inside the block; it is made if it is not there.
+
+    Raises:
+        UserError: if another process holds it, naming its host and number and since when.
+    """
+    is_new = not folder.exists()
+    path = folder / FILE
+    file = _take(path)
+    try:
+        yield
+    finally:
+        # While it is held: nobody can be waiting for this very file, see `_take`.
+        path.unlink(missing_ok=True)
+        os.close(file)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _take(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(file, 4096, 0)
+            os.close(file)
+            if error.errno in _HELD:
+                raise UserError(_held_by(path.parent, holder)) from None
+            raise
+        # A holder that has ended meanwhile took its file away: then this lock is on no file.
+        if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
+            break
+        os.close(file)
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps(who).encode(), 0)
+    return file
+
+
+def _held_by(folder: Path, holder: bytes) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        who = json.loads(holder)
+        return (
+            f"{folder} is being written by process {who['pid']} on {who['host']} since {who['since']}. "
+            "Wait for it, stop it, or choose another output_dir."
+        )
+    return f"{folder} is being written by another process. Wait for it, or choose another output_dir."
