@@ -118,9 +118,7 @@ def compressed(
         UserError: for an unsupported model, unknown method or setting, a bad budget, beam search, or a
             prompt longer than the model's sliding window.
     """
-    kind = str(model.config.model_type)
-    if kind not in SUPPORTED:
-        raise UserError(f"model type {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
+    check_family(model)
     if isinstance(method, str):
         method = load_method(method, settings)
     elif settings:
@@ -158,6 +156,13 @@ def compressed(
             yield
         finally:
             handle.remove()
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """Raise `UserError` for a model whose attention the engine cannot take over."""
+    kind = str(model.config.model_type)
+    if kind not in SUPPORTED:
+        raise UserError(f"model type {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
 
 
 def _begin(model: PreTrainedModel, row: Row, kwargs: dict[str, Any]) -> CacheSession:
