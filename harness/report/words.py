@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from benchmarks.metric import find_metric
 from harness.report.bootstrap import RESAMPLES
 from harness.report.run import Run
 
@@ -50,7 +49,7 @@ def count_tasks(count: int) -> str:
 
 def task_label(run: Run, task: str) -> str:
     """Name a task, and say where a lower score is the better one."""
-    better = find_metric(run.tasks[task]).higher_is_better
+    better = run.metrics[task].higher_is_better
     return task if better else f"{task} ({run.tasks[task]}, lower is better)"
 
 
