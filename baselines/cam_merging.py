@@ -133,7 +133,7 @@ def fold_into_kept(values: Tensor, share: Tensor, kept: Tensor, merge_budget: in
             does it is lost.
 
     Returns:
-        `(batch, kv_heads, m, head_dim)`, the values of the kept entries.
+        `(batch, kv_heads, m, head_dim)`: the values of the kept entries.
     """
     head_dim, n_kept = values.shape[-1], kept.shape[-1]
     evicted = torch.ones_like(share).scatter_(-1, kept, 0.0)

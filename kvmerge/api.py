@@ -158,13 +158,6 @@ def compressed(
             handle.remove()
 
 
-def check_family(model: PreTrainedModel) -> None:
-    """Raise `UserError` for a model whose attention the engine cannot take over."""
-    kind = str(model.config.model_type)
-    if kind not in SUPPORTED:
-        raise UserError(f"model type {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
-
-
 def _begin(model: PreTrainedModel, row: Row, kwargs: dict[str, Any]) -> CacheSession:
     """A session for the batch that is about to be prefilled."""
     batch, tokens = _batch_shape(kwargs)
@@ -215,3 +208,10 @@ def _cache_parameter(model: PreTrainedModel) -> str:
     """The forward's name for the cache: `cache`, or `past_key_values` before transformers 5.20."""
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """Raise `UserError` for a model whose attention the engine cannot take over."""
+    kind = str(model.config.model_type)
+    if kind not in SUPPORTED:
+        raise UserError(f"model type {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
