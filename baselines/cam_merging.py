@@ -41,7 +41,7 @@ def merge_values(
 
 
 def drawn(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """1 where a uniform draw of the same shape is below the probability, else 0; None: no draw."""
+    """Return 1 where a uniform draw is below the probability, else 0; without a generator, no draw."""
     if generator is None:
         return probabilities
     draw = torch.rand(probabilities.shape, generator=generator, device=generator.device)
@@ -120,45 +120,3 @@ def fold_entry(
     share = (merged / merge_budget)[..., None, None].to(exact)
     folded[:, :, entry + 1 : entry + 1 + merge_budget] += share * folded[:, :, entry : entry + 1]
     return folded.to(values.dtype)
-
-
-def fold_into_kept(values: Tensor, share: Tensor, kept: Tensor, merge_budget: int) -> Tensor:
-    """Divide the values of evicted entries among the next kept ones of each: nothing cascades.
-
-    Args:
-        values: `(batch, kv_heads, n, head_dim)`.
-        share: `(batch, kv_heads, n)` how much of its value an evicted entry gives; kept ones give none.
-        kept: `(batch, kv_heads, m)` int64 slots, ascending.
-        merge_budget: receivers of each entry; where fewer follow they share its value, where none
-            does it is lost.
-
-    Returns:
-        `(batch, kv_heads, m, head_dim)`: the values of the kept entries.
-    """
-    head_dim, n_kept = values.shape[-1], kept.shape[-1]
-    evicted = torch.ones_like(share).scatter_(-1, kept, 0.0)
-    first, last = receivers(kept, values.shape[2], merge_budget)
-    part = (share * evicted / (last - first).clamp(min=1)).unsqueeze(-1).double() * values
-    # a gift to slots [first, last) is a step up at one and down at the other; float64, since the steps
-    # of the whole prompt cancel
-    steps = part.new_zeros(*kept.shape[:2], n_kept + 1, head_dim)
-    for slots, gift in ((first, part), (last, -part)):
-        steps.scatter_add_(2, slots.unsqueeze(-1).expand_as(gift), gift)
-    received = steps.cumsum(dim=2)[:, :, :n_kept]
-    own = values.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, head_dim))
-    return (own + received).to(values.dtype)
-
-
-def receivers(kept: Tensor, length: int, merge_budget: int) -> tuple[Tensor, Tensor]:
-    """Which of the kept entries receive from each entry: `[first, last)`, counted among the kept.
-
-    Args:
-        kept: `(batch, kv_heads, m)` int64 slots, ascending.
-        length: entries `n`.
-
-    Returns:
-        two of `(batch, kv_heads, n)` int64.
-    """
-    slots = torch.arange(length, device=kept.device).expand(*kept.shape[:2], -1).contiguous()
-    first = torch.searchsorted(kept.contiguous(), slots)
-    return first, (first + merge_budget).clamp(max=kept.shape[-1])

@@ -16,7 +16,7 @@ from kvmerge.scores import attention_blocks
 
 
 def merge_probabilities(attention: Tensor, *, start: int, recent: int) -> Tensor:
-    """Probability that each evicted token is merged: its score against the best it competes with.
+    """Return the probability that each evicted token is merged: its score against its best rival.
 
     `p_i = clamp(s_i / max(s[0:start], s[i:i+recent]), 0, 1)` for `start <= i < T - recent`, NaN
     counting as 0 (docs/methods.md).
@@ -38,19 +38,8 @@ def merge_probabilities(attention: Tensor, *, start: int, recent: int) -> Tensor
     return _between(chance(attention, best), start, recent)
 
 
-def mean_probabilities(scores: Tensor, *, start: int, recent: int, receivers: int) -> Tensor:
-    """As `merge_probabilities`, against the mean of the `receivers` scores after each token.
-
-    The rule of the authors' decoding code applied to a prompt. On column sums it is close to 1 for most
-    tokens, since earlier tokens are seen by more rows.
-    """
-    length = scores.shape[-1]
-    first = torch.arange(1, length + 1, device=scores.device)
-    return _between(chance(scores, span_means(scores, first, receivers)), start, recent)
-
-
 def banded_probabilities(blocks: Iterable[tuple[int, Tensor]], *, start: int, recent: int) -> Tensor:
-    """`merge_probabilities` of a map that comes in blocks of rows (`utils_lm_eval`).
+    """Return `merge_probabilities` of a map that comes in blocks of rows (`utils_lm_eval`).
 
     The official code averages each column over the rows before `i + recent`; the count cancels.
 
@@ -72,7 +61,7 @@ def banded_probabilities(blocks: Iterable[tuple[int, Tensor]], *, start: int, re
 def streamed_probabilities(
     blocks: Iterable[tuple[int, Tensor]], *, start: int, recent: int, receivers: int
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities of tokens that leave one by one as the prompt is read (`generate_task`).
+    """Return the probabilities of tokens that leave one by one as the prompt is read (`generate_task`).
 
     At row `t` token `i = t - recent` leaves: `p_i = s_i / mean(s[i+1 : i+1+receivers])` over what the
     rows up to `t` have given.
@@ -98,7 +87,7 @@ def streamed_probabilities(
 
 
 def banded_map(layer: PrefillLayer, start: int, recent: int) -> Iterator[tuple[int, Tensor]]:
-    """The attention map of a layer whose rows see the sinks, themselves and `recent` tokens before.
+    """Yield the map of a layer whose rows see the sinks, themselves and `recent` tokens before.
 
     Yields:
         the first row of a block; `(batch, kv_heads, n, columns)` weights summed over each group.
@@ -113,7 +102,7 @@ def banded_map(layer: PrefillLayer, start: int, recent: int) -> Iterator[tuple[i
 
 
 def running_sums(blocks: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Column sums of a map up to each of its rows.
+    """Yield the column sums of a map up to each of its rows.
 
     Yields:
         the block's rows `(n,)`; sums `(batch, kv_heads, n, columns)` over all rows up to each.
@@ -128,7 +117,7 @@ def running_sums(blocks: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[Tensor,
 
 
 def window_max(scores: Tensor, width: int) -> Tensor:
-    """Maximum of `scores[i : i + width]` for each `i`, in time independent of the width.
+    """Return the maximum of `scores[i : i + width]` for each `i`, in time independent of the width.
 
     Running maxima forwards and backwards inside blocks of `width` meet in every window.
     """
@@ -141,32 +130,19 @@ def window_max(scores: Tensor, width: int) -> Tensor:
     return torch.maximum(to_end[..., :length], from_start[..., width - 1 : width - 1 + length])
 
 
-def span_means(scores: Tensor, first: Tensor, width: int) -> Tensor:
-    """Mean of the `width` scores from slot `first` on, those past the end left out; NaN where none are.
-
-    Args:
-        scores: `(batch, kv_heads, n)`.
-        first: int64, broadcastable to `(batch, kv_heads, m)`.
-    """
-    first = first.expand(*scores.shape[:2], -1)
-    last = (first + width).clamp(max=scores.shape[-1])
-    sums = torch.nn.functional.pad(scores.double().cumsum(dim=-1), (1, 0))
-    return ((sums.gather(-1, last) - sums.gather(-1, first)) / (last - first)).to(scores.dtype)
-
-
 def _own(sums: Tensor, token: Tensor) -> Tensor:
-    """The sum of one token's column in each row; `token` `(n,)`, any value where it is negative."""
+    """Return the sum of one token's column in each row; any value where `token` `(n,)` is negative."""
     index = token.clamp(min=0).view(1, 1, -1, 1).expand(*sums.shape[:3], 1)
     return sums.gather(-1, index)[..., 0]
 
 
 def chance(own: Tensor, rival: Tensor) -> Tensor:
-    """The ratio of two scores as a probability, NaN counting as 0 (the authors)."""
+    """Return the ratio of two scores as a probability, NaN counting as 0 (the authors)."""
     return (own / rival).nan_to_num(nan=0.0).clamp(0.0, 1.0)
 
 
 def _between(probabilities: Tensor, start: int, recent: int) -> Tensor:
-    """Only those of the evicted tokens, 0 for the others."""
+    """Keep only those of the evicted tokens, 0 for the others."""
     tokens = torch.arange(probabilities.shape[-1], device=probabilities.device)
     evicted = (tokens >= start) & (tokens < len(tokens) - recent)
     return probabilities * evicted

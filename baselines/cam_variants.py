@@ -26,13 +26,23 @@ from kvmerge.method import (
 )
 
 
+def check_receivers(m: int) -> None:
+    """Refuse a merged token without a receiver.
+
+    Raises:
+        UserError: if `m` is not a whole number of 1 or more.
+    """
+    if type(m) is not int or m < 1:
+        raise UserError(f"m={m}: a merged token needs at least 1 receiver.")
+
+
 @dataclass(frozen=True)
 class CaMHH(SinkCaM):
     """Settings of `utils_hh`. The prompt is never merged: what lies between the sinks and the recent
     tokens is hidden, and entries that leave the window while decoding are folded into those after
     them. Nothing is dropped, so it costs as much as the full cache."""
 
-    m: int | None = 32
+    m: int = 32
     """Receivers of each entry (the authors)."""
     bug_compat: bool = False
     """Repeat what looks unintended in the authors' code: the entry that is folded is still seen at the
@@ -42,6 +52,10 @@ class CaMHH(SinkCaM):
     needs_scores: ClassVar[bool] = False
     acts_on_decode: ClassVar[bool] = True
     simulates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_receivers(self.m)
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep all, and hide what the first decode step may not see."""
@@ -55,7 +69,7 @@ class CaMHH(SinkCaM):
         start, recent = self.counts(step.allowance, step.prompt_length)
         leaving = stored - recent
         followers = recent - 1
-        m = self.m or recent
+        m = self.m
         if self.bug_compat:
             leaving, followers = leaving + 1, followers - 1
         elif followers:
@@ -73,7 +87,7 @@ class CaMHH(SinkCaM):
         return self._masked(entries, start, recent)
 
     def counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
-        """Sinks and recent tokens; `bug_compat` needs 2 of these, as the authors' code does."""
+        """Return the sinks and recent tokens; `bug_compat` needs 2 of these, as the authors do."""
         start, recent = super().counts(allowance, length)
         if self.bug_compat and recent < 2:
             raise UserError(
@@ -99,21 +113,24 @@ class CaMGenerate(SinkCaM):
     replayed on the layer's queries and keys (*ours*). While decoding, every step is theirs; they number
     positions by the cache (`pos=rolled`)."""
 
-    m: int | None = 16
+    m: int = 16
     """Receivers of each entry (the authors)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_receivers(self.m)
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Evict and merge the prompt as if it had come token by token."""
         start, recent = self.counts(allowance, layer.length)
-        m = self.m or recent
         chances, scores = streamed_probabilities(
-            banded_map(layer, start, recent), start=start, recent=recent, receivers=m
+            banded_map(layer, start, recent), start=start, recent=recent, receivers=self.m
         )
-        share = drawn(chances, allowance.generator) / m
-        values = cascade(layer.values, share, start=start, reach=min(m, recent))
+        share = drawn(chances, allowance.generator) / self.m
+        values = cascade(layer.values, share, start=start, reach=min(self.m, recent))
         entries = replace(keep_all(layer), values=values, scores=scores)
         return pick(entries, outer(entries, start, recent))
 
     def decode_receivers(self, recent: int) -> int:
-        """Receivers of an entry, those that do not exist included: the divisor stays."""
-        return self.m or recent
+        """Return the receivers of an entry, those that do not exist included: the divisor stays."""
+        return self.m

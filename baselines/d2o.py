@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from baselines import h2o
-from kvmerge.budget import count
-from kvmerge.errors import UserError, unknown
+from baselines.heavy_hitters import even_counts, keep
+from kvmerge.budget import at_least_one, half
+from kvmerge.errors import unknown
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, pick
 from kvmerge.scores import head_column_sums
 
@@ -35,10 +35,6 @@ class D2O(Method):
     alloc: str = "uniform"
     """`uniform` gives each layer the budget; `variance` (the authors) gives a layer less, the nearer
     most of its heads are to the one whose column sums vary most."""
-    alpha: float = 0.5
-    """Weight of the old threshold at a later step."""
-    beta: float = 0.5
-    """Weight of the mean similarity of the tokens evicted then."""
     bug_compat: bool = False
     """Follow the authors' code to the letter: compress from the first decode step on, spare the first
     two layers and the last, and merge the n-th evicted token of all heads or of none."""
@@ -49,9 +45,6 @@ class D2O(Method):
     def __post_init__(self) -> None:
         if self.alloc not in ALLOCATIONS:
             raise unknown("alloc", self.alloc, ALLOCATIONS)
-        for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)} must be a weight in [0, 1].")
 
     @property
     def allocates(self) -> bool:  # type: ignore[override]
@@ -64,7 +57,7 @@ class D2O(Method):
         return self.bug_compat
 
     def allocate(self, layers: Sequence[PrefillLayer], allowance: Allowance) -> list[int]:
-        """Entries per KV head for each layer."""
+        """Return the entries per KV head for each layer."""
         length = layers[0].length
         shares = [allowance.budget] * len(layers)
         if self.alloc == "variance":
@@ -72,9 +65,9 @@ class D2O(Method):
             levels = torch.cat([variance_level(of_layer).cpu() for of_layer in sums])
             shares = layer_shares(levels, allowance.budget).tolist()
         if not self.bug_compat:
-            return [max(1, count(share, length)) for share in shares]
+            return [at_least_one(share, length) for share in shares]
         # two equal halves, as shares of the prompt and the first answer token
-        counts = [2 * max(1, count(share / 2, length + 1)) for share in shares]
+        counts = [2 * at_least_one(share / 2, length + 1) for share in shares]
         spared = (0, 1, len(layers) - 1)
         return [length if layer in spared else n for layer, n in enumerate(counts)]
 
@@ -83,7 +76,7 @@ class D2O(Method):
         entries = replace(keep_all(layer), scores=layer.column_scores())
         if self.bug_compat or allowance.n_keep >= layer.length:
             return entries
-        return self._evict(entries, *h2o.H2O().counts(allowance, layer.length))
+        return self._evict(entries, *even_counts(allowance, layer.length))
 
     def hold(self, entries: Entries, step: DecodeStep) -> Entries:
         """Add the step's attention to the scores, then evict and merge again."""
@@ -91,11 +84,11 @@ class D2O(Method):
         scores = entries.scores + step.mass(entries.scores.shape[1])
         entries = replace(entries, scores=scores)
         if not self.bug_compat:
-            return self._evict(entries, *h2o.H2O().counts(step.allowance, step.prompt_length))
+            return self._evict(entries, *even_counts(step.allowance, step.prompt_length))
         if step.allowance.n_keep >= step.prompt_length:  # a spared layer, or no budget to meet
             return entries
-        half = step.allowance.n_keep // 2
-        return self._evict(entries, half, half)
+        each = half(step.allowance.n_keep)
+        return self._evict(entries, each, each)
 
     def _evict(self, entries: Entries, heavy: int, recent: int) -> Entries:
         assert entries.scores is not None
@@ -103,14 +96,12 @@ class D2O(Method):
             return entries
         forced = entries.scores.clone()
         forced[..., :SINKS] = torch.inf
-        slots = h2o.keep(forced, heavy=heavy, recent=recent)
+        slots = keep(forced, heavy=heavy, recent=recent)
         keys, values, threshold = merge_evicted(
             entries.keys,
             entries.values,
             slots,
             entries.state,
-            alpha=self.alpha,
-            beta=self.beta,
             by_position=self.bug_compat,
         )
         return replace(pick(entries, slots), keys=keys, values=values, state=threshold)
@@ -138,8 +129,8 @@ def merge_evicted(
         values: `(batch, kv_heads, n, head_dim)`.
         kept: `(batch, kv_heads, k)` int64 slots, ascending.
         threshold: `(batch,)` of the step before; None at the first.
-        alpha: weight of that threshold.
-        beta: weight of the new mean.
+        alpha: weight of that threshold (the authors' value).
+        beta: weight of the new mean (the authors' value).
         by_position: compare the mean over heads of each place in the list of evicted entries, so that
             a place is merged in all heads or in none (the authors); else each head's own entry.
 
@@ -171,14 +162,14 @@ def _take(states: Tensor, slots: Tensor) -> Tensor:
 
 
 def _others(kept: Tensor, stored: int) -> Tensor:
-    """Slots that are not kept, ascending: `(batch, kv_heads, stored - k)`."""
+    """Return the slots that are not kept, ascending: `(batch, kv_heads, stored - k)`."""
     gone = torch.ones((*kept.shape[:2], stored), dtype=torch.bool, device=kept.device)
     gone.scatter_(-1, kept, False)
     return gone.nonzero()[:, -1].view(*kept.shape[:2], -1)
 
 
 def _nearest(evicted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine with the nearest kept key, and its slot; a zero key has cosine 0 with all."""
+    """Return the cosine with the nearest kept key, and its slot; a zero key has cosine 0 with all."""
     unit, target = (keys / keys.norm(dim=-1, keepdim=True).clamp_min(1e-8) for keys in (evicted, kept))
     blocks = [(block @ target.transpose(2, 3)).max(dim=-1) for block in unit.split(_BLOCK, dim=2)]
     similarity = torch.cat([best.values for best in blocks], dim=-1)
@@ -186,7 +177,7 @@ def _nearest(evicted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def variance_level(sums: Tensor) -> Tensor:
-    """Where the heads lie, on average, between the one that attends most evenly and the one least so.
+    """Return where the heads lie, on average, between the most even one and the least even one.
 
     Args:
         sums: `(batch, heads, T)` attention column sums of each query head.
@@ -200,7 +191,7 @@ def variance_level(sums: Tensor) -> Tensor:
 
 
 def layer_shares(levels: Tensor, budget: float) -> Tensor:
-    """Fraction of the prompt that each layer keeps: `softmax(-level) * layers * budget` in [.01, 1].
+    """Return the share that each layer keeps: `softmax(-level) * layers * budget` in [.01, 1].
 
     Args:
         levels: `(layers,)` as `variance_level` gives them.

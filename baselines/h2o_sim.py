@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from baselines.heavy_hitters import HeavyHitters
-from kvmerge.errors import UserError, unknown
+from kvmerge.errors import unknown
 from kvmerge.method import (
     Allowance,
     DecodeStep,
@@ -74,17 +74,10 @@ class H2OSimPrefill(HeavyHitters):
         super().__post_init__()
         if self.leak not in LEAKS:
             raise unknown("leak", self.leak, LEAKS)
-        if self.leak == "local" and self.window is not None:
-            raise UserError(
-                "leak=local scores row by row and has no window; use score_window=all or leak=global."
-            )
 
     def visible(self, layer: PrefillLayer, allowance: Allowance) -> Tensor:
-        """What each row of the prompt may see; everything before it where nothing need be hidden."""
-        batch, kv_heads, length, _ = layer.keys.shape
-        if allowance.n_keep >= length:
-            causal = torch.ones(length, length, dtype=torch.bool, device=layer.keys.device).tril()
-            return causal.expand(batch, kv_heads, -1, -1)
+        """Return what each row of the prompt may see."""
+        length = layer.length
         heavy, recent = self.counts(allowance, length)
         if self.leak == "local":
             return self._local(layer, heavy)[0] | band(length, recent, layer.keys.device)
@@ -119,7 +112,7 @@ class H2OSimPrefill(HeavyHitters):
 
 
 def decode_mask(scores: Tensor, *, heavy: int, recent: int) -> tuple[Tensor, Tensor]:
-    """What the next step may see, and the scores it starts from (`utils_hh`, docs/methods.md).
+    """Return what the next step may see, and the scores it starts from (`utils_hh`, docs/methods.md).
 
     Two quirks are kept. The token that has just left the recent window is hidden for one step though
     its score is kept (the mask is one column wider than the candidates). And with `recent=0` no score
@@ -145,7 +138,7 @@ def decode_mask(scores: Tensor, *, heavy: int, recent: int) -> tuple[Tensor, Ten
 
 
 def prefill_mask(scores: Tensor, *, heavy: int, recent: int) -> Tensor:
-    """What each row of a single pass may see (`utils_lm_eval`, docs/methods.md).
+    """Return what each row of a single pass may see (`utils_lm_eval`, docs/methods.md).
 
     The heavy hitters are open to every row that comes after them, chosen by the attention of all rows,
     later ones included: an oracle leak that is part of the authors' code. Beside them a row sees itself
@@ -167,14 +160,16 @@ def prefill_mask(scores: Tensor, *, heavy: int, recent: int) -> Tensor:
 
 
 def band(length: int, recent: int, device: torch.device) -> Tensor:
-    """`(T, T)` bool: each row sees itself and the `recent` tokens before it."""
+    """Return `(T, T)` bool: each row sees itself and the `recent` tokens before it."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(-recent)
 
 
 def local_mask(
     rows: Iterable[Tensor], length: int, *, heavy: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Heavy hitters of each row by the rows before it (`local_heavy_hitter_mask` of `utils_lm_eval`).
+    """Return the heavy hitters of each row by the rows before it.
+
+    This is `local_heavy_hitter_mask` of `utils_lm_eval`.
 
     The first `heavy` rows see everything. Each later row sees itself and the `heavy - 1` best tokens by
     the attention so far, which then grows by the row's own; a token that is not seen loses its score.

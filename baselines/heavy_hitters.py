@@ -1,8 +1,7 @@
-"""What the H2O methods share: how the budget is divided, and how attention becomes scores."""
+"""What methods that keep heavy hitters share: the split of a budget, the scores, and who is kept."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,60 +10,39 @@ from torch import Tensor
 
 from kvmerge.budget import count
 from kvmerge.errors import UserError, unknown
-from kvmerge.kvmerger import recent_share
-from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer
+from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, top_positions
 from kvmerge.scores import head_column_sums
 
-SPLITS = ("even", "kvmerger")
 SCORE_DTYPES = ("float32", "model")
-REDUCTIONS = ("sum", "mean", "max")
 
 
 @dataclass(frozen=True)
 class HeavyHitters(Method):
     """Settings of every H2O method."""
 
-    split: str = "even"
-    """How the budget is divided: `even` halves (the authors' scripts), or `kvmerger`: as many recent
-    tokens as KVMerger keeps."""
     heavy: int | None = None
-    """A fixed number of heavy hitters instead of a share; the rest of the budget is recent."""
+    """A fixed number of heavy hitters instead of half; the rest of the budget is recent."""
     recent: int | None = None
-    """A fixed number of recent tokens instead of a share; the rest of the budget is heavy."""
+    """A fixed number of recent tokens instead of half; the rest of the budget is heavy."""
     score_dtype: str = "float32"
     """`model` rounds the weights to the model's dtype, and the sums after each step (the authors)."""
-    score_window: str = "all"
-    """`last:w` sums only the last `w` rows of the prompt."""
-    gqa_reduce: str = "sum"
-    """How the query heads of a group are joined into the score of their KV head."""
 
     needs_scores: ClassVar[bool] = True
     holds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("split", SPLITS), ("score_dtype", SCORE_DTYPES), ("gqa_reduce", REDUCTIONS)
-        ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
-        if self.score_window != "all" and not re.fullmatch(r"last:[1-9]\d*", self.score_window):
-            raise UserError(
-                f"score_window={self.score_window!r} is neither 'all' nor 'last:w', e.g. 'last:32'."
-            )
+        if self.score_dtype not in SCORE_DTYPES:
+            raise unknown("score_dtype", self.score_dtype, SCORE_DTYPES)
         for name in ("heavy", "recent"):
             fixed = getattr(self, name)
             if fixed is not None and fixed < 0:
-                raise UserError(f"{name}={fixed} is negative; give a count, or null for a share.")
-
-    @property
-    def window(self) -> int | None:
-        """Rows of the prompt that are summed; None means all."""
-        return None if self.score_window == "all" else int(self.score_window.partition(":")[2])
+                raise UserError(f"{name}={fixed} is negative; give a count, or null for half.")
 
     def counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
-        """Heavy hitters and recent tokens kept of a prompt of `length` tokens.
+        """Return the heavy hitters and recent tokens kept of a prompt of `length` tokens.
 
-        Raises `UserError` if the fixed counts do not fit the budget.
+        Raises:
+            UserError: if the fixed counts do not fit the budget.
         """
         n_keep = allowance.n_keep
         if self.heavy is not None and self.recent is not None:
@@ -77,9 +55,8 @@ class HeavyHitters(Method):
             return self.heavy, self.recent
         fixed = self.recent if self.heavy is None else self.heavy
         if fixed is None:
-            share = recent_share(allowance.budget) if self.split == "kvmerger" else allowance.budget / 2
-            fixed = min(count(share, length), n_keep)
-        elif fixed > n_keep and n_keep < length:
+            return even_counts(allowance, length)
+        if fixed > n_keep and n_keep < length:
             name = "recent" if self.heavy is None else "heavy"
             raise UserError(
                 f"{name}={fixed} is more than the budget of {n_keep} of {length} prompt tokens; "
@@ -89,22 +66,16 @@ class HeavyHitters(Method):
         return (n_keep - fixed, fixed) if self.heavy is None else (fixed, n_keep - fixed)
 
     def prompt_scores(self, layer: PrefillLayer) -> Tensor:
-        """`(batch, kv_heads, T)` float32 attention mass of the prompt's tokens."""
+        """Return the attention mass of the prompt's tokens: `(batch, kv_heads, T)` float32."""
         scores = layer.column_scores()
-        if self.window is None and self.score_dtype == "float32" and self.gqa_reduce != "max":
-            group = layer.queries.shape[1] // layer.keys.shape[1]
-            return scores / group if self.gqa_reduce == "mean" else scores
-        dtype = layer.keys.dtype if self.score_dtype == "model" else torch.float32
-        sums = head_column_sums(
-            layer.queries, layer.keys, window=self.window, dtype=dtype, scale=layer.scale
-        )
+        if self.score_dtype == "float32":
+            return scores
+        dtype = layer.keys.dtype
+        sums = head_column_sums(layer.queries, layer.keys, dtype=dtype, scale=layer.scale)
         return self.joined(sums, layer.keys)
 
     def updated_scores(self, entries: Entries, step: DecodeStep) -> Tensor:
-        """The scores of the stored entries after the attention of one more token.
-
-        Under `gqa_reduce=max` the largest weight of each step is added (*ours*).
-        """
+        """Return the scores of the stored entries after the attention of one more token."""
         assert entries.scores is not None
         weights = step.weights
         if self.score_dtype == "model":
@@ -113,10 +84,36 @@ class HeavyHitters(Method):
         return scores.to(entries.keys.dtype).float() if self.score_dtype == "model" else scores
 
     def joined(self, by_head: Tensor, keys: Tensor) -> Tensor:
-        """Join the query heads of each KV head: `(batch, heads, …)` to `(batch, kv_heads, …)`."""
-        grouped = by_head.unflatten(1, (keys.shape[1], -1))
-        if self.gqa_reduce == "max":
-            joined = grouped.amax(dim=2)
-        else:
-            joined = grouped.sum(dim=2) if self.gqa_reduce == "sum" else grouped.mean(dim=2)
+        """Sum the query heads of each KV head: `(batch, heads, …)` to `(batch, kv_heads, …)`."""
+        joined = by_head.unflatten(1, (keys.shape[1], -1)).sum(dim=2)
         return joined.to(keys.dtype).float() if self.score_dtype == "model" else joined
+
+
+def even_counts(allowance: Allowance, length: int) -> tuple[int, int]:
+    """Return heavy hitters and recent tokens: half of the budget is recent, the rest heavy.
+
+    Args:
+        allowance: what may be kept.
+        length: tokens of the prompt.
+    """
+    recent = min(count(allowance.budget / 2, length), allowance.n_keep)
+    return allowance.n_keep - recent, recent
+
+
+def keep(scores: Tensor, *, heavy: int, recent: int) -> Tensor:
+    """Return the positions that H2O keeps: the `heavy` best before the last `recent`, and those.
+
+    Args:
+        scores: `(batch, kv_heads, T)` attention column sums.
+        heavy: heavy hitters to keep.
+        recent: recent tokens to keep.
+
+    Returns:
+        `(batch, kv_heads, min(T, heavy + recent))` int64, ascending. Ties go to the lower position.
+    """
+    length = scores.shape[-1]
+    recent = min(recent, length)
+    heavy = min(heavy, length - recent)
+    hitters = top_positions(scores[..., : length - recent], heavy)
+    last = torch.arange(length - recent, length, device=scores.device)
+    return torch.cat([hitters, last.expand(*scores.shape[:-1], recent)], dim=-1)

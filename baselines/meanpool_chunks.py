@@ -35,7 +35,7 @@ class MeanpoolChunks(Method):
         self._merger()
 
     def _merger(self) -> KVMerger:
-        """KVMerger with equal weights. Raises `UserError` for settings that it refuses."""
+        """Return KVMerger with equal weights. Raise `UserError` for settings that it refuses."""
         return KVMerger(
             sigma="inf",
             value_scale=self.value_scale,

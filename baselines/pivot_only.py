@@ -29,7 +29,7 @@ class PivotOnly(Method):
         self._merger()
 
     def _merger(self) -> KVMerger:
-        """KVMerger with its default sets. Raises `UserError` for settings that it refuses."""
+        """Return KVMerger with its default sets. Raise `UserError` for settings that it refuses."""
         return KVMerger(recent=self.recent, top=self.top)
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:

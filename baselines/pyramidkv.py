@@ -36,7 +36,7 @@ class PyramidKV(SnapKV):
             raise UserError(f"beta={self.beta} must be a whole number, 1 or more.")
 
     def allocate(self, layers: Sequence[PrefillLayer], allowance: Allowance) -> list[int]:
-        """Entries per KV head for each layer."""
+        """Return the entries per KV head for each layer."""
         return layer_counts(
             allowance.n_keep,
             layers[0].length,
@@ -47,14 +47,14 @@ class PyramidKV(SnapKV):
         )
 
     def window_for(self, n_keep: int) -> int:
-        """The window of a layer: the whole layer may be no more than that."""
+        """Return the window of a layer: the whole layer may be no more than that."""
         return self.window if self.window <= n_keep else super().window_for(n_keep)
 
 
 def layer_counts(
     n_keep: int, length: int, layers: int, *, window: int, beta: int, exact: bool
 ) -> list[int]:
-    """Entries of each layer, falling linearly from the first to the last.
+    """Return the entries of each layer, falling linearly from the first to the last.
 
     Args:
         n_keep: mean entries of a layer, window included.

@@ -11,8 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from kvmerge.budget import count
-from kvmerge.kvmerger import recent_share
+from kvmerge.budget import at_least_one, recent_share
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, select, top_positions
 
 
@@ -28,7 +27,7 @@ class Random(Method):
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep the recent tokens and a uniform draw of the others."""
         share = recent_share(allowance.budget) if self.recent is None else self.recent
-        n_recent = min(max(1, count(share, layer.length)), allowance.n_keep)
+        n_recent = min(at_least_one(share, layer.length), allowance.n_keep)
         batch, kv_heads, length, _ = layer.keys.shape
         draw = torch.rand(batch, kv_heads, length, generator=allowance.generator)
         draw[..., length - n_recent :] = 2.0  # above every draw

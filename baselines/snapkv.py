@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from kvmerge.budget import half
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, select, top_positions
 from kvmerge.scores import last_rows
@@ -54,8 +55,8 @@ class SnapKV(Method):
         return select(layer, keep(pooled, allowance.n_keep - window, window=window))
 
     def window_for(self, n_keep: int) -> int:
-        """The window under a budget of `n_keep` entries."""
-        return self.window if self.window < n_keep else max(1, n_keep // 2)
+        """Return the window under a budget of `n_keep` entries."""
+        return self.window if self.window < n_keep else half(n_keep)
 
 
 def pooled_scores(
@@ -67,7 +68,7 @@ def pooled_scores(
     pooling: str,
     scale: float | None = None,
 ) -> Tensor:
-    """How much the last tokens attend to each token before them, smoothed over its neighbours.
+    """Return how much the last tokens attend to each token before them, smoothed over its neighbours.
 
     Args:
         queries: `(batch, heads, T, head_dim)`, after RoPE.
@@ -95,7 +96,7 @@ def pool(scores: Tensor, kernel: int, pooling: str) -> Tensor:
 
 
 def keep(pooled: Tensor, n_past: int, *, window: int) -> Tensor:
-    """Positions of the best `n_past` tokens before the window, and of the window.
+    """Return the positions of the best `n_past` tokens before the window, and of the window.
 
     Args:
         pooled: `(batch, kv_heads, T - window)`.

@@ -44,7 +44,7 @@ class StreamingLLM(Method):
 
 
 def keep(stored: int, n_keep: int, *, sinks: int) -> Tensor:
-    """Which of `stored` entries stay: `(min(stored, n_keep),)` int64 slots, ascending."""
+    """Return which of `stored` entries stay: `(min(stored, n_keep),)` int64 slots, ascending."""
     n_keep = min(stored, n_keep)
     sinks = min(sinks, n_keep - 1)
     return torch.cat([torch.arange(sinks), torch.arange(stored - n_keep + sinks, stored)])

@@ -47,7 +47,7 @@ def _trim(entries: Entries, weights: Tensor, n_keep: int) -> Entries:
 
 
 def keep(weights: Tensor, n_keep: int) -> Tensor:
-    """Which entries stay.
+    """Return which entries stay.
 
     Args:
         weights: `(batch, heads, n)` attention of one query in each query head.

@@ -107,7 +107,9 @@ class Answerer:
                 rows.append(Row(Full(), Budget.parse(1)))
         prompt = torch.tensor([encoded.prompt], device=self.model.device)
         sample_id = f"{settings.benchmark.name}/{job.task.name}/{job.sample.id}"
-        return Prepared(job, encoded, Request(prompt, rows, sample_id, reference))
+        return Prepared(
+            job, encoded, Request(prompt, rows, sample_id, reference, policy=settings.policy)
+        )
 
     def _run(self, batch: Sequence[Prepared]) -> list[Result]:
         requests = [prepared.request for prepared in batch]

@@ -19,7 +19,7 @@ from kvmerge.cells import Cell, file_name, make_cell, parse_cells
 from kvmerge.errors import UserError, unknown
 from kvmerge.models import ModelSpec
 from kvmerge.resolve import build, choices, config_dir, method_settings
-from kvmerge.session import DECODE_POLICIES, POSITIONS, SKIP_BUDGETS, Row
+from kvmerge.session import Policy, Row
 
 GROUPS = ("model", "method", "benchmark", "experiment")
 
@@ -93,16 +93,6 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Switches that apply to all cells alike, so that a table compares like with like."""
-
-    decode_policy: str = "append"
-    pos: str = "absolute"
-    layers_skip: tuple[int, ...] = ()
-    skip_budget: str = "compensated"
-
-
-@dataclass(frozen=True)
 class Settings:
     """Everything one run needs."""
 
@@ -137,15 +127,7 @@ class Settings:
 
     def row(self, cell: Cell, seed: int) -> Row:
         """What the engine runs for a cell and a seed."""
-        return Row(
-            cell.method,
-            cell.budget,
-            seed,
-            decode_policy=self.policy.decode_policy,
-            pos=self.policy.pos,
-            layers_skip=self.policy.layers_skip,
-            skip_budget=self.policy.skip_budget,
-        )
+        return Row(cell.method, cell.budget, seed)
 
     def seeds(self, cell: Cell) -> list[int]:
         """Seeds that a cell runs with: one, unless its method draws."""
@@ -225,23 +207,18 @@ def _cells(config: DictConfig, choices: Choices) -> list[Cell]:
 
 
 def _policy(config: DictConfig, cells: Sequence[Cell]) -> Policy:
-    for key, allowed in (
-        ("decode_policy", DECODE_POLICIES),
-        ("pos", POSITIONS),
-        ("skip_budget", SKIP_BUDGETS),
-    ):
-        if config[key] not in allowed:
-            raise unknown(key, str(config[key]), allowed)
     skip = _plain_value(config.layers_skip)
-    if not isinstance(skip, list) or not all(type(layer) is int for layer in skip):
-        raise UserError(f"layers_skip={skip!r} must be a list of layer numbers, e.g. [0,1,-1].")
+    layers = tuple(skip) if isinstance(skip, list) else skip
+    policy = Policy(config.decode_policy, config.pos, layers, config.skip_budget)
+    for cell in cells:
+        policy.check(cell.method)
     without = [cell.name for cell in cells if not (cell.is_full or cell.method.holds)]
-    if config.decode_policy == "hold" and without:
+    if policy.decode_policy == "hold" and without:
         raise UserError(
             f"decode_policy=hold: {', '.join(without)} has no rule for evicting while decoding. "
             "Leave it out, or use decode_policy=append."
         )
-    return Policy(config.decode_policy, config.pos, tuple(skip), config.skip_budget)
+    return policy
 
 
 def _whole(config: DictConfig, key: str, least: int) -> int:

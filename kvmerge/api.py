@@ -25,7 +25,7 @@ from kvmerge.errors import UserError
 from kvmerge.hook import SESSION, hooked
 from kvmerge.method import Method
 from kvmerge.resolve import load_method
-from kvmerge.session import CacheSession, Row, RowStats, check_sliding_window, session_for
+from kvmerge.session import CacheSession, Policy, Row, RowStats, check_sliding_window, session_for
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 """Model types whose attention runs through transformers' AttentionInterface as the engine needs it."""
@@ -51,7 +51,7 @@ class CompressedCache(Cache):
         return self.session.stats
 
     def nbytes(self) -> int:
-        """Bytes of all keys and values stored now, generated tokens included."""
+        """Count the bytes of all keys and values stored now, generated tokens included."""
         return sum(layer.nbytes() for layer in self.session.layers)
 
 
@@ -83,7 +83,7 @@ class _CountingLayer(CacheLayerMixin):
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in earlier 5.x versions."""
+        """Return the same, by the name that earlier 5.x versions call."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -126,7 +126,7 @@ def compressed(
             f"settings ({', '.join(settings)}) can only be given with a method's name; "
             "set them on the method object instead."
         )
-    row = Row(method, Budget.parse(budget), seed, decode_policy)
+    row, policy = Row(method, Budget.parse(budget), seed), Policy(decode_policy)
     name = _cache_parameter(model)
 
     def before(_: torch.nn.Module, arguments: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -139,7 +139,7 @@ def compressed(
         if not isinstance(cache, CompressedCache):
             if cache is not None and cache.get_seq_length():
                 raise UserError("the given cache already holds tokens; start with an empty one.")
-            cache = CompressedCache(_begin(model, row, kwargs))
+            cache = CompressedCache(_begin(model, row, policy, kwargs))
         else:
             _check_new_tokens(model, cache, kwargs)
         mask = kwargs.get("attention_mask")
@@ -158,8 +158,8 @@ def compressed(
             handle.remove()
 
 
-def _begin(model: PreTrainedModel, row: Row, kwargs: dict[str, Any]) -> CacheSession:
-    """A session for the batch that is about to be prefilled."""
+def _begin(model: PreTrainedModel, row: Row, policy: Policy, kwargs: dict[str, Any]) -> CacheSession:
+    """Begin a session for the batch that is about to be prefilled."""
     batch, tokens = _batch_shape(kwargs)
     mask = kwargs.get("attention_mask")
     lengths = [tokens] * batch
@@ -177,7 +177,7 @@ def _begin(model: PreTrainedModel, row: Row, kwargs: dict[str, Any]) -> CacheSes
             raise UserError("each prompt needs at least one token that is not padding.")
     check_sliding_window(model, tokens, 1)
     rows = [replace(row, prompt=index) for index in range(batch)]
-    session = session_for(model, rows, [str(index) for index in range(batch)])
+    session = session_for(model, rows, [str(index) for index in range(batch)], policy=policy)
     session.begin(lengths, _CAPACITY)
     return session
 
@@ -194,8 +194,8 @@ def _new_tokens(kwargs: dict[str, Any]) -> int:
 
 
 def _check_new_tokens(model: PreTrainedModel, cache: CompressedCache, kwargs: dict[str, Any]) -> None:
-    """Tokens after the prompt must all be real, since rows are padded on the left only, and must not
-    outgrow a sliding window."""
+    """Refuse padding after the prompt, since rows are padded on the left only, and what outgrows a
+    sliding window."""
     new = _new_tokens(kwargs)
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2 and not bool(mask[:, -new:].all()):
@@ -205,7 +205,7 @@ def _check_new_tokens(model: PreTrainedModel, cache: CompressedCache, kwargs: di
 
 
 def _cache_parameter(model: PreTrainedModel) -> str:
-    """The forward's name for the cache: `cache`, or `past_key_values` before transformers 5.20."""
+    """Return the forward's name for the cache: `past_key_values` before transformers 5.20."""
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 

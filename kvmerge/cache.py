@@ -41,7 +41,7 @@ class Group(Protocol):
         ...
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values stored for all rows, unused room left out."""
+        """Count the bytes of the keys and values stored for all rows, unused room left out."""
         ...
 
 
@@ -92,7 +92,7 @@ class RowGroup:
         self.length = self.prefill_length
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values stored for all rows, unused room left out."""
+        """Count the bytes of the keys and values stored for all rows, unused room left out."""
         return self.keys[:, :, : self.length].nbytes + self.values[:, :, : self.length].nbytes
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -150,7 +150,7 @@ class SteppedRow:
         self.active, self.steps, self.entries = 1, 0, self.prefilled
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values stored."""
+        """Count the bytes of the keys and values stored."""
         return self.entries.keys.nbytes + self.entries.values.nbytes
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -229,7 +229,7 @@ class LayerCache:
             group.rewind()
 
     def nbytes(self) -> int:
-        """Bytes of the keys and values stored for all rows, unused room left out."""
+        """Count the bytes of the keys and values stored for all rows, unused room left out."""
         return sum(group.nbytes() for group in self.groups)
 
     def attend(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,16 @@ from transformers import PreTrainedModel
 
 from kvmerge.hook import forward, hooked
 from kvmerge.method import Entries, PrefillLayer
-from kvmerge.session import Observer, Row, RowStats, check_sliding_window, session_for
+from kvmerge.session import (
+    DEFAULT_POLICY,
+    Observer,
+    Policy,
+    Row,
+    RowStats,
+    Stages,
+    check_sliding_window,
+    session_for,
+)
 
 _REPLAY_TOKENS = 512
 """Tokens fed at once when a text is replayed, over all rows: bounds the logits that are alive."""
@@ -53,6 +63,10 @@ class Request:
     """Row to compute fidelity figures against, normally the full cache; None: none."""
     observer: Observer | None = None
     """Called with every compressed layer."""
+    policy: Policy = DEFAULT_POLICY
+    """The switches of all rows."""
+    stages: Stages = nullcontext
+    """Watches where the time goes."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,13 @@ class Comparison:
         rows: Sequence[Row],
         sample_id: str = "",
         observer: Observer | None = None,
+        policy: Policy = DEFAULT_POLICY,
+        stages: Stages = nullcontext,
     ) -> None:
         """Prepare rows for a model that is hooked (see `run_samples`)."""
         self.model = model
         self.rows = list(rows)
-        self.session = session_for(model, rows, [sample_id], observer)
+        self.session = session_for(model, rows, [sample_id], observer, policy, stages)
         self.prompt_length = 0
         self.first_logits = torch.empty(0)
         """`(vocabulary,)` float32 logits of the first answer token, the same for every row."""
@@ -150,7 +166,7 @@ class Decoder:
     def attend(
         self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attention of one layer, called by the model (see `kvmerge.hook.Session`)."""
+        """Attend in one layer; the model calls it (see `kvmerge.hook.Session`)."""
         parts = []
         begin = 0
         for comparison in self.comparisons:
@@ -164,7 +180,7 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(self, stop: Stop) -> list[list[list[int]]]:
-        """Greedy decoding of all rows together; a finished row leaves the batch.
+        """Decode all rows together, greedily; a finished row leaves the batch.
 
         Returns:
             Generated token ids by comparison and row, the stop token included where one ended the
@@ -220,7 +236,7 @@ class Decoder:
             ]
 
     def _active(self) -> list[tuple[int, int]]:
-        """Comparison and row of each slot of the batch."""
+        """Return the comparison and row of each slot of the batch."""
         return [(i, row) for i, each in enumerate(self.comparisons) for row in each.session.order]
 
     def feed(self, tokens: Tensor, generated: int) -> Tensor:
@@ -269,7 +285,7 @@ class Tally:
                 self.agreement[row] += int((log_p.argmax(-1) == full.argmax(-1)).sum())
 
     def fidelity(self) -> list[Fidelity | None]:
-        """A figure for each row; None without a reference, or where the text has only one token."""
+        """Return a figure for each row: None without a reference, or where the text is one token."""
         if self.reference is None or not self.compared:
             return [None] * len(self.nll)
         return [
@@ -325,9 +341,11 @@ def run_sample(
     sample_id: str = "",
     reference: int | None = None,
     observer: Observer | None = None,
+    policy: Policy = DEFAULT_POLICY,
+    stages: Stages = nullcontext,
 ) -> Result:
     """Answer one prompt `(1, T)` with every row: `run_samples` of one `Request`."""
-    request = Request(input_ids, rows, sample_id, reference, observer)
+    request = Request(input_ids, rows, sample_id, reference, observer, policy, stages)
     return run_samples(model, [request], stop)[0]
 
 
@@ -381,7 +399,14 @@ class _Sample:
         started = time.perf_counter()
         for group in groups:
             observer = request.observer and _renumbered(request.observer, group)
-            comparison = Comparison(model, [rows[i] for i in group], request.sample_id, observer)
+            comparison = Comparison(
+                model,
+                [rows[i] for i in group],
+                request.sample_id,
+                observer,
+                request.policy,
+                request.stages,
+            )
             comparison.prefill(request.input_ids, capacity)
             self.comparisons.append(comparison)
         self.seconds = time.perf_counter() - started
@@ -392,7 +417,7 @@ class _Sample:
         return [stats for comparison in self.comparisons for stats in comparison.stats]
 
     def tally(self, text: Sequence[int]) -> Tally:
-        """A tally of a text for all rows."""
+        """Begin a tally of a text for all rows."""
         first = [each.first_logits for each in self.comparisons for _ in each.rows]
         return Tally(text, first, self.reference)
 
@@ -422,7 +447,7 @@ def _tally(samples: Sequence[_Sample], texts: Sequence[Sequence[int]]) -> list[T
 
 
 def _renumbered(observer: Observer, indices: Sequence[int]) -> Observer:
-    """An observer that is told the rows' indices in the whole list."""
+    """Return an observer that is told the rows' indices in the whole list."""
 
     def watch(row: int, layer_idx: int, layer: PrefillLayer, kept: Entries) -> None:
         observer(indices[row], layer_idx, layer, kept)

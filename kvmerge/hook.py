@@ -59,7 +59,8 @@ def _attend(
 
 
 def _no_mask(**_: Any) -> None:
-    """Sessions know which tokens each row may see; without this, a padding mask would be dropped."""
+    """Pass no mask: sessions know which tokens each row may see. Without this, a padding mask would be
+    dropped."""
     return None
 
 

@@ -9,7 +9,6 @@ read here, is in docs/methods.md.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvmerge import merging
-from kvmerge.budget import count
+from kvmerge.budget import at_least_one, count, recent_share, top_share
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import (
     Allowance,
@@ -31,6 +30,8 @@ from kvmerge.method import (
 )
 from kvmerge.rope import Rope
 
+THRESHOLDS = Path(__file__).with_name("thresholds")
+"""Calibrated thresholds that are part of the package, a file a model and budget."""
 _CHOICES: dict[str, tuple[str, ...]] = {
     "budget_mode": ("exact_links", "eps_evict", "eps_free", "eps_layer"),
     "value_scale": merging.VALUE_SCALES,
@@ -53,13 +54,10 @@ class KVMerger(Method):
     epsilon: float = 0.75
     """Cosine threshold of `eps_evict` and `eps_free` (the paper's value)."""
     thresholds: str | None = None
-    """File of `eps_layer`: a JSON list with a threshold for each layer (`scripts.calibrate`)."""
+    """Of `eps_layer`: a JSON file with a threshold for each layer, as `scripts.calibrate` writes it, or
+    the name of one in `kvmerge/thresholds`, e.g. `smollm2-135m@0.35`."""
     underfill: str = "split"
     """Where a threshold merges more than the budget asks: `split` sets again, or `keep` fewer."""
-    min_similarity: float = -1.0
-    """Links below it are never made."""
-    max_set: int | None = None
-    """Most tokens of a set; None: no limit."""
     sigma: float | str = 5.0
     """Width of the Gaussian (the paper's best is 5), or a rule's name."""
     value_scale: str = "none"
@@ -99,12 +97,8 @@ class KVMerger(Method):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:
                 raise UserError(f"{name}={share} must be a fraction of the prompt in [0, 1).")
-        for name, least in (("merge_every", 1), ("max_set", 2)):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise UserError(f"{name}={value} must be a whole number of {least} or more.")
-        if self.max_set is not None and self.linkage != "adjacent":
-            raise UserError("max_set is defined for linkage=adjacent only.")
+        if type(self.merge_every) is not int or self.merge_every < 1:
+            raise UserError(f"merge_every={self.merge_every} must be a whole number of 1 or more.")
         if (self.budget_mode == "eps_layer") != (self.thresholds is not None):
             raise UserError(
                 "budget_mode=eps_layer and thresholds=FILE need each other; "
@@ -164,7 +158,7 @@ class KVMerger(Method):
         return self.merged(entries, set_ids, pivot, rope)
 
     def sets(self, entries: Entries, length: int, layer_idx: int, allowance: Allowance) -> Tensor:
-        """Merging sets that leave the allowance: `(batch, kv_heads, n)` ids, -1 where evicted.
+        """Return merging sets that leave the allowance: `(batch, kv_heads, n)` ids, -1 where evicted.
 
         Args:
             entries: with their scores.
@@ -181,13 +175,11 @@ class KVMerger(Method):
             threshold=self._threshold(layer_idx),
             scores=scores,
             linkage=self.linkage,
-            min_similarity=self.min_similarity if self.min_similarity > -1 else -math.inf,
-            max_set=self.max_set,
             underfill=self.underfill,
         )
 
     def protected(self, scores: Tensor, length: int, allowance: Allowance) -> Tensor:
-        """Which entries stay as they are: the last ones, and the best before them by score.
+        """Return which entries stay as they are: the last ones, and the best before them by score.
 
         Args:
             scores: `(batch, kv_heads, n)` of the stored entries.
@@ -236,13 +228,14 @@ class KVMerger(Method):
         )
 
     def protected_counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
-        """Recent and top tokens kept as they are (docs/methods.md), leaving room to merge into.
+        """Return the recent and top tokens kept as they are, leaving room to merge into.
 
-        Raises `UserError` where no merged entry would remain.
+        Raises:
+            UserError: where no merged entry would remain.
         """
         recent = recent_share(allowance.budget) if self.recent is None else self.recent
         top = top_share(allowance.budget) if self.top is None else self.top
-        n_recent = max(1, count(recent, length))
+        n_recent = at_least_one(recent, length)
         n_top = count(top, length)
         excess = n_recent + n_top + 1 - allowance.n_keep
         if excess > 0:
@@ -257,12 +250,23 @@ class KVMerger(Method):
         return n_recent, n_top
 
     def layer_thresholds(self) -> list[float]:
-        """The calibrated threshold of each layer. Raises `UserError` if the file cannot be used."""
+        """Read the calibrated threshold of each layer.
+
+        Raises:
+            UserError: if there is no such file or name, or it does not hold a number for each layer.
+        """
         path = Path(str(self.thresholds)).expanduser()
+        shipped = THRESHOLDS / f"{self.thresholds}.json"
+        if not path.exists() and shipped.is_file():
+            path = shipped
         try:
             content: Any = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"thresholds={path} cannot be read: {error}") from error
+            names = ", ".join(sorted(file.stem for file in THRESHOLDS.glob("*.json")))
+            raise UserError(
+                f"thresholds={path} cannot be read: {error}. Give a file, or the name of what is here: "
+                f"{names}."
+            ) from error
         values = content.get("thresholds") if isinstance(content, dict) else content
         if not isinstance(values, list) or not all(isinstance(value, float) for value in values):
             raise UserError(f"thresholds={path} must hold a list with a number for each layer.")
@@ -279,13 +283,3 @@ class KVMerger(Method):
                 f"thresholds={self.thresholds} has {len(thresholds)} layers; the model has more."
             )
         return thresholds[layer_idx]
-
-
-def recent_share(budget: float) -> float:
-    """Recent tokens as a fraction of the prompt: .17 at 50%, .08 at 35% (the paper), interpolated."""
-    return max(0.02, 0.08 + 0.09 * (budget - 0.35) / 0.15)
-
-
-def top_share(budget: float) -> float:
-    """Top tokens as a fraction of the prompt: .12 at 50%, .02 at 35% (the paper), interpolated."""
-    return max(0.0, 0.02 + 0.10 * (budget - 0.35) / 0.15)

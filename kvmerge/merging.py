@@ -23,7 +23,7 @@ UNDERFILLS = ("split", "keep")
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Cosine similarity along the last axis; a zero vector has cosine 0 with all (docs/methods.md)."""
+    """Return the cosine along the last axis; a zero vector has cosine 0 with all (docs/methods.md)."""
     norms = left.norm(dim=-1).clamp_min(1e-8) * right.norm(dim=-1).clamp_min(1e-8)
     return (left * right).sum(dim=-1) / norms
 
@@ -36,8 +36,6 @@ def merging_sets(
     threshold: float | None = None,
     scores: Tensor | None = None,
     linkage: str = "adjacent",
-    min_similarity: float = -math.inf,
-    max_set: int | None = None,
     underfill: str = "split",
 ) -> Tensor:
     """Group neighbouring tokens with similar keys into merging sets (docs/methods.md).
@@ -56,8 +54,6 @@ def merging_sets(
             sets must be evicted.
         linkage: what a token is compared with: `adjacent` its neighbour; `anchor` the token that the
             backward scan opened the set with; `complete` every member.
-        min_similarity: links below it are never made; what is lacking is evicted.
-        max_set: most tokens of a set; a backward scan closes a set that reaches it. Adjacent only.
         underfill: where a threshold leaves fewer sets than the budget: `split` at the weakest links
             until it is met, or `keep` the shorter cache.
 
@@ -75,8 +71,6 @@ def merging_sets(
         raise unknown("underfill", underfill, UNDERFILLS)
     if budget is None and threshold is None:
         raise ValueError("merging_sets needs a budget, a threshold, or both.")
-    if max_set is not None and linkage != "adjacent":
-        raise ValueError("max_set is defined for linkage='adjacent' only.")
     length = keys.shape[2]
     protected = protected.expand(keys.shape[:3])
     if budget is not None and int(protected.sum(-1).max()) > budget:
@@ -90,14 +84,9 @@ def merging_sets(
     if linkage == "adjacent":
         linkable = ~(protected[..., :-1] | protected[..., 1:])
         strength = cosine(exact[..., :-1, :], exact[..., 1:, :])
-        linked = linkable & (strength >= min_similarity)
-        if threshold is not None:
-            linked = linked & (strength > threshold)
-        if max_set is not None:
-            linked = _capped(strength, linked, n_links, max_set)
+        linked = linkable if threshold is None else linkable & (strength > threshold)
     else:
         linked, strength = _scan_links(exact, protected, n_links, threshold, linkage)
-        linked = linked & (strength >= min_similarity)
     if n_links is not None:
         linked = _strongest(strength, linked, n_links)
     first = torch.ones_like(protected[..., :1])
@@ -116,41 +105,10 @@ def _strongest(strength: Tensor, linked: Tensor, n_links: int) -> Tensor:
     return chosen & linked
 
 
-def _capped(strength: Tensor, linked: Tensor, n_links: int | None, max_set: int) -> Tensor:
-    """Break runs of links so that no set exceeds `max_set` tokens, counting from each run's end.
-
-    With `n_links`, only as many of the strongest links are taken as leave that many after breaking:
-    the count grows with the links taken, so their number is found by bisection.
-    """
-    if n_links is None:
-        return _broken(linked, max_set)
-    low = torch.zeros(linked.shape[:-1], dtype=torch.int64, device=linked.device)
-    high = torch.full_like(low, linked.shape[-1])
-    ranked = torch.sort(
-        strength.masked_fill(~linked, -math.inf).flip(-1), dim=-1, descending=True, stable=True
-    ).indices
-    places = torch.arange(linked.shape[-1], device=linked.device).expand_as(ranked)
-    ranks = torch.empty_like(ranked).scatter_(-1, linked.shape[-1] - 1 - ranked, places)
-    while bool((low < high).any()):
-        middle = (low + high) // 2
-        enough = _broken(linked & (ranks < middle[..., None]), max_set).sum(-1) >= n_links
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-        low = torch.minimum(low, high)
-    return _broken(linked & (ranks < high[..., None]), max_set)
-
-
-def _broken(linked: Tensor, max_set: int) -> Tensor:
-    """Drop every `max_set`-th link of a run, counted from its end."""
-    n = linked.shape[-1]
-    index = torch.arange(n, device=linked.device)
-    next_gap = torch.where(linked, n, index).flip(-1).cummin(dim=-1).values.flip(-1)
-    return linked & ((next_gap - index) % max_set != 0)
-
-
 def _scan_links(
     keys: Tensor, protected: Tensor, n_links: int | None, threshold: float | None, linkage: str
 ) -> tuple[Tensor, Tensor]:
-    """Links of the anchor and complete linkages, and the similarity each was accepted at.
+    """Return the links of the anchor and complete linkages, and the similarity each was accepted at.
 
     A budget without a threshold takes the largest threshold that leaves no more sets than allowed,
     found by refining a grid over [-1, 1] whose thresholds are all scanned at once.
@@ -238,7 +196,7 @@ def _segment(set_ids: Tensor, source: Tensor, reduce: str, n_sets: int) -> Tenso
 
 
 def set_summary(set_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Size, pivot and score of each set.
+    """Return size, pivot and score of each set.
 
     Args:
         set_ids: `(batch, kv_heads, T)` as `merging_sets` returns them.
@@ -259,7 +217,7 @@ def sum_over_sets(set_ids: Tensor, amounts: Tensor) -> Tensor:
 
 
 def pivot_tokens(set_ids: Tensor, scores: Tensor, pivot: str | Tensor = "score") -> Tensor:
-    """Token index of each set's pivot `(batch, kv_heads, sets)`, -1 for padding.
+    """Return the token index of each set's pivot `(batch, kv_heads, sets)`, -1 for padding.
 
     Args:
         set_ids: `(batch, kv_heads, T)`.
@@ -329,7 +287,7 @@ def gaussian_weights(
     pivot: str | Tensor = "score",
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """Weight of each token in its set, `(batch, kv_heads, T)` float32 or better, summing to 1.
+    """Return the weight of each token in its set, `(batch, kv_heads, T)` float32 or better; sum 1.
 
     An input that already stands for several tokens counts as often (`sizes`). Arguments as in
     `gaussian_merge`.
@@ -358,7 +316,7 @@ def merge_values(
     value_scale: str = "none",
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mean of each set's values, times its size under `value_scale=size`.
+    """Return the weighted mean of each set's values, times its size under `value_scale=size`.
 
     A value that was stored as size times mean is averaged as the mean. Arguments as in
     `gaussian_merge`; weights `(batch, kv_heads, T)` as `gaussian_weights` returns them.
@@ -389,7 +347,7 @@ def _exact_dtype(states: Tensor) -> torch.dtype:
 def _gaussian(
     distance: Tensor, size: Tensor, over_set: Callable[[Tensor], Tensor], sigma: float | str
 ) -> Tensor:
-    """Unnormalised weight of each token: 1 at the pivot, falling with its key's distance to it."""
+    """Return the unnormalised weight of each token: 1 at the pivot, less with its key's distance."""
     if sigma == "inf":
         return torch.ones_like(distance)
     total = over_set(distance)

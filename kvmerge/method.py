@@ -42,7 +42,7 @@ class PrefillLayer:
         return self.keys.shape[2]
 
     def column_scores(self) -> Tensor:
-        """The scores, for methods that declared `needs_scores`."""
+        """Return the scores, for methods that declared `needs_scores`."""
         assert self.scores is not None, "a method that reads scores must set needs_scores = True"
         return self.scores
 
@@ -106,7 +106,7 @@ class DecodeStep:
     """Moves keys between positions, for methods that declared `needs_rope`."""
 
     def mass(self, kv_heads: int) -> Tensor:
-        """`(batch, kv_heads, n)` weights summed over the query heads of each group."""
+        """Sum the weights over the query heads of each group: `(batch, kv_heads, n)`."""
         return self.weights.unflatten(1, (kv_heads, -1)).sum(dim=2)
 
 
@@ -136,7 +136,9 @@ class Method(ABC):
         """Keep `allowance.n_keep` entries of a finished layer.
 
         Not called where the budget holds the whole prompt: everything is kept then.
-        Raises `UserError` if the prompt is too short for what the method protects.
+
+        Raises:
+            UserError: if the prompt is too short for what the method protects.
         """
 
     def hold(self, entries: Entries, step: DecodeStep) -> Entries:
@@ -149,11 +151,13 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no rule for decode_policy=hold")
 
     def allocate(self, layers: Sequence[PrefillLayer], allowance: Allowance) -> list[int]:
-        """Entries per KV head for each layer, for methods that declared `allocates`."""
+        """Return the entries per KV head for each layer, for methods that declared `allocates`."""
         raise NotImplementedError(f"{type(self).__name__} does not allocate across layers")
 
     def visible(self, layer: PrefillLayer, allowance: Allowance) -> Tensor:
-        """Which columns each row of the prompt may see, for methods that declared `alters_prefill`.
+        """Return which columns each row of the prompt may see, where `alters_prefill` is declared.
+
+        Not called where the budget holds the whole prompt: every row sees all before it then.
 
         Returns:
             `(batch, kv_heads, T, T)` bool, row by column, causal.
@@ -209,7 +213,7 @@ def hide(entries: Entries, visible: Tensor) -> Entries:
 
 
 def top_positions(scores: Tensor, count: int) -> Tensor:
-    """Positions of the `count` largest scores along the last axis, ascending; ties: lower first.
+    """Return the positions of the `count` largest scores, ascending; of equal ones the lower.
 
     `torch.topk` leaves the order of ties open, so this is a stable sort (docs/methods.md).
     """

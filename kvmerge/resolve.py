@@ -101,7 +101,7 @@ def build(config: Any, what: str | None = None) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        if cause is None or isinstance(cause, TypeError | ValueError | AttributeError):
+        if cause is None or isinstance(cause, TypeError | ValueError | AttributeError | ImportError):
             why = first_line(cause or error).rstrip(".")
             raise UserError(f"{what or config.get('_target_')}: {why}.") from error
         raise

@@ -27,7 +27,7 @@ class Rope:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Rope:
-        """Read a model's rotary embedding. Raises `UserError` where its angles are not fixed."""
+        """Read a model's rotary embedding. Raise `UserError` where its angles are not fixed."""
         embedding = getattr(model.base_model, "rotary_emb", None)
         kind = getattr(embedding, "rope_type", None)
         if embedding is None or kind not in _FIXED_TYPES:

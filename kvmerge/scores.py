@@ -76,7 +76,7 @@ def column_sums(
 
 
 def last_rows(queries: Tensor, keys: Tensor, rows: int, *, scale: float | None = None) -> Tensor:
-    """The last rows of the causal softmax attention map.
+    """Return the last rows of the causal softmax attention map.
 
     Args:
         queries: `(batch, heads, T, head_dim)`, after RoPE.
@@ -100,7 +100,7 @@ def attention_rows(
     scale: float | None = None,
     visible: Visible | None = None,
 ) -> Tensor:
-    """Some rows of the causal softmax attention map, of all columns before `end`.
+    """Return some rows of the causal softmax attention map, of all columns before `end`.
 
     Args:
         queries: `(batch, heads, T, head_dim)`, after RoPE.
@@ -149,16 +149,14 @@ def head_column_sums(
     queries: Tensor,
     keys: Tensor,
     *,
-    window: int | None = None,
     dtype: torch.dtype = torch.float32,
     scale: float | None = None,
 ) -> Tensor:
-    """Column sums as `column_sums` takes them, but of each query head, and with two more choices.
+    """Sum columns as `column_sums` does, but of each query head, and rounded if wanted.
 
     Args:
         queries: `(batch, heads, T, head_dim)`, after RoPE.
         keys: `(batch, kv_heads, T, head_dim)`, after RoPE.
-        window: sum only the last so many rows; None means all.
         dtype: weights are rounded to it before the sum, and the sums after it.
         scale: factor on the logits; None means `1 / sqrt(head_dim)`.
 
@@ -166,22 +164,21 @@ def head_column_sums(
         `(batch, heads, T)` float32.
     """
     batch, heads, length, _ = queries.shape
-    begin = 0 if window is None else max(0, length - window)
     sums = torch.zeros(batch, heads, length, dtype=torch.float32, device=queries.device)
-    for _, weights in attention_blocks(queries, keys, begin=begin, scale=scale):
+    for _, weights in attention_blocks(queries, keys, scale=scale):
         sums[..., : weights.shape[-1]] += weights.to(dtype).float().sum(dim=2)
     return sums.to(dtype).float()
 
 
 def _block_rows(heads: int, length: int) -> int:
-    """Rows of the map that are worked on at once."""
+    """Return how many rows of the map that are worked on at once."""
     return max(16, min(256, _BLOCK_ELEMENTS // (heads * max(length, 1))))
 
 
 def _row_column_sums(
     queries: Tensor, keys: Tensor, lse: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """Column sums of one sequence: queries `(heads, T, D)`, keys `(kv_heads, T, D)`."""
+    """Sum the columns of one sequence: queries `(heads, T, D)`, keys `(kv_heads, T, D)`."""
     heads, length, head_dim = queries.shape
     kv_heads = keys.shape[0]
     group = heads // kv_heads

@@ -9,22 +9,105 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvmerge.budget import Budget, count
+from kvmerge.budget import Budget, at_least_one
 from kvmerge.cache import Hold, LayerCache, SteppedRow
 from kvmerge.errors import UserError, unknown
 from kvmerge.kernels.attention import attention_and_scores, masked_attention
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all
 from kvmerge.rope import Rope
+from kvmerge.scores import column_sums
 
 DECODE_POLICIES = ("append", "hold")
 POSITIONS = ("absolute", "rolled")
 SKIP_BUDGETS = ("compensated", "plain")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Switches that hold for all rows of a session alike, so that a table compares like with like."""
+
+    decode_policy: str = "append"
+    """`append`: generated tokens are stored beside the compressed prompt. `hold`: after each step the
+    method returns the stored length to its allowance, by its own rule; one without a rule appends."""
+    pos: str = "absolute"
+    """`absolute`: entries keep their true positions. `rolled`: they stand at 0, 1, 2, … as stored."""
+    layers_skip: tuple[int, ...] = ()
+    """Layers left uncompressed; negative ones count from the end."""
+    skip_budget: str = "compensated"
+    """`compensated`: the other layers keep less, so that the mean over layers is still the budget.
+    `plain`: they keep the budget."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("decode_policy", DECODE_POLICIES), ("pos", POSITIONS), ("skip_budget", SKIP_BUDGETS)
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise unknown(name, str(getattr(self, name)), allowed)
+        layers = self.layers_skip
+        if not isinstance(layers, tuple) or not all(type(layer) is int for layer in layers):
+            shown = list(layers) if isinstance(layers, tuple) else layers
+            raise UserError(f"layers_skip={shown!r} must be a list of layer numbers, e.g. [0,1,-1].")
+
+    @property
+    def rolled(self) -> bool:
+        """Whether entries are renumbered as they are stored."""
+        return self.pos == "rolled"
+
+    def check(self, method: Method) -> None:
+        """Refuse a method that cannot run under these switches.
+
+        Raises:
+            UserError: if layers are to be skipped by a method that divides its budget over layers.
+        """
+        if self.layers_skip and method.allocates:
+            raise UserError(
+                "layers_skip cannot be combined with a method that divides its budget itself."
+            )
+
+    def decides(self, method: Method) -> bool:
+        """Return whether a method decides again after each decode step."""
+        return method.acts_on_decode or (self.decode_policy == "hold" and method.holds)
+
+    def allowance(
+        self, budget: Budget, length: int, layer_idx: int, num_layers: int
+    ) -> tuple[int, float]:
+        """Return the entries per KV head of one layer, and the same as a fraction of the prompt.
+
+        Args:
+            budget: what remains of the whole cache.
+            length: tokens of the prompt.
+            layer_idx: the layer.
+            num_layers: layers of the model.
+
+        Raises:
+            UserError: if a skipped layer does not exist, or those skipped alone exceed the budget.
+        """
+        if not self.layers_skip:
+            return budget.entries(length), budget.fraction(length)
+        if not all(-num_layers <= layer < num_layers for layer in self.layers_skip):
+            raise UserError(f"layers_skip={list(self.layers_skip)}: the model has {num_layers} layers.")
+        skipped = {layer % num_layers for layer in self.layers_skip}
+        if layer_idx in skipped:
+            return length, 1.0
+        share = budget.fraction(length)
+        if self.skip_budget == "compensated":
+            share = (num_layers * share - len(skipped)) / (num_layers - len(skipped))
+        if share <= 0:
+            raise UserError(
+                f"layers_skip={list(self.layers_skip)} alone keeps more than the budget {budget}; "
+                "skip fewer layers, raise the budget, or use skip_budget=plain."
+            )
+        return at_least_one(share, length), share
+
+
+DEFAULT_POLICY = Policy()
 
 
 @dataclass(frozen=True)
@@ -34,62 +117,8 @@ class Row:
     method: Method
     budget: Budget
     seed: int = 0
-    decode_policy: str = "append"
-    """`append`: generated tokens are stored beside the compressed prompt. `hold`: after each step the
-    method returns the stored length to its allowance, by its own rule."""
-    pos: str = "absolute"
-    """`absolute`: entries keep their true positions. `rolled`: they stand at 0, 1, 2, … as stored."""
-    layers_skip: tuple[int, ...] = ()
-    """Layers left uncompressed; negative ones count from the end."""
-    skip_budget: str = "compensated"
-    """`compensated`: the other layers keep less, so that the mean over layers is still the budget.
-    `plain`: they keep the budget."""
     prompt: int = 0
     """Which sequence of the prefill batch the row decodes."""
-
-    def __post_init__(self) -> None:
-        if self.decode_policy not in DECODE_POLICIES:
-            raise unknown("decode_policy", self.decode_policy, DECODE_POLICIES)
-        if self.pos not in POSITIONS:
-            raise unknown("pos", self.pos, POSITIONS)
-        if self.skip_budget not in SKIP_BUDGETS:
-            raise unknown("skip_budget", self.skip_budget, SKIP_BUDGETS)
-        if self.layers_skip and self.method.allocates:
-            raise UserError(
-                "layers_skip cannot be combined with a method that divides its budget itself."
-            )
-
-    @property
-    def acts_on_decode(self) -> bool:
-        """Whether the method decides again after each decode step."""
-        return self.method.acts_on_decode or (self.decode_policy == "hold" and self.method.holds)
-
-    @property
-    def needs_rope(self) -> bool:
-        """Whether cached keys must be rotated."""
-        return self.method.needs_rope or self.pos == "rolled"
-
-    def allowance(self, length: int, layer_idx: int, num_layers: int) -> tuple[int, float]:
-        """Entries per KV head of one layer, and the same as a fraction, for a prompt of `length`.
-
-        Raises `UserError` if the skipped layers alone exceed the budget.
-        """
-        if not self.layers_skip:
-            return self.budget.entries(length), self.budget.fraction(length)
-        if not all(-num_layers <= layer < num_layers for layer in self.layers_skip):
-            raise UserError(f"layers_skip={list(self.layers_skip)}: the model has {num_layers} layers.")
-        skipped = {layer % num_layers for layer in self.layers_skip}
-        if layer_idx in skipped:
-            return length, 1.0
-        share = self.budget.fraction(length)
-        if self.skip_budget == "compensated":
-            share = (num_layers * share - len(skipped)) / (num_layers - len(skipped))
-        if share <= 0:
-            raise UserError(
-                f"layers_skip={list(self.layers_skip)} alone keeps more than the budget {self.budget}; "
-                "skip fewer layers, raise the budget, or use skip_budget=plain."
-            )
-        return max(1, count(share, length)), share
 
 
 @dataclass
@@ -123,6 +152,15 @@ class RowStats:
 Observer = Callable[[int, int, PrefillLayer, Entries], None]
 """Called with (row, layer index, layer, what the row kept) as each layer is compressed."""
 
+ATTENTION, COMPRESSION, CACHE = "attention", "compression", "cache"
+Stages = Callable[[str], AbstractContextManager[object]]
+"""Called with a stage's name as the stage begins; what it returns is entered and left around the work.
+
+`attention`: a prompt's attention in one layer, with scores where they are wanted; `compression`: one
+row compressing one layer; `cache`: attention of new tokens over the rows' caches in one layer. By
+default nobody watches.
+"""
+
 
 class CacheSession:
     """Holds every row's cache between the forward passes of a hooked model."""
@@ -134,6 +172,8 @@ class CacheSession:
         sample_ids: Sequence[str] = ("",),
         observer: Observer | None = None,
         rope: Rope | None = None,
+        policy: Policy = DEFAULT_POLICY,
+        stages: Stages = nullcontext,
     ) -> None:
         """Prepare rows.
 
@@ -143,13 +183,17 @@ class CacheSession:
             sample_ids: one a prompt; seeds the methods that draw.
             observer: called with every compressed layer.
             rope: the model's rotation, for rows that need it.
+            policy: the switches of all rows.
+            stages: watches where the time goes.
 
         Raises:
-            UserError: if a row cannot be combined with the others.
+            UserError: if a row cannot be combined with the others, or with the policy.
         """
+        for row in rows:
+            policy.check(row.method)
         if any(row.method.alters_prefill for row in rows) and len(rows) > 1:
             raise UserError("a method that alters the prefill cannot share it; run it on its own.")
-        self.rope = rope
+        self.rope, self.policy, self.stages = rope, policy, stages
         self._held: list[list[PrefillLayer]] = []
         self._allocated: dict[int, list[int]] = {}
         self.rows = list(rows)
@@ -175,9 +219,10 @@ class CacheSession:
     def attend(
         self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attention of one layer, called by the model (see `kvmerge.hook.Session`)."""
+        """Attend in one layer; the model calls it (see `kvmerge.hook.Session`)."""
         if layer_idx < len(self.layers):
-            return self.layers[layer_idx].attend(self.order, queries, keys, values, scale)
+            with self.stages(CACHE):
+                return self.layers[layer_idx].attend(self.order, queries, keys, values, scale)
         out = torch.zeros_like(queries)
         layers = []
         for prompt, length in enumerate(self.lengths):
@@ -192,17 +237,23 @@ class CacheSession:
     def _prefill_layer(
         self, prompt: int, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> tuple[PrefillLayer, Tensor]:
-        """Attention of one prompt in one layer, and what the compressors are handed."""
-        rows = [row for row in self.rows if row.prompt == prompt]
-        scored = self._wants_scores(rows, keys.shape[2])
-        out, scores = attention_and_scores(queries, keys, values, scale, scored=scored)
-        layer = PrefillLayer(
-            queries, keys, values, scores, layer_idx, self.num_layers, scale, self.rope
-        )
+        """Attend to one prompt in one layer; return what the compressors are handed, and the output."""
+        indices = [index for index, row in enumerate(self.rows) if row.prompt == prompt]
+        first = indices[0]
+        alters = self.rows[first].method.alters_prefill  # such a row has its prefill to itself
+        allowance = self._allowance(first, layer_idx) if alters else None
+        layer = PrefillLayer(queries, keys, values, None, layer_idx, self.num_layers, scale, self.rope)
+        scored = any(self._wants_scores(index, layer.length) for index in indices)
+        with self.stages(ATTENTION):
+            if allowance is not None and allowance.n_keep < layer.length:
+                scores = column_sums(queries, keys, scale=scale) if scored else None
+                layer = replace(layer, scores=scores)
+                visible = self.rows[first].method.visible(layer, allowance)
+                out = masked_attention(queries, keys, values, scale, visible)
+            else:
+                out, scores = attention_and_scores(queries, keys, values, scale, scored=scored)
+                layer = replace(layer, scores=scores)
         check_finite(layer)
-        if rows[0].method.alters_prefill:
-            visible = rows[0].method.visible(layer, self._allowance(0, layer_idx))
-            out = masked_attention(queries, keys, values, scale, visible)
         return layer, out
 
     def _take(self, layers: Sequence[PrefillLayer]) -> None:
@@ -230,10 +281,10 @@ class CacheSession:
                 entries[index],
                 self.lengths[row.prompt],
                 self._hold_rule(index, layer_idx),
-                self.rope if row.pos == "rolled" else None,
+                self.rope if self.policy.rolled else None,
             )
             for index, row in enumerate(self.rows)
-            if row.acts_on_decode or row.pos == "rolled"
+            if self.policy.rolled or self.policy.decides(row.method)
         }
         self.layers.append(LayerCache(entries, self.capacity, stepped))
 
@@ -249,21 +300,22 @@ class CacheSession:
         for layer in self.layers:
             layer.rewind()
 
-    def _wants_scores(self, rows: Sequence[Row], length: int) -> bool:
-        """Whether a method of these rows will look at the scores; the full cache alone needs none."""
-        return any(
-            row.method.needs_scores and (row.acts_on_decode or row.budget.entries(length) < length)
-            for row in rows
+    def _wants_scores(self, index: int, length: int) -> bool:
+        """Return whether a row's method will look at the scores; the full cache alone needs none."""
+        row = self.rows[index]
+        return row.method.needs_scores and (
+            self.policy.decides(row.method) or row.budget.entries(length) < length
         )
 
     def _compress(self, index: int, layer: PrefillLayer) -> Entries:
         row = self.rows[index]
         allowance = self._allowance(index, layer.layer_idx)
-        if allowance.n_keep >= layer.length and not row.method.acts_on_decode:
-            kept = keep_all(layer)
-        else:
-            kept = row.method.compress(layer, allowance)
-        if row.pos == "rolled" and kept.is_ragged:
+        with self.stages(COMPRESSION):
+            if allowance.n_keep >= layer.length and not row.method.acts_on_decode:
+                kept = keep_all(layer)
+            else:
+                kept = row.method.compress(layer, allowance)
+        if self.policy.rolled and kept.is_ragged:
             raise UserError("pos=rolled is undefined where KV heads keep different numbers of entries.")
         self.stats[index].add_layer(kept)
         if self.observer is not None:
@@ -280,12 +332,12 @@ class CacheSession:
         if index in self._allocated:
             n_keep = min(self._allocated[index][layer_idx], length)
             return Allowance(n_keep, n_keep / length, generator)
-        n_keep, share = row.allowance(length, layer_idx, self.num_layers)
+        n_keep, share = self.policy.allowance(row.budget, length, layer_idx, self.num_layers)
         return Allowance(n_keep, share, generator)
 
     def _hold_rule(self, index: int, layer_idx: int) -> Hold | None:
         row = self.rows[index]
-        if not row.acts_on_decode:
+        if not self.policy.decides(row.method):
             return None
         length = self.lengths[row.prompt]
 
@@ -302,10 +354,14 @@ def session_for(
     rows: Sequence[Row],
     sample_ids: Sequence[str],
     observer: Observer | None = None,
+    policy: Policy = DEFAULT_POLICY,
+    stages: Stages = nullcontext,
 ) -> CacheSession:
-    """A session for a model, with its rotation where a row needs it."""
-    rope = Rope.of(model) if any(row.needs_rope for row in rows) else None
-    return CacheSession(rows, model.config.num_hidden_layers, sample_ids, observer, rope)
+    """Return a session for a model, with its rotation where a row needs it."""
+    turns = policy.rolled or any(row.method.needs_rope for row in rows)
+    rope = Rope.of(model) if turns else None
+    layers = model.config.num_hidden_layers
+    return CacheSession(rows, layers, sample_ids, observer, rope, policy, stages)
 
 
 def seeded_generator(

@@ -4,7 +4,8 @@
 
 The paper remarks that compression ratios per layer hardly vary between samples, so they can be fixed
 in advance. For each layer, the threshold is bisected until the mean number of entries over KV heads
-and samples meets the budget. Overrides are those of run.py; settings of the method hold.
+and samples meets the budget. Overrides are those of run.py; settings of the method hold. The file goes
+to results/calibration, named by model and budget.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 from kvmerge.kvmerger import KVMerger
-from kvmerge.method import Allowance, Entries, PrefillLayer, top_positions
+from kvmerge.method import Allowance, Entries, PrefillLayer
 from kvmerge.models import load
 from kvmerge.session import Row
 
@@ -35,7 +36,7 @@ OUT = Path("results") / "calibration"
 
 
 class Links:
-    """Observes layers and keeps the similarity of every link that may be made."""
+    """Observe layers and keep the similarity of every link that may be made."""
 
     def __init__(self, method: KVMerger, budget: Budget) -> None:
         """Collect links as `method` would see them at `budget`."""
@@ -45,18 +46,16 @@ class Links:
     def __call__(self, row: int, layer_idx: int, layer: PrefillLayer, kept: Entries) -> None:
         """Add one layer: link similarities of each KV head, -inf where protected, and the budget."""
         allowance = Allowance(self.budget.entries(layer.length), self.budget.fraction(layer.length))
-        scores = layer.column_scores()
-        n_recent, n_top = self.method.protected_counts(allowance, layer.length)
-        protected = torch.zeros_like(scores, dtype=torch.bool)
-        protected[..., layer.length - n_recent :] = True
-        protected.scatter_(-1, top_positions(scores[..., : layer.length - n_recent], n_top), True)
+        if allowance.n_keep >= layer.length:
+            return  # nothing is merged, whatever the threshold
+        protected = self.method.protected(layer.column_scores(), layer.length, allowance)
         similarity = merging.cosine(layer.keys[:, :, :-1].float(), layer.keys[:, :, 1:].float())
         closed = protected[..., :-1] | protected[..., 1:]
         links = similarity.masked_fill(closed, -torch.inf)[0]
         self.by_layer.setdefault(layer_idx, []).append((links, allowance.n_keep))
 
     def threshold(self, layer_idx: int) -> float:
-        """The threshold at which the mean number of entries is the budget's."""
+        """Return the threshold at which the mean number of entries is the budget's."""
         low, high = -1.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
@@ -70,7 +69,7 @@ class Links:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Calibrate and write the thresholds; prints where they went."""
+    """Calibrate, write the thresholds and print where they went."""
     overrides = list(sys.argv[1:] if argv is None else argv)
     if overrides and overrides[0] in ("-h", "--help"):
         print(__doc__)
@@ -85,7 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def calibrate(settings: Settings) -> Path:
-    """Run the prompts once and write one threshold a layer. Raises `UserError` like a run."""
+    """Run the prompts once and write one threshold a layer.
+
+    Returns:
+        the file.
+
+    Raises:
+        UserError: as a run does, and where there is no threshold to calibrate.
+    """
+    if len(settings.cells) != 1:
+        raise UserError(
+            f"{len(settings.cells)} cells were given; thresholds are calibrated for one method at one "
+            "budget, e.g. method=kvmerger budget=0.35."
+        )
     cell = settings.cells[0]
     method = cell.method
     if not isinstance(method, KVMerger) or method.linkage != "adjacent":
@@ -100,7 +111,8 @@ def calibrate(settings: Settings) -> Path:
         ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format).prompt
         prompt = torch.tensor([ids], device=model.device)
         run_sample(model, prompt, [Row(method, cell.budget)], Stop(1, frozenset()), observer=links)
-    thresholds = [links.threshold(layer) for layer in sorted(links.by_layer)]
+    if not links.by_layer:
+        raise UserError(f"budget={cell.budget} holds every prompt; lower it, or take longer prompts.")
     path = OUT / f"{settings.model.name}@{cell.budget}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -108,7 +120,7 @@ def calibrate(settings: Settings) -> Path:
         "benchmark": settings.benchmark.name,
         "samples": len(jobs),
         "cell": cell.name,
-        "thresholds": thresholds,
+        "thresholds": [links.threshold(layer) for layer in sorted(links.by_layer)],
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path

@@ -108,6 +108,7 @@ def test_help_names_the_commands_the_choices_and_the_settings(tmp_path: Path) ->
         *choices("experiment"),
     ):
         assert part in output.out
+    assert "_base" not in output.out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,7 +33,7 @@ def test_every_group_is_guarded_by_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=map("/".join, FILES))
-def test_every_file_composes_without_gaps(group: str, name: str) -> None:
+def test_every_choice_composes_without_gaps(group: str, name: str) -> None:
     config = composed(f"{group}={name}")
     assert OmegaConf.missing_keys(config) == set()
     assert OmegaConf.to_container(config, resolve=True)
@@ -113,6 +113,24 @@ def test_an_experiment_says_what_it_needs_and_leaves_the_model_open() -> None:
         assert other.benchmark == default.benchmark
 
 
+def test_each_of_kvmergers_readings_runs_in_an_experiment() -> None:
+    options = {"budget_mode", "thresholds", "underfill", "linkage"}
+    cells = [
+        cell
+        for name in choices("experiment")
+        for cell in parse_cells(composed(f"experiment={name}").cells)
+    ]
+    tried = {pair for cell in cells for pair in cell.options if pair[0] in options}
+    assert {
+        ("budget_mode", "eps_free"),
+        ("budget_mode", "eps_evict"),
+        ("budget_mode", "eps_layer"),
+        ("underfill", "keep"),
+        ("linkage", "anchor"),
+        ("linkage", "complete"),
+    } <= tried
+
+
 def test_the_papers_table_has_its_nine_tasks_and_budgets() -> None:
     config = composed("experiment=paper_longbench")
     assert set(config.benchmark.tasks) == {
@@ -138,7 +156,9 @@ def test_no_choice_is_named_as_a_file_of_another_spelling() -> None:
 
 @pytest.mark.parametrize("name", choices("method"))
 def test_hydra_and_the_python_api_read_the_same_settings_of_a_method(name: str) -> None:
-    assert OmegaConf.to_container(composed(f"method={name}").method) == method_settings(name)
+    composed_method = OmegaConf.to_container(composed(f"method={name}").method)
+    assert isinstance(composed_method, dict)
+    assert list(composed_method.items()) == list(method_settings(name).items()), "in the same order"
 
 
 def test_files_that_serve_others_are_no_choices() -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 
 from kvmerge import Budget, resolve
+from kvmerge.cells import parse_cell
 from kvmerge.comparison import COLUMNS
 from kvmerge.engine import Stop, run_sample
+from kvmerge.kvmerger import KVMerger
 from kvmerge.session import Row
 from tests import tiny
 
@@ -22,17 +25,26 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```(python|yaml)\n(.*?)```", re.DOTALL)
 
 
-def test_the_example_of_add_a_method_runs(tmp_path, monkeypatch):
-    text = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
-    blocks = dict(BLOCK.findall(text))
+@pytest.fixture
+def method_page(tmp_path, monkeypatch):
+    """The page's blocks by language, and a copy of the configuration for what it adds."""
     shutil.copytree(resolve.config_dir(), tmp_path / "configs")
-    (tmp_path / "configs" / "method" / "key_norm.yaml").write_text(blocks["yaml"], encoding="utf-8")
-    (tmp_path / "key_norm.py").write_text(blocks["python"], encoding="utf-8")
+    monkeypatch.setattr(resolve, "config_dir", lambda: tmp_path / "configs")
+    text = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
+    blocks = {"python": [], "yaml": []}
+    for language, block in BLOCK.findall(text):
+        blocks[language].append(block)
+    return blocks, tmp_path / "configs" / "method"
+
+
+def test_the_example_of_add_a_method_runs(method_page, tmp_path, monkeypatch):
+    blocks, folder = method_page
+    (folder / "key_norm.yaml").write_text(blocks["yaml"][0], encoding="utf-8")
+    (tmp_path / "key_norm.py").write_text(blocks["python"][0], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     import baselines
 
     monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
-    monkeypatch.setattr(resolve, "config_dir", lambda: tmp_path / "configs")
     try:
         method = resolve.load_method("key_norm", {"recent": 4})
         rows = [Row(method, Budget.parse(0.5))]
@@ -45,6 +57,18 @@ def test_the_example_of_add_a_method_runs(tmp_path, monkeypatch):
     assert kept[0, 0, -4:].tolist() == [36, 37, 38, 39]
     others = keys[0, 0, :36].norm(dim=-1).argsort()[:16].sort().values
     assert torch.equal(kept[0, 0, :16], others)
+
+
+def test_a_variant_of_kvmerger_costs_two_lines_of_yaml(method_page):
+    blocks, folder = method_page
+    lines = [line for line in blocks["yaml"][1].splitlines() if not line.startswith("#")]
+    assert len(lines) == 2
+    (folder / "kvmerger_first.yaml").write_text(blocks["yaml"][1], encoding="utf-8")
+    assert resolve.load_method("kvmerger_first") == KVMerger(pivot="first")
+    assert parse_cell("kvmerger_first:top=0.1@0.35").method == KVMerger(pivot="first", top=0.1)
+    with initialize_config_dir(str(folder.parent), version_base="1.3"):
+        composed = compose("config", ["method=kvmerger_first"]).method
+    assert resolve.build(composed) == KVMerger(pivot="first")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +88,11 @@ def test_paths_that_are_named_exist(page):
         r"`((?:kvmerge|baselines|benchmarks|harness|scripts|configs|docs|examples|tests|results)/[\w./-]*)`",
         text,
     )
-    made_up = {"baselines/key_norm.py", "configs/method/key_norm.yaml"}
+    made_up = {
+        "baselines/key_norm.py",
+        "configs/method/key_norm.yaml",
+        "configs/method/kvmerger_first.yaml",
+    }
     in_a_wheel = {"kvmerge/configs", "harness/report/reference"}
     missing = {path for path in named if not (ROOT / path).exists()}
     assert named

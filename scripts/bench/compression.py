@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kvmerge.hook import forward, hooked
-from kvmerge.session import CacheSession, session_for
-from scripts.bench.measure import Bench, Report
+from kvmerge.session import COMPRESSION, session_for
+from scripts.bench.measure import Bench, Report, Stopwatch
 
 _CELLS = ("kvmerger@0.5", "kvmerger@0.35", "h2o@0.35", "cam@0.35", "snapkv@0.35", "d2o@0.35")
 
@@ -46,21 +46,11 @@ def compression(bench: Bench, length: int = 4096) -> Report:
 @torch.inference_mode()
 def _shares(bench: Bench, ids: torch.Tensor, cell: str) -> tuple[float, float]:
     """Seconds inside the method, and of the whole prefill."""
-    inside = 0.0
+    watch = Stopwatch()
     with hooked(bench.model):
-        session = session_for(bench.model, bench.rows([cell]), ["bench"])
-        compress = CacheSession._compress
-
-        def timed(index: int, layer: Any) -> Any:
-            nonlocal inside
-            started = time.perf_counter()
-            kept = compress(session, index, layer)
-            inside += time.perf_counter() - started
-            return kept
-
-        session._compress = timed  # type: ignore[method-assign]
+        session = session_for(bench.model, bench.rows([cell]), ["bench"], stages=watch)
         session.begin([ids.shape[1]], 1)
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         started = time.perf_counter()
         forward(bench.model, session, ids, positions, logits_to_keep=1)
-        return inside, time.perf_counter() - started
+        return watch.seconds[COMPRESSION], time.perf_counter() - started

@@ -6,11 +6,13 @@ shown, since the runs of a round meet the machine in the same mood.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -101,7 +103,7 @@ class Bench:
 
     def run(self, prompts: Sequence[Tensor], rows: Sequence[Row], tokens: int, batch: int = 1) -> None:
         """Answer prompts with exactly so many tokens, `batch` prompts at a time."""
-        requests = [Request(ids, rows) for ids in prompts]
+        requests = [Request(ids, rows, policy=self.settings.policy) for ids in prompts]
         for begin in range(0, len(requests), batch):
             run_samples(self.model, requests[begin : begin + batch], Stop(tokens, frozenset()))
 
@@ -137,6 +139,22 @@ def in_turn(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[s
             if attempt:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+class Stopwatch:
+    """Seconds inside the engine's stages, by stage (see `kvmerge.session.Stages`)."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to its stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - started
 
 
 class LiveBytes(TorchDispatchMode):

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
 
-from kvmerge import session
-from kvmerge.cache import LayerCache
 from kvmerge.engine import Stop, run_sample
-from scripts.bench.measure import Bench, Report
-
-_ATTENTION, _COMPRESS, _CACHE = "attention with scores", "compressing", "attention over the caches"
+from kvmerge.session import ATTENTION, CACHE, COMPRESSION
+from scripts.bench.measure import Bench, Report, Stopwatch
 
 
 def stages(bench: Bench, length: int = 3500, tokens: int = 64) -> Report:
@@ -24,17 +14,18 @@ def stages(bench: Bench, length: int = 3500, tokens: int = 64) -> Report:
     ids, rows = bench.prompt(length), bench.rows(bench.cells)
     readings = []
     for _ in range(bench.repeats + 1):
-        with _timed_stages() as inside:
-            _, timing = run_sample(bench.model, ids, rows, Stop(tokens, frozenset()))
+        watch = Stopwatch()
+        _, timing = run_sample(bench.model, ids, rows, Stop(tokens, frozenset()), stages=watch)
+        inside = watch.seconds
         readings.append(
             {
-                f"prefill: {_ATTENTION}": inside[_ATTENTION],
-                f"prefill: {_COMPRESS}": inside[_COMPRESS],
+                "prefill: attention with scores": inside[ATTENTION],
+                "prefill: compressing": inside[COMPRESSION],
                 "prefill: the rest of the model": timing.prefill
-                - inside[_ATTENTION]
-                - inside[_COMPRESS],
-                f"decode: {_CACHE}": inside[_CACHE],
-                "decode: the rest of the model": timing.decode - inside[_CACHE],
+                - inside[ATTENTION]
+                - inside[COMPRESSION],
+                "decode: attention over the caches": inside[CACHE],
+                "decode: the rest of the model": timing.decode - inside[CACHE],
             }
         )
     counted = readings[1:]
@@ -51,29 +42,3 @@ def stages(bench: Bench, length: int = 3500, tokens: int = 64) -> Report:
         ],
         raw={"seconds": counted},
     )
-
-
-@contextlib.contextmanager
-def _timed_stages() -> Iterator[dict[str, float]]:
-    """Seconds inside the engine's stages while the block runs, by stage."""
-    inside: dict[str, float] = defaultdict(float)
-
-    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapper(*arguments: Any, **more: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*arguments, **more)
-            finally:
-                inside[stage] += time.perf_counter() - started
-
-        return wrapper
-
-    with contextlib.ExitStack() as patches:
-        for stage, owner, name in (
-            (_ATTENTION, session, "attention_and_scores"),
-            (_COMPRESS, session.CacheSession, "_compress"),
-            (_CACHE, LayerCache, "attend"),
-        ):
-            patches.enter_context(mock.patch.object(owner, name, timed(stage, getattr(owner, name))))
-        yield inside

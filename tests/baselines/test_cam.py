@@ -24,7 +24,7 @@ def certain(length):
 
 
 @pytest.mark.parametrize("drawn", [True, False])
-def test_cascade_golden(drawn):
+def test_what_a_token_receives_it_passes_on(drawn):
     values = torch.tensor([10, 1, 2, 4, 8, 16], dtype=DOUBLE).view(1, 1, 6, 1)
     found = merge_values(
         values,
@@ -38,7 +38,7 @@ def test_cascade_golden(drawn):
     torch.testing.assert_close(found[0, 0, :, 0], wanted, atol=1e-5, rtol=0)
 
 
-def test_banded_probability_golden():
+def test_banded_scores_see_only_sinks_and_window():
     rows = torch.tensor(
         [
             [1, 0, 0, 0, 0, 0],
@@ -210,7 +210,7 @@ def test_the_draw_decides_as_documented():
         (2, 3, 1, 1),
     ],
 )
-def test_split_of_the_budget(budget, length, start, recent):
+def test_half_of_the_budget_is_recent_and_the_rest_sinks(budget, length, start, recent):
     before = layer(length, head_dim=2, scores=torch.ones(1, 2, length))
     budget = Budget.parse(budget)
     kept = CaM(sample="expected").compress(
@@ -283,6 +283,6 @@ def test_no_recent_token_to_merge_into():
         CaM().compress(layer(2), Allowance(1, 0.5, generator(0)))
 
 
-def test_unknown_sample():
+def test_an_unknown_sample_is_refused():
     with pytest.raises(UserError, match=r"unknown sample 'bernouli'\. Did you mean 'bernoulli'"):
         CaM(sample="bernouli")

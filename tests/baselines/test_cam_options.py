@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from baselines.cam import CaM, merge_probabilities
-from baselines.cam_merging import cascade, fold_entry, fold_into_kept
+from baselines.cam_merging import cascade, fold_entry
 from baselines.cam_probabilities import banded_map, banded_probabilities, streamed_probabilities
 from baselines.cam_variants import CaMGenerate, CaMHH
-from baselines.h2o import keep
 from kvmerge.budget import Budget
 from kvmerge.cache import append_entry
 from kvmerge.engine import Stop, run_sample
@@ -43,7 +41,7 @@ def shown(entries: Entries) -> list[int]:
 
 
 @pytest.mark.parametrize(("m", "wanted"), [(2, [1, 2, 3, 4, 7, 8]), (32, [1, 2, 3, 4, 5.125, 6.125])])
-def test_hh_golden(m: int, wanted: list[float]) -> None:
+def test_hh_with_the_slip_folds_one_entry_later(m: int, wanted: list[float]) -> None:
     """Entry 3 of 6 is folded, its ratio cut to 1; where receivers are missing the divisor stays."""
     method = CaMHH(start=1, m=m, bug_compat=True, sample="expected")
     step = DecodeStep(ROW, 5, 0, 0, Allowance(5, 1.0))
@@ -52,7 +50,7 @@ def test_hh_golden(m: int, wanted: list[float]) -> None:
     assert shown(held) == [1, 0, 0, 1, 1, 1, 1]  # what was folded is seen once more
 
 
-def test_hh_golden_without_the_slip() -> None:
+def test_hh_folds_the_entry_that_leaves_the_window() -> None:
     """Entry 2 of 6 leaves: `.05 / mean(.25, .2)` of its value, halved between the next two."""
     step = DecodeStep(ROW, 5, 0, 0, Allowance(5, 1.0))
     held = CaMHH(start=1, m=2, sample="expected").hold(entries_of(list(range(1, 7))), step)
@@ -63,7 +61,7 @@ def test_hh_golden_without_the_slip() -> None:
     assert torch.allclose(found, held.values)
 
 
-def test_generate_golden() -> None:
+def test_generate_merges_what_leaves_if_drawn() -> None:
     """`p = .4 / mean(.7, .3) = .8`; merged if drawn, entry 1 of 5 leaves."""
     method = CaMGenerate(start=1, m=2)
     scores = [2, 0.3, 0.5, 0.1, 0]
@@ -140,75 +138,16 @@ def test_banded_merges_less_than_column_sums_where_a_sink_competes() -> None:
     assert not torch.allclose(banded.values, column.values)
 
 
-# --- merging into kept entries
+# --- decoding
 
 
-def slow_fold(values: Tensor, share: Tensor, kept: list[int], m: int) -> Tensor:
-    """One head `(n, head_dim)`, entry by entry."""
-    out = values.clone()
-    for entry in range(len(values)):
-        after = [slot for slot in kept if slot > entry][:m]
-        if entry not in kept:
-            for slot in after:
-                out[slot] += share[entry] * values[entry] / len(after)
-    return out[kept]
-
-
-@pytest.mark.parametrize("m", [1, 3, 50])
-def test_folding_into_kept_entries_equals_the_loop(m: int) -> None:
-    values, share = normal(1, 2, 30, 4), torch.rand(1, 2, 30, generator=generator(1))
-    kept = torch.tensor([[[0, 3, 4, 9, 20, 21], [2, 5, 6, 7, 28, 29]]])
-    found = fold_into_kept(values, share, kept, m)
-    for head in range(2):
-        wanted = slow_fold(values[0, head], share[0, head], kept[0, head].tolist(), m)
-        torch.testing.assert_close(found[0, head], wanted, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("prefill", ["lm_eval", "mean", "none"])
-@pytest.mark.parametrize("m", [None, 4])
-def test_the_h2o_base(prefill: str, m: int | None) -> None:
-    some = layer(40)
-    found = CaM(base="h2o", prefill=prefill, m=m, sample="expected").compress(some, HALF)
-    kept = keep(some.scores, heavy=10, recent=10)
-    assert torch.equal(found.positions, kept)
-    for head in range(2):
-        slots, scores = kept[0, head].tolist(), some.scores[0, head]
-        share = torch.zeros(40)
-        for token in range(40):
-            if prefill == "lm_eval":
-                rivals = torch.cat([scores[slots[:10]], scores[token : token + 10]])
-                share[token] = min(1.0, float(scores[token] / rivals.max()))
-            if prefill == "mean":
-                after = [slot for slot in slots if slot > token][: m or 10]
-                share[token] = min(1.0, float(scores[token] / scores[after].mean())) if after else 0
-        wanted = slow_fold(some.values[0, head], share, slots, m or 10)
-        torch.testing.assert_close(found.values[0, head], wanted, atol=1e-5, rtol=0)
-
-
-def test_holding_on_the_h2o_base_drops_what_h2o_drops_and_shares_its_value() -> None:
-    some = layer(40)
-    method = CaM(base="h2o", m=3, sample="expected")
-    entries = method.compress(some, HALF)
-    stored = append_entry(entries, some.keys[:, :, :1], some.values[:, :, :1], 40)
-    weights = normal(1, 4, 21).softmax(-1)
-    held = method.hold(stored, DecodeStep(weights, 40, 0, 0, HALF))
-    scores = stored.scores + weights.unflatten(1, (2, 2)).sum(2)
-    kept = keep(scores, heavy=10, recent=10)
-    assert torch.equal(held.positions, stored.positions.gather(-1, kept))
-    for head in range(2):
-        slots = kept[0, head].tolist()
-        [gone] = set(range(21)) - set(slots)
-        after = [slot for slot in slots if slot > gone][:3]
-        share = torch.zeros(21)
-        share[gone] = min(1.0, float(scores[0, head, gone] / scores[0, head, after].mean()))
-        wanted = slow_fold(stored.values[0, head], share, slots, 3)
-        torch.testing.assert_close(held.values[0, head], wanted, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("m", "receivers"), [(None, 10), (4, 4), (50, 10)])
-def test_holding_folds_the_oldest_entry_after_the_sinks(m: int | None, receivers: int) -> None:
+@pytest.mark.parametrize(("most", "receivers"), [(32, 10), (4, 4)])
+def test_holding_folds_the_oldest_entry_after_the_sinks(
+    monkeypatch: pytest.MonkeyPatch, most: int, receivers: int
+) -> None:
     """Into 32 entries, but never into more than are recent: nothing is lost."""
-    some, method = layer(40), CaM(m=m, sample="expected")
+    monkeypatch.setattr("baselines.cam.DECODE_RECEIVERS", most)
+    some, method = layer(40), CaM(sample="expected")
     entries = method.compress(some, HALF)
     stored = append_entry(entries, some.keys[:, :, :1], some.values[:, :, :1], 40)
     weights = normal(1, 4, 21).softmax(-1)
@@ -228,36 +167,13 @@ def test_holding_folds_the_oldest_entry_after_the_sinks(m: int | None, receivers
 # --- the prompt
 
 
-def test_an_unmerged_prompt_is_plain_eviction() -> None:
+def test_a_fixed_number_of_sinks() -> None:
     some = layer(40)
-    kept = CaM(prefill="none").compress(some, replace(HALF, generator=generator(0)))
-    wanted = [*range(10), *range(30, 40)]
-    assert kept.positions.tolist() == [[wanted] * 2]
-    assert torch.equal(kept.values, some.values[:, :, wanted])
-
-
-def test_the_mean_rule_on_a_prompt() -> None:
-    some = layer(40)
-    kept = CaM(prefill="mean", sample="expected").compress(some, HALF)
-    for head in range(2):
-        scores = some.scores[0, head]
-        chances = [0.0] * 40
-        for token in range(10, 30):
-            chances[token] = min(1.0, float(scores[token] / scores[token + 1 : token + 11].mean()))
-        wanted = oracles.cam_merge_values(
-            some.values[0, head], chances, None, start=10, recent=10, merge_budget=10
-        )
-        wanted = torch.tensor(wanted[:10] + wanted[30:])
-        torch.testing.assert_close(kept.values[0, head], wanted, atol=1e-4, rtol=0)
-
-
-def test_a_fixed_number_of_receivers_and_sinks() -> None:
-    some = layer(40)
-    kept = CaM(start=4, m=3, sample="expected").compress(some, HALF)
+    kept = CaM(start=4, sample="expected").compress(some, HALF)
     for head in range(2):
         chances = oracles.cam_column_probabilities(some.scores[0, head], start=4, recent=16)
         wanted = oracles.cam_merge_values(
-            some.values[0, head], chances, None, start=4, recent=16, merge_budget=3
+            some.values[0, head], chances, None, start=4, recent=16, merge_budget=16
         )
         wanted = torch.tensor(wanted[:4] + wanted[24:])
         torch.testing.assert_close(kept.values[0, head], wanted, atol=1e-5, rtol=0)
@@ -302,19 +218,19 @@ def test_hh_keeps_the_whole_cache_of_a_model(bug_compat: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"base": "sinks"}, "unknown base 'sinks'"),
-        ({"prefill": "max"}, "unknown prefill 'max'"),
         ({"score": "band"}, "unknown score 'band'"),
-        ({"base": "h2o", "score": "banded"}, "score=banded is defined for base=sink"),
-        ({"prefill": "none", "score": "banded"}, "score=banded is defined for base=sink"),
-        ({"prefill": "mean", "m": 32}, "prefill=mean merges almost every token"),
-        ({"m": 0}, "at least 1 receiver"),
         ({"start": -1}, "start=-1 is negative"),
     ],
 )
-def test_settings_that_do_not_exist(settings: dict[str, object], message: str) -> None:
+def test_a_setting_out_of_range_is_refused_and_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CaM(**settings)
+
+
+@pytest.mark.parametrize("variant", [CaMHH, CaMGenerate])
+def test_a_merged_token_needs_a_receiver(variant: type[CaMHH]) -> None:
+    with pytest.raises(UserError, match="m=0: a merged token needs at least 1 receiver"):
+        variant(m=0)
 
 
 @pytest.mark.parametrize("method", [CaM(start=20), CaMHH(start=20), CaMGenerate(start=20)])

@@ -38,7 +38,7 @@ def test_meanpool_sets_are_kvmergers_sets_with_plain_means():
 # --- meanpool_chunks
 
 
-def test_chunk_golden():
+def test_chunks_are_of_equal_length_the_larger_ones_first():
     ids = chunk_sets(torch.zeros(1, 1, 7, dtype=torch.bool), 3)
     assert ids.tolist() == [[[0, 0, 0, 1, 1, 2, 2]]]
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from baselines.h2o import H2O, keep
 from kvmerge.budget import Budget
-from kvmerge.errors import UserError
 from kvmerge.method import Allowance
 from tests.kvmerge import oracles
 from tests.tiny import layer, quick
@@ -25,7 +24,7 @@ MAP = torch.tensor(
 )
 
 
-def test_prefill_golden():
+def test_the_heaviest_before_the_recent_tokens_stays():
     scores = MAP.sum(0)
     torch.testing.assert_close(
         scores, torch.tensor([2.6, 0.7, 1.1, 0.3, 0.3], dtype=torch.float64), atol=1e-5, rtol=0
@@ -33,7 +32,7 @@ def test_prefill_golden():
     assert keep(scores[None, None], heavy=1, recent=2).tolist() == [[[0, 3, 4]]]
 
 
-def test_grouped_query_golden():
+def test_the_heads_of_a_group_vote_with_their_sum():
     """The heads of a group vote with their sum: neither head alone decides."""
     one, other = torch.tensor([0.9, 0.5, 0.6]), torch.tensor([0.1, 1.0, 0.2])
     both = (one + other)[None, None]
@@ -69,24 +68,21 @@ def test_without_recent_tokens_it_is_pure_top_k():
 
 
 @pytest.mark.parametrize(
-    ("split", "budget", "length", "heavy", "recent"),
+    ("budget", "length", "heavy", "recent"),
     [
-        ("even", 0.5, 3500, 875, 875),
-        ("even", 0.35, 3500, 613, 612),
-        ("even", 0.35, 20, 4, 3),
-        ("even", 0.5, 2, 1, 0),
-        ("even", 11, 20, 6, 5),
-        ("kvmerger", 0.5, 3500, 1155, 595),
-        ("kvmerger", 0.35, 3500, 945, 280),
-        ("kvmerger", 0.1, 1000, 80, 20),
+        (0.5, 3500, 875, 875),
+        (0.35, 3500, 613, 612),
+        (0.35, 20, 4, 3),
+        (0.5, 2, 1, 0),
+        (11, 20, 6, 5),
     ],
 )
-def test_split_of_the_budget(split, budget, length, heavy, recent):
+def test_half_of_the_budget_is_recent_and_the_rest_heavy(budget, length, heavy, recent):
     """All the heavy hitters are at the front here, so the gap tells the two shares apart."""
     scores = torch.arange(length, 0, -1).float().expand(1, 2, length)
     before = layer(length, head_dim=2, scores=scores)
     budget = Budget.parse(budget)
-    kept = H2O(split=split).compress(before, Allowance(budget.entries(length), budget.fraction(length)))
+    kept = H2O().compress(before, Allowance(budget.entries(length), budget.fraction(length)))
     assert kept.positions[0, 0].tolist() == [*range(heavy), *range(length - recent, length)]
     assert torch.equal(kept.positions[0, 0], kept.positions[0, 1])
 
@@ -101,8 +97,3 @@ def test_compress_keeps_whole_tokens():
         assert torch.equal(kept.values[0, head], before.values[0, head, wanted])
     assert kept.sizes is None
     assert kept.bias is None
-
-
-def test_unknown_split():
-    with pytest.raises(UserError, match=r"unknown split 'evn'\. Did you mean 'even'"):
-        H2O(split="evn")

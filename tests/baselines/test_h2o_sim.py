@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from baselines.h2o_sim import H2OSimDecode, H2OSimPrefill, decode_mask, local_mask, prefill_mask
+from kvmerge import session
 from kvmerge.budget import Budget
 from kvmerge.cache import append_entry
 from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
 from kvmerge.method import HIDDEN, Allowance, DecodeStep, Entries
-from kvmerge.session import Row
+from kvmerge.session import Policy, Row
 from tests.baselines.test_h2o import MAP
 from tests.kvmerge.oracles import best_positions
 from tests.tiny import layer, normal, prompt, shared_model
@@ -32,7 +35,7 @@ def shown(entries: Entries) -> Tensor:
 # --- goldens
 
 
-def test_decoding_mask_golden() -> None:
+def test_the_decoding_mask_hides_what_has_just_left_the_window() -> None:
     visible, scores = decode_mask(SCORES, heavy=1, recent=2)
     assert visible[0, 0].int().tolist() == [1, 0, 0, 0, 1, 1]
     assert scores[0, 0].tolist() == pytest.approx([2.6, 0, 0, 0.3, 0.3])  # 3: hidden but scored
@@ -53,7 +56,7 @@ def test_decoding_mask_golden_by_the_method() -> None:
     assert shown(entries)[0, 0].int().tolist() == [1, 0, 0, 0, 0, 1, 1]
 
 
-def test_single_pass_mask_golden() -> None:
+def test_a_row_of_the_single_pass_sees_hitters_and_its_band() -> None:
     visible = prefill_mask(SCORES, heavy=1, recent=1)
     assert as_rows(visible) == [{0}, {0, 1}, {0, 1, 2}, {0, 2, 3}, {0, 3, 4}]
 
@@ -132,25 +135,36 @@ def test_a_generated_token_sees_what_the_next_row_would(leak: str) -> None:
     assert not (held[..., 30] & ~first[..., 30]).any()
 
 
-def test_a_budget_of_everything_masks_nothing() -> None:
-    base = layer(20)
-    visible = H2OSimPrefill().visible(base, Allowance(20, 1.0))
-    assert torch.equal(visible[0, 0], torch.ones(20, 20, dtype=torch.bool).tril())
+def test_a_prompt_that_fits_is_attended_in_full_and_a_longer_one_through_the_mask_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    for name in ("attention_and_scores", "masked_attention"):
+        whole = getattr(session, name)
+
+        def counted(*given: Any, name: str = name, whole: Any = whole, **more: Any) -> Any:
+            calls.append(name)
+            return whole(*given, **more)
+
+        monkeypatch.setattr(session, name, counted)
+    for budget, attention in ((1.0, "attention_and_scores"), (0.5, "masked_attention")):
+        calls.clear()
+        rows = [Row(H2OSimPrefill(), Budget(budget))]
+        run_sample(shared_model(), prompt(40), rows, Stop(1, frozenset()))
+        assert calls == [attention] * 2  # one a layer
 
 
 @pytest.mark.parametrize("leak", ["global", "local"])
 @pytest.mark.parametrize("policy", ["append", "hold"])
 def test_it_runs_on_a_model_and_keeps_the_whole_cache(leak: str, policy: str) -> None:
-    row = Row(H2OSimPrefill(leak=leak), Budget(0.5), decode_policy=policy)
-    rows = [Row(H2OSimPrefill(leak=leak), Budget(1.0)), row]
-    full, masked = run_sample(shared_model(), prompt(40), rows, Stop(12, frozenset()))[0]
+    rows = [Row(H2OSimPrefill(leak=leak), Budget(budget)) for budget in (1.0, 0.5)]
+    stop, switches = Stop(12, frozenset()), Policy(policy)
+    full, masked = run_sample(shared_model(), prompt(40), rows, stop, policy=switches)[0]
     assert len(masked.token_ids) == 12
     assert masked.token_ids != full.token_ids
     assert masked.stats.entries == [[40, 40], [40, 40]]
 
 
-def test_what_does_not_exist() -> None:
+def test_an_unknown_leak_is_refused() -> None:
     with pytest.raises(UserError, match="unknown leak 'locl'"):
         H2OSimPrefill(leak="locl")
-    with pytest.raises(UserError, match="leak=local scores row by row"):
-        H2OSimPrefill(leak="local", score_window="last:8")

@@ -9,7 +9,7 @@ from baselines.snapkv import SnapKV
 from kvmerge.budget import Budget
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance
-from kvmerge.session import CacheSession, Row
+from kvmerge.session import CacheSession, Policy, Row
 from tests.fidelity.vectors import positions
 from tests.tiny import layer, quick
 
@@ -85,7 +85,7 @@ def test_the_session_keeps_each_layers_count():
 
 def test_layers_cannot_be_skipped_besides():
     with pytest.raises(UserError, match="layers_skip cannot be combined"):
-        Row(PyramidKV(), Budget(0.5), layers_skip=(0,))
+        CacheSession([Row(PyramidKV(), Budget(0.5))], 3, policy=Policy(layers_skip=(0,)))
 
 
 def test_beta_must_be_a_count():

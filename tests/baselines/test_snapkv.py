@@ -22,7 +22,7 @@ SUMS = torch.tensor([[[0.1, 0, 0.6, 0, 0, 0.3]]])
         ("max", [0.1, 0.6, 0.6, 0.6, 0.3, 0.3], 2, [1, 2]),  # a tie of three: the lower ones
     ],
 )
-def test_pooling_goldens(pooling, pooled, n_past, best):
+def test_each_pooling_keeps_its_own_best_tokens(pooling, pooled, n_past, best):
     found = pool(SUMS, 3, pooling)
     torch.testing.assert_close(found[0, 0], torch.tensor(pooled), atol=1e-5, rtol=0)
     assert keep(found, n_past, window=2).tolist() == [[[*best, 6, 7]]]
@@ -94,6 +94,6 @@ def test_compress_takes_the_best_of_each_head():
         ({"pooling": "mean"}, "unknown pooling 'mean'"),
     ],
 )
-def test_settings_are_checked(settings, message):
+def test_a_setting_out_of_range_is_refused_and_named(settings, message):
     with pytest.raises(UserError, match=message):
         SnapKV(**settings)

@@ -7,12 +7,12 @@ from baselines.streaming_llm import StreamingLLM, keep
 from kvmerge.budget import Budget
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance
-from kvmerge.session import Row
+from kvmerge.session import Policy, Row
 from tests.fidelity.vectors import Replay, positions
 from tests.tiny import layer, normal
 
 
-def test_golden():
+def test_the_first_four_and_the_last_tokens_stay():
     assert keep(10, 6, sinks=4).tolist() == [0, 1, 2, 3, 8, 9]
 
 
@@ -26,7 +26,7 @@ def test_golden():
         (3, 9, 4, [0, 1, 2]),
     ],
 )
-def test_edges(stored, n_keep, sinks, wanted):
+def test_sinks_give_way_where_the_budget_is_small(stored, n_keep, sinks, wanted):
     assert keep(stored, n_keep, sinks=sinks).tolist() == wanted
 
 
@@ -41,7 +41,7 @@ def test_compress_keeps_whole_tokens_in_every_head():
 
 def test_hold_drops_the_oldest_after_the_sinks():
     states = tuple(normal(1, 2, 30, 4, seed=seed) for seed in range(3))
-    replay = Replay(Row(StreamingLLM(2), Budget(5), decode_policy="hold"), [states], 20)
+    replay = Replay(Row(StreamingLLM(2), Budget(5)), [states], 20, policy=Policy("hold"))
     for end in range(21, 26):
         replay.step()
         assert positions(replay.entries()) == [[0, 1, end - 3, end - 2, end - 1]] * 2

@@ -11,7 +11,7 @@ from tests.kvmerge import oracles
 from tests.tiny import layer, quick
 
 
-def test_golden():
+def test_the_mean_of_the_heads_decides():
     """The mean of two heads decides, not either of them."""
     weights = torch.tensor([[[0.5, 0.1, 0.2, 0.2], [0.1, 0.4, 0.1, 0.4]]])
     torch.testing.assert_close(weights.mean(1)[0], torch.tensor([0.3, 0.25, 0.15, 0.3]))

@@ -20,7 +20,7 @@ from kvmerge.hook import hooked
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Method
 from kvmerge.resolve import choices, load_method
-from kvmerge.session import Row
+from kvmerge.session import DEFAULT_POLICY, Policy, Row
 from tests.kvmerge import naive_engine
 from tests.tiny import HEAD_DIM, LAYERS, layer, new_model, prompt, replayed, shared_model
 
@@ -38,8 +38,8 @@ def method(name: str, **settings: object) -> Method:
     return load_method(name, settings)
 
 
-def row(name: str, budget: float | int, **settings: object) -> Row:
-    return Row(method(name), Budget.parse(budget), **settings)
+def row(name: str, budget: float | int, seed: int = 0) -> Row:
+    return Row(method(name), Budget.parse(budget), seed)
 
 
 def run(model, input_ids, rows, stop=ANSWER, **settings):
@@ -146,9 +146,9 @@ def test_entries_and_bytes_after_prefill(name, budget, kv_heads):
             assert beside is None or beside.shape == shape
 
 
-def stored_bytes(model, input_ids, each, answer):
+def stored_bytes(model, input_ids, each, answer, policy=DEFAULT_POLICY):
     """Bytes of keys and values after each token of an answer is fed."""
-    comparison = Comparison(model, [each])
+    comparison = Comparison(model, [each], policy=policy)
     sizes = []
     with hooked(model), torch.inference_mode():
         comparison.prefill(input_ids, len(answer))
@@ -174,10 +174,10 @@ def test_append_stores_one_entry_a_step(name, kv_heads):
 @pytest.mark.parametrize("name", HOLDING)
 def test_hold_returns_to_the_budget_after_each_step(name, kv_heads):
     model, input_ids = shared_model(kv_heads=kv_heads), prompt(50)
-    each = row(name, 0.35, decode_policy="hold")
+    each = row(name, 0.35)
     if isinstance(each.method, KVMerger):
         each = replace(each, method=replace(each.method, merge_every=1))
-    found = stored_bytes(model, input_ids, each, [5, 6, 7])
+    found = stored_bytes(model, input_ids, each, [5, 6, 7], Policy("hold"))
     entry = LAYERS * kv_heads * 2 * HEAD_DIM * 4
     if each.method.simulates:
         assert found == [(50 + t) * entry for t in range(4)]
@@ -258,7 +258,7 @@ MERGING = [
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_one_entry_of_two_tokens(name):
+def test_half_of_two_tokens_is_one_entry_or_refused(name):
     """T=2 at 50%."""
     each, model = row(name, 0.5), shared_model()
     if name in MERGING:
@@ -328,11 +328,12 @@ def test_duplicated_kv_heads_keep_what_a_group_keeps(name, budget):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_sample_is_answered_as_if_it_were_the_only_one(name, policy, kv_heads):
     model = new_model(kv_heads=kv_heads)
-    each = row(name, 0.35, decode_policy=policy)
-    alone = run(model, prompt(50, seed=2), [each], sample_id="b")[0].token_ids
+    rows, switches = [row(name, 0.35)], Policy(policy)
+    alone = run(model, prompt(50, seed=2), rows, sample_id="b", policy=switches)[0].token_ids
     for length in (30, 50, 61):
-        run(model, prompt(length, seed=1), [each], sample_id="a")
-    assert run(model, prompt(50, seed=2), [each], sample_id="b")[0].token_ids == alone
+        run(model, prompt(length, seed=1), rows, sample_id="a", policy=switches)
+    again = run(model, prompt(50, seed=2), rows, sample_id="b", policy=switches)[0].token_ids
+    assert again == alone
 
 
 @models
@@ -340,10 +341,11 @@ def test_a_sample_is_answered_as_if_it_were_the_only_one(name, policy, kv_heads)
 def test_all_methods_in_one_batch_answer_as_alone(kv_heads, policy):
     model, input_ids = shared_model(kv_heads=kv_heads), prompt(50)
     rows = [row("full", 1)]
-    rows += [row(n, b, decode_policy=policy) for n in COMPRESSING for b in (0.5, 0.35)]
-    together = run(model, input_ids, rows, sample_id="s", reference=0)
+    rows += [row(n, b) for n in COMPRESSING for b in (0.5, 0.35)]
+    settings = {"sample_id": "s", "reference": 0, "policy": Policy(policy)}
+    together = run(model, input_ids, rows, **settings)
     for each, result in zip(rows, together, strict=True):
-        alone = run(model, input_ids, [rows[0], each], sample_id="s", reference=0)[1]
+        alone = run(model, input_ids, [rows[0], each], **settings)[1]
         assert result.token_ids == alone.token_ids
         assert result.stats == alone.stats
         assert result.fidelity.kl == pytest.approx(alone.fidelity.kl, abs=1e-4)
@@ -353,11 +355,11 @@ def test_all_methods_in_one_batch_answer_as_alone(kv_heads, policy):
 @pytest.mark.parametrize("name", [n for n in COMPRESSING if not load_method(n).allocates])
 def test_decoding_equals_the_naive_engine(name, policy):
     model, input_ids = shared_model(), prompt(50)
-    each = row(name, 0.35, decode_policy=policy)
+    each, switches = row(name, 0.35), Policy(policy)
     if isinstance(each.method, KVMerger):
         each = replace(each, method=replace(each.method, merge_every=3))
-    found = run(model, input_ids, [each], Stop(12, NEVER), sample_id="s")[0].token_ids
-    assert found == naive_engine.greedy(model, input_ids, each, 12, "s")
+    results = run(model, input_ids, [each], Stop(12, NEVER), sample_id="s", policy=switches)
+    assert results[0].token_ids == naive_engine.greedy(model, input_ids, each, 12, "s", switches)
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
@@ -389,10 +391,11 @@ def test_scores_are_read_only_where_they_are_declared(name):
 
 @models
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("policy", ["append", "hold"])
 @pytest.mark.parametrize("name", METHODS)
-def test_half_precision_is_finite(name, dtype, kv_heads):
+def test_half_precision_is_finite(name, policy, dtype, kv_heads):
     model = shared_model(kv_heads=kv_heads, dtype=dtype)
-    rows = [row("full", 1), row(name, 0.35), row(name, 0.35, decode_policy="hold")]
+    rows = [row("full", 1), row(name, 0.35)]
     seen = []
     results = run(
         model,
@@ -400,6 +403,7 @@ def test_half_precision_is_finite(name, dtype, kv_heads):
         rows,
         reference=0,
         observer=lambda *arguments: seen.append(arguments),
+        policy=Policy(policy),
     )
     for _, _, _, kept in seen:
         for state in (kept.keys, kept.values):

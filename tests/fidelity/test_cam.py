@@ -37,7 +37,7 @@ def layer_of_logits(logits: Tensor) -> PrefillLayer:
 
 
 @pytest.mark.parametrize(("start", "recent"), cam.SIZES)
-def test_merging_a_prompt(start: int, recent: int) -> None:
+def test_a_prompt_is_merged_as_the_authors_do(start: int, recent: int) -> None:
     """`utils_lm_eval`, from the map as a whole and in blocks from queries and keys."""
     attention = _inputs.attention_map(cam.banded_logits(start, recent))
     wanted = OFFICIAL[f"pass_{start}_{recent}"]
@@ -125,7 +125,7 @@ def test_token_by_token_on_a_model(start: int, recent: int) -> None:
     close(entries.scores[0], official["scores"], 1e-4)
 
 
-def test_the_draws_decide() -> None:
+def test_other_draws_give_other_values() -> None:
     """Other draws give other values, so that the comparisons above are of the same draws."""
     start, recent = cam.SIZES[0]
     layer = layer_of_logits(_inputs.attention_logits(HEADS, PROMPT, seed=12))

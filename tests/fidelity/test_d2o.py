@@ -7,13 +7,13 @@ import torch
 from baselines.d2o import D2O, layer_shares, variance_level
 from kvmerge.budget import Budget
 from kvmerge.scores import column_sums
-from kvmerge.session import Row
+from kvmerge.session import Policy, Row
 from tests.fidelity.official import d2o
 from tests.fidelity.official._inputs import PROMPT, STEPS
 from tests.fidelity.vectors import Replay, close, recorded
 
 
-def test_layer_shares():
+def test_layers_get_the_shares_that_the_authors_give():
     sums = []
     for index in range(d2o.LAYERS):
         queries, keys, _ = (state[:, :, :PROMPT] for state in d2o.states(index))
@@ -23,7 +23,7 @@ def test_layer_shares():
     close(shares, recorded("d2o")["whole"]["shares"], 1e-6)
 
 
-def test_the_whole_method_step_by_step():
+def test_bug_compat_equals_the_authors_code_step_by_step():
     """`bug_compat` with the authors' allocation: attention output, threshold and merged entries."""
     official = recorded("d2o")["whole"]
     row = Row(D2O(alloc="variance", bug_compat=True), Budget(2 * d2o.RATIO))
@@ -43,11 +43,11 @@ def test_the_whole_method_step_by_step():
         close(entries.values[0, d2o.SHOWN] @ d2o.probe(), official["values"][place])
 
 
-def test_the_default_step_by_step():
+def test_the_default_equals_the_earlier_class_step_by_step():
     """The default equals their earlier class: it compresses the prompt, and each head decides alone."""
     official = recorded("d2o")["prompt"]
-    row = Row(D2O(), Budget(2 * d2o.RATIO), decode_policy="hold")
-    replay = Replay(row, [d2o.states(1, heads=1)], PROMPT)
+    row = Row(D2O(), Budget(2 * d2o.RATIO))
+    replay = Replay(row, [d2o.states(1, heads=1)], PROMPT, policy=Policy("hold"))
     for step in range(STEPS + 1):
         if step:
             replay.step()

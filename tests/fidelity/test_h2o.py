@@ -12,7 +12,7 @@ from kvmerge.budget import Budget
 from kvmerge.cache import append_entry
 from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer
-from kvmerge.session import Row, session_for
+from kvmerge.session import Policy, Row, session_for
 from tests.fidelity.official import _inputs, h2o
 from tests.fidelity.vectors import TinyRun, close, recorded
 
@@ -70,7 +70,7 @@ def test_half_precision_sums_lose_what_float32_keeps() -> None:
 
 @pytest.mark.parametrize(("pos", "name"), [("absolute", "drop"), ("rolled", "drop_rolled")])
 def test_real_drop_logits_for_32_steps(pos: str, name: str) -> None:
-    found = TinyRun(Row(H2O(), BUDGET, decode_policy="hold", pos=pos)).logits()
+    found = TinyRun(Row(H2O(), BUDGET), Policy("hold", pos)).logits()
     close(found, OFFICIAL[f"{name}_logits"], 1e-4)
 
 

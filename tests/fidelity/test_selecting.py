@@ -12,7 +12,7 @@ from baselines.tova import TOVA
 from kvmerge.budget import Budget
 from kvmerge.method import Allowance, PrefillLayer
 from kvmerge.rope import Rope
-from kvmerge.session import Row
+from kvmerge.session import Policy, Row
 from tests.fidelity.official import pyramidkv, snapkv, streaming_llm, tova
 from tests.fidelity.official._inputs import PROMPT, STEPS
 from tests.fidelity.vectors import Replay, close, positions, recorded
@@ -31,7 +31,7 @@ def layer(kv_heads: int, layer_idx: int = 0, layers: int = 1) -> PrefillLayer:
         ("pyramidkv", "snapkv_2_kv_heads", "avg", 2),
     ],
 )
-def test_snapkv(family, name, pooling, kv_heads):
+def test_snapkv_pools_and_keeps_as_the_authors_do(family, name, pooling, kv_heads):
     """The same pooled scores, and the same tokens but for ties, whose order theirs leaves open."""
     official = recorded(family)[name]
     before = layer(kv_heads)
@@ -64,7 +64,7 @@ def test_pyramidkv_keeps_the_same_tokens(kv_heads):
         assert positions(method.compress(each, Allowance(n_keep, 0.3))) == theirs
 
 
-def test_pyramidkv_counts():
+def test_pyramidkv_divides_the_budget_as_the_authors_do():
     official = recorded("pyramidkv")["counts"]
     for (n_keep, length, layers, window, beta), theirs in zip(
         pyramidkv.SCHEDULES, official, strict=True
@@ -73,10 +73,10 @@ def test_pyramidkv_counts():
         assert ours == theirs
 
 
-def test_tova_step_by_step():
+def test_tova_keeps_the_authors_tokens_step_by_step():
     official = recorded("tova")["positions"]
-    row = Row(TOVA(), Budget(tova.KEPT), decode_policy="hold")
-    replay = Replay(row, [tova.states()], PROMPT)
+    row = Row(TOVA(), Budget(tova.KEPT))
+    replay = Replay(row, [tova.states()], PROMPT, policy=Policy("hold"))
     assert positions(replay.entries()) == [official[0]] * tova.KV_HEADS
     for theirs in official[1:]:
         replay.step()
@@ -84,7 +84,7 @@ def test_tova_step_by_step():
     assert len(official) == STEPS + 1
 
 
-def test_streaming_llm_step_by_step():
+def test_streaming_llm_keeps_the_authors_tokens_step_by_step():
     """The same entries, and with rolled positions the same attention output."""
     official = recorded("streaming_llm")
     queries, keys, values = streaming_llm.states()
@@ -93,8 +93,8 @@ def test_streaming_llm_step_by_step():
     at = torch.arange(PROMPT + STEPS)
     states = (rope.rotate(queries, at), rope.rotate(keys, at), values)
     budget = Budget(streaming_llm.SINKS + streaming_llm.RECENT)
-    row = Row(StreamingLLM(streaming_llm.SINKS), budget, decode_policy="hold", pos="rolled")
-    replay = Replay(row, [states], PROMPT, rope)
+    row = Row(StreamingLLM(streaming_llm.SINKS), budget)
+    replay = Replay(row, [states], PROMPT, rope, Policy("hold", "rolled"))
     assert positions(replay.entries()) == [official["positions"][0]] * streaming_llm.KV_HEADS
     for theirs, output in zip(official["positions"][1:], official["outputs"], strict=True):
         [found] = replay.step()

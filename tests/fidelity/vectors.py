@@ -14,7 +14,7 @@ from kvmerge.cache import SteppedRow
 from kvmerge.hook import forward, hooked
 from kvmerge.method import Entries
 from kvmerge.rope import Rope
-from kvmerge.session import CacheSession, Row, session_for
+from kvmerge.session import DEFAULT_POLICY, CacheSession, Policy, Row, session_for
 from tests.fidelity.official import _inputs
 
 
@@ -33,10 +33,11 @@ class Replay:
         states: list[tuple[Tensor, Tensor, Tensor]],
         prompt: int,
         rope: Rope | None = None,
+        policy: Policy = DEFAULT_POLICY,
     ):
         """Run the prompt; `states` of each layer are `(1, heads, tokens, head_dim)`, after RoPE."""
         self.states, self.position = states, prompt
-        self.session = CacheSession([row], len(states), rope=rope)
+        self.session = CacheSession([row], len(states), rope=rope, policy=policy)
         self.session.begin([prompt], capacity=8)
         self._attend(slice(0, prompt))
 
@@ -64,9 +65,9 @@ class Replay:
 class TinyRun:
     """One row on the tiny model, fed the recorded prompt and the tokens after it one at a time."""
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, policy: Policy = DEFAULT_POLICY) -> None:
         self.model = _inputs.tiny_llama()
-        self.session = session_for(self.model, [row], [""])
+        self.session = session_for(self.model, [row], [""], policy=policy)
 
     @torch.inference_mode()
     def logits(self, watch: Callable[[], None] | None = None) -> Tensor:

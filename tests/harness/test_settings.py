@@ -10,6 +10,7 @@ import torch
 from baselines.random import Random
 from harness.settings import Settings
 from kvmerge.errors import UserError
+from kvmerge.session import Policy
 from tests.tiny_run import compose, row, write_rows
 
 TREC = ("benchmark=longbench", "benchmark.tasks=[trec]")
@@ -38,7 +39,7 @@ def test_without_a_choice_the_default_method_runs_at_half_the_cache() -> None:
         (["method=full", "budget=1"], "full@1"),
         (["method.sigma=3", "method.pivot=first"], "kvmerger:pivot=first,sigma=3@0.5"),
         (["method.sigma=1e-5"], "kvmerger:sigma=1e-05@0.5"),
-        (["method=h2o", "method.split=kvmerger", "budget=64"], "h2o:split=kvmerger@64"),
+        (["method=h2o", "method.recent=8", "budget=64"], "h2o:recent=8@64"),
     ],
 )
 def test_method_and_budget_make_one_cell(given: list[str], name: str) -> None:
@@ -210,14 +211,13 @@ def test_only_methods_that_draw_run_once_a_seed() -> None:
     }
 
 
-def test_switches_reach_every_row_alike() -> None:
+def test_switches_hold_for_the_run_and_rows_are_the_cells() -> None:
     switches = ["decode_policy=hold", "pos=rolled", "layers_skip=[0,-1]", "skip_budget=plain"]
     settings = compose(*TREC, "cells=[full@1,h2o@0.5]", *switches)
+    assert settings.policy == Policy("hold", "rolled", (0, -1), "plain")
     for cell in settings.cells:
         row_ = settings.row(cell, seed=4)
         assert (row_.method, row_.budget, row_.seed) == (cell.method, cell.budget, 4)
-        assert (row_.decode_policy, row_.pos) == ("hold", "rolled")
-        assert (row_.layers_skip, row_.skip_budget) == ((0, -1), "plain")
 
 
 def test_shards_divide_the_first_samples_without_overlap(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from kvmerge.cache import append_entry
 from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer, keep_all
 from kvmerge.rope import Rope
-from kvmerge.session import Row, seeded_generator
+from kvmerge.session import DEFAULT_POLICY, Policy, Row, seeded_generator
 from tests.kvmerge import oracles
 
 
@@ -29,6 +29,7 @@ class NaiveSession:
     layers: int
     sample_id: str = ""
     rope: Rope | None = None
+    policy: Policy = DEFAULT_POLICY
     length: int = 0
     entries: list[Entries] = field(default_factory=list)
     steps: int = 0
@@ -43,14 +44,15 @@ class NaiveSession:
                 queries, keys, values, scores, layer_idx, self.layers, scale, self.rope
             )
             self.entries.append(self._compress(layer))
-            if self.row.method.alters_prefill:
-                visible = self.row.method.visible(layer, self._allowance(layer_idx))
+            allowance = self._allowance(layer_idx)
+            if self.row.method.alters_prefill and allowance.n_keep < self.length:
+                visible = self.row.method.visible(layer, allowance)
                 return masked_attention(queries, keys, values, scale, visible)
             return oracles.attend(queries[0], keys[0], values[0], scale)[None]
         stored = append_entry(self.entries[layer_idx], keys, values, self.length + self.steps)
         bias = None if stored.bias is None else stored.bias[0]
         out = oracles.attend(queries[0], stored.keys[0], stored.values[0], scale, bias)[None]
-        if self.row.acts_on_decode:
+        if self.policy.decides(self.row.method):
             weights = last_row(queries, stored.keys, scale, bias)
             allowance = self._allowance(layer_idx, self.steps)
             step = DecodeStep(
@@ -76,7 +78,8 @@ class NaiveSession:
         generator = None
         if self.row.method.stochastic:
             generator = seeded_generator(self.row.seed, self.sample_id, layer_idx, step)
-        return Allowance(*self.row.allowance(self.length, layer_idx, self.layers), generator)
+        allowed = self.policy.allowance(self.row.budget, self.length, layer_idx, self.layers)
+        return Allowance(*allowed, generator)
 
 
 def map_column_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -108,18 +111,25 @@ def last_row(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None) -
 
 
 @contextmanager
-def session(model: PreTrainedModel, row: Row, sample_id: str = "") -> Iterator[NaiveSession]:
-    rope = Rope.of(model) if row.needs_rope else None
+def session(
+    model: PreTrainedModel, row: Row, sample_id: str = "", policy: Policy = DEFAULT_POLICY
+) -> Iterator[NaiveSession]:
+    rope = Rope.of(model) if row.method.needs_rope or policy.rolled else None
     with hooked(model), torch.inference_mode():
-        yield NaiveSession(row, model.config.num_hidden_layers, sample_id, rope)
+        yield NaiveSession(row, model.config.num_hidden_layers, sample_id, rope, policy)
 
 
 def step_logits(
-    model: PreTrainedModel, input_ids: Tensor, row: Row, answer: Sequence[int], sample_id: str = ""
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    row: Row,
+    answer: Sequence[int],
+    sample_id: str = "",
+    policy: Policy = DEFAULT_POLICY,
 ) -> Tensor:
     """Next-token logits `(len(answer) + 1, vocabulary)` after the prompt and each answer token."""
     length = input_ids.shape[1]
-    with session(model, row, sample_id) as naive:
+    with session(model, row, sample_id, policy) as naive:
         logits = [forward(model, naive, input_ids, torch.arange(length)[None])[0, -1]]
         for step, token in enumerate(answer):
             fed, position = torch.tensor([[token]]), torch.tensor([[length + step]])
@@ -128,13 +138,18 @@ def step_logits(
 
 
 def greedy(
-    model: PreTrainedModel, input_ids: Tensor, row: Row, tokens: int, sample_id: str = ""
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    row: Row,
+    tokens: int,
+    sample_id: str = "",
+    policy: Policy = DEFAULT_POLICY,
 ) -> list[int]:
     """The greedy answer of `tokens` tokens, whatever they are."""
     length = input_ids.shape[1]
     answer: list[int] = []
     fed, positions = input_ids, torch.arange(length)[None]
-    with session(model, row, sample_id) as naive:
+    with session(model, row, sample_id, policy) as naive:
         while len(answer) < tokens:
             answer.append(int(forward(model, naive, fed, positions)[0, -1].argmax()))
             fed = torch.tensor([answer[-1:]])

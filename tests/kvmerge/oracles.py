@@ -88,8 +88,6 @@ def merging_sets(
     budget: int | None = None,
     threshold: float | None = None,
     linkage: str = "adjacent",
-    min_similarity: float = -math.inf,
-    max_set: int | None = None,
     underfill: str = "split",
 ) -> list[int]:
     """Set id of each token of one head, -1 where its set was evicted."""
@@ -104,21 +102,18 @@ def merging_sets(
     else:
         assert budget is not None
         links = _scan_to_budget(k, fixed, budget, linkage)
-    links = {i: c for i, c in links.items() if c >= min_similarity}
     wanted = None
     if budget is not None and (threshold is None or underfill == "split"):
         wanted = len(k) - budget
     # weakest first, of equal ones the smaller index first
     by_strength = sorted(links, key=lambda i: (links[i], i))
     while wanted is not None and by_strength:
-        without = set(links) - {by_strength[0]}
-        if len(capped(without, max_set)) < wanted:
+        if len(links) <= wanted:
             break
         del links[by_strength.pop(0)]
-    joined = capped(set(links), max_set)
     sets: list[list[int]] = []
     for token in range(len(k)):
-        if token - 1 in joined:
+        if token - 1 in links:
             sets[-1].append(token)
         else:
             sets.append([token])
@@ -133,21 +128,6 @@ def merging_sets(
         for token in members:
             ids[token] = set_id
     return ids
-
-
-def capped(links: set[int], max_set: int | None) -> set[int]:
-    """Scan from the last token: a set that has `max_set` tokens takes no more."""
-    if max_set is None:
-        return links
-    left: set[int] = set()
-    size = 1
-    for link in range(max(links, default=-1), -1, -1):
-        if link in links and size < max_set:
-            left.add(link)
-            size += 1
-        else:
-            size = 1
-    return left
 
 
 def backward_scan(

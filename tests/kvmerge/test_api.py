@@ -131,7 +131,7 @@ def test_other_families_and_bad_budgets_are_refused(llama):
     for budget in (0, -3, 1.5, float("nan"), "abc"):
         with pytest.raises(UserError, match="budget"), compressed(llama, "h2o", budget):
             pass
-    with pytest.raises(UserError, match="settings"), compressed(llama, H2O(), 0.5, split="even"):
+    with pytest.raises(UserError, match="settings"), compressed(llama, H2O(), 0.5, heavy=3):
         pass
 
 

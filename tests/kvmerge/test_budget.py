@@ -25,7 +25,7 @@ from tests.tiny import quick
         ("1024", 1024),
     ],
 )
-def test_accepted(given_, value):
+def test_fractions_and_counts_are_read_with_their_types(given_, value):
     budget = Budget.parse(given_)
     assert budget.value == value
     assert type(budget.value) is type(value)
@@ -35,7 +35,7 @@ def test_accepted(given_, value):
     "given_",
     [0, -1, 0.0, -0.5, 1.5, 2.0, "2.0", "1.01", "half", "", None, True, [0.5], math.nan, math.inf],
 )
-def test_refused_with_what_is_allowed(given_):
+def test_other_budgets_are_refused_with_what_is_allowed(given_):
     with pytest.raises(UserError, match=r"in \(0, 1\].*2 or more") as caught:
         Budget.parse(given_)
     assert f"budget={given_!r}" in str(caught.value) or f"budget={given_}" in str(caught.value)
@@ -58,7 +58,7 @@ def test_refused_with_what_is_allowed(given_):
         (2, 1, 1),
     ],
 )
-def test_entries(budget, length, entries):
+def test_a_budget_keeps_the_floor_and_at_least_one_entry(budget, length, entries):
     assert Budget.parse(budget).entries(length) == entries
 
 
@@ -71,7 +71,7 @@ def test_fraction_of_an_integer_budget_follows_the_prompt():
 @pytest.mark.parametrize(
     ("budget", "text"), [(1, "1"), (1.0, "1"), (0.35, "0.35"), (0.5, "0.5"), (1024, "1024")]
 )
-def test_printed_form(budget, text):
+def test_a_budget_prints_as_it_is_read_back(budget, text):
     assert str(Budget.parse(budget)) == text
     assert Budget.parse(text) == Budget.parse(budget)
 

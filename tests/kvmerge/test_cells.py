@@ -54,7 +54,7 @@ def test_settings_are_all_of_them_and_reach_the_method() -> None:
         ("kvmergr@0.5", "unknown method 'kvmergr'. Did you mean 'kvmerger'\\?.*Available: cam, "),
         ("kvmerger:sgima=3@0.5", "unknown setting of kvmerger 'sgima'. Did you mean 'sigma'"),
         ("kvmerger:_target_=os.system@0.5", "unknown setting of kvmerger '_target_'"),
-        ("h2o:split=uneven@0.5", "unknown split 'uneven'. Did you mean 'even'"),
+        ("h2o:score_dtype=modle@0.5", "unknown score_dtype 'modle'. Did you mean 'model'"),
         ("full@0.5", "full@0.5: the full cache keeps everything"),
         ("full@1024", "full@1024"),
         ("h2o", "cannot read the cell 'h2o'"),
@@ -84,7 +84,7 @@ def test_what_cannot_be_a_cell_is_refused_and_named(text: object, why: str) -> N
         parse_cell(text)
 
 
-@pytest.mark.parametrize("again", ["h2o@0.50", "h2o:split=even@0.5", " h2o@.5"])
+@pytest.mark.parametrize("again", ["h2o@0.50", "h2o:heavy=null@0.5", " h2o@.5"])
 def test_a_cell_listed_twice_is_refused_however_it_is_written(again: str) -> None:
     with pytest.raises(UserError, match=r"h2o@0\.5 is listed twice"):
         parse_cells(["full@1", "h2o@0.5", again])
@@ -96,7 +96,7 @@ def test_an_empty_comparison_is_refused() -> None:
 
 
 def test_the_same_method_at_other_budgets_or_settings_is_another_cell() -> None:
-    names = ["h2o@0.5", "h2o@0.35", "h2o@64", "h2o:split=kvmerger@0.5"]
+    names = ["h2o@0.5", "h2o@0.35", "h2o@64", "h2o:recent=8@0.5"]
     assert [cell.name for cell in parse_cells(names)] == names
 
 
@@ -106,4 +106,4 @@ def test_only_the_full_cache_is_the_reference() -> None:
 
 
 def test_options_equal_to_the_file_are_not_named() -> None:
-    assert make_cell("h2o", {"split": "even"}, 0.5).name == "h2o@0.5"
+    assert make_cell("h2o", {"heavy": None}, 0.5).name == "h2o@0.5"

@@ -1,6 +1,7 @@
 """The engine against a naive one, and against transformers' own cache."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -28,7 +29,7 @@ from kvmerge.errors import UserError
 from kvmerge.hook import hooked
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Method, keep_all
-from kvmerge.session import CacheSession, Row, seeded_generator
+from kvmerge.session import CacheSession, Policy, Row, seeded_generator
 from tests.kvmerge import naive_engine
 from tests.tiny import FAMILIES, new_model, prompt, replayed, shared_model
 
@@ -51,20 +52,28 @@ ROWS = [
     row(KVMerger(budget_mode="eps_free", epsilon=0.3), 0.35),
     row(Random(), 7, seed=5),
     row(KVMerger(), 1),
-    row(KVMerger(value_scale="size"), 0.35, layers_skip=(0,), skip_budget="plain"),
+    row(KVMerger(value_scale="size"), 0.35),
 ]
 HELD = [
-    row(H2O(), 0.5, decode_policy="hold"),
-    row(CaM(), 0.35, decode_policy="hold", seed=3),
-    row(KVMerger(merge_every=3), 0.35, decode_policy="hold"),
-    row(KVMerger(merge_every=1, attn_bias="log_size", rope="pre"), 0.35, decode_policy="hold"),
-    row(KVMerger(merge_every=2, value_scale="size"), 0.5, decode_policy="hold"),
-    row(Full(), 1, decode_policy="hold"),
+    row(H2O(), 0.5),
+    row(CaM(), 0.35, seed=3),
+    row(KVMerger(merge_every=3), 0.35),
+    row(KVMerger(merge_every=1, attn_bias="log_size", rope="pre"), 0.35),
+    row(KVMerger(merge_every=2, value_scale="size"), 0.5),
+    row(Full(), 1),
+    row(Random(), 7, seed=5),
 ]
+APPEND, HOLD = Policy(), Policy("hold")
+SKIP = Policy(layers_skip=(0,), skip_budget="plain")
+COMPARISONS = pytest.mark.parametrize(
+    ("rows", "policy"),
+    [(ROWS, APPEND), ([*HELD, *ROWS[:4]], HOLD), (ROWS, SKIP)],
+    ids=["append", "hold", "skip"],
+)
 
 
-def naive_answers(model, input_ids, rows, tokens):
-    return [naive_engine.greedy(model, input_ids, row, tokens, "s") for row in rows]
+def naive_answers(model, input_ids, rows, tokens, policy):
+    return [naive_engine.greedy(model, input_ids, row, tokens, "s", policy) for row in rows]
 
 
 def engine_answers(model, input_ids, rows, stop, **settings):
@@ -75,36 +84,36 @@ def engine_answers(model, input_ids, rows, stop, **settings):
 # --- batches are rows alone
 
 
-@pytest.mark.parametrize("rows", [ROWS, [*HELD, *ROWS[:4]]], ids=["append", "hold"])
+@COMPARISONS
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_a_batch_decodes_each_row_as_alone(kv_heads, rows):
+def test_a_batch_decodes_each_row_as_alone(kv_heads, rows, policy):
     """Rows of different length, leaving the batch at different steps."""
     model, input_ids = shared_model(kv_heads=kv_heads), prompt(43)
-    naive = naive_answers(model, input_ids, rows, 14)
+    naive = naive_answers(model, input_ids, rows, 14, policy)
     assert len({tuple(answer) for answer in naive}) > len(rows) // 2  # the rows do differ
-    assert engine_answers(model, input_ids, rows, Stop(14, NEVER)) == naive
+    assert engine_answers(model, input_ids, rows, Stop(14, NEVER), policy=policy) == naive
     # stop at tokens of some answers, so that rows leave from the middle of their groups
-    stops = frozenset({naive[1][4], naive[3][6], naive[4][9], naive[0][12]})
+    stops = frozenset({naive[1][4], naive[3][6], naive[-1][9], naive[0][12]})
     cut = [answer[: next((i + 1 for i, t in enumerate(answer) if t in stops), 14)] for answer in naive]
     assert len({len(answer) for answer in cut}) > 2
-    found = engine_answers(model, input_ids, rows, Stop(14, stops), reference=0)
+    found = engine_answers(model, input_ids, rows, Stop(14, stops), reference=0, policy=policy)
     assert found == cut
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
-@pytest.mark.parametrize("rows", [ROWS, [ROWS[0], *HELD]], ids=["append", "hold"])
-def test_replay_gives_the_logits_of_each_row_alone(monkeypatch, rows, chunk):
+@COMPARISONS
+def test_replay_gives_the_logits_of_each_row_alone(monkeypatch, rows, policy, chunk):
     """After rows have left and the caches are rewound, in chunks of several tokens."""
     monkeypatch.setattr(engine, "_REPLAY_TOKENS", chunk * len(rows))
     model, input_ids = shared_model(), prompt(43)
-    answer = naive_engine.greedy(model, input_ids, rows[0], 8)
-    comparison = Comparison(model, rows, "s")
+    answer = naive_engine.greedy(model, input_ids, rows[0], 8, "s", policy)
+    comparison = Comparison(model, rows, "s", policy=policy)
     with hooked(model), torch.inference_mode():
         first = comparison.prefill(input_ids, 8)
         Decoder([comparison]).decode(Stop(8, frozenset(answer[3:5])))
         replays = [replayed(comparison, answer) for _ in range(2)]
     for index, each in enumerate(rows):
-        wanted = naive_engine.step_logits(model, input_ids, each, answer[:-1], "s")
+        wanted = naive_engine.step_logits(model, input_ids, each, answer[:-1], "s", policy)
         torch.testing.assert_close(first, wanted[0], atol=1e-4, rtol=0)
         for logits in replays:
             torch.testing.assert_close(logits[index], wanted[1:], atol=1e-4, rtol=0)
@@ -177,22 +186,18 @@ def test_a_tally_of_known_distributions():
 # --- several prompts in one batch
 
 
-BATCH = [(43, ROWS), (17, ROWS[:3]), (60, [*HELD, ROWS[0]])]
+BATCH = [(43, ROWS, APPEND), (17, ROWS[:3], SKIP), (60, HELD, HOLD)]
 
 
 def requests(reference=0):
     return [
-        Request(prompt(length, seed=length), rows, f"s{length}", reference) for length, rows in BATCH
+        Request(prompt(length, seed=length), rows, f"s{length}", reference, policy=policy)
+        for length, rows, policy in BATCH
     ]
 
 
 def alone(model, stop):
-    return [
-        run_sample(
-            model, each.input_ids, each.rows, stop, sample_id=each.sample_id, reference=each.reference
-        )[0]
-        for each in requests()
-    ]
+    return [run_samples(model, [each], stop)[0][0] for each in requests()]
 
 
 def test_samples_of_a_batch_are_answered_as_alone():
@@ -219,7 +224,7 @@ def test_logits_of_a_batch_are_those_of_each_sample_alone(monkeypatch):
     texts = [prompt(n, seed=n)[0].tolist() for n in (9, 1, 14)]
 
     def comparisons():
-        made = [Comparison(model, each.rows, each.sample_id) for each in requests()]
+        made = [Comparison(model, each.rows, each.sample_id, policy=each.policy) for each in requests()]
         for comparison, each in zip(made, requests(), strict=True):
             comparison.prefill(each.input_ids, 14)
         return made
@@ -229,7 +234,7 @@ def test_logits_of_a_batch_are_those_of_each_sample_alone(monkeypatch):
             replayed(each, text) if len(text) > 1 else None
             for each, text in zip(comparisons(), texts, strict=True)
         ]
-        monkeypatch.setattr(engine, "_REPLAY_TOKENS", 5 * sum(len(rows) for _, rows in BATCH))
+        monkeypatch.setattr(engine, "_REPLAY_TOKENS", 5 * sum(len(rows) for _, rows, _ in BATCH))
         parts = list(Decoder(comparisons()).replay(texts))
     for index, logits in enumerate(wanted):
         found = torch.cat([part[index] for part in parts], dim=1)
@@ -261,15 +266,15 @@ def test_only_samples_with_a_reference_are_compared():
 # --- the probability of a given text
 
 
-@pytest.mark.parametrize("rows", [ROWS, [*HELD, *ROWS[:4]]], ids=["append", "hold"])
+@COMPARISONS
 @pytest.mark.parametrize("reference", [None, 0])
-def test_a_continuation_is_weighed_by_each_row_alone(monkeypatch, rows, reference):
+def test_a_continuation_is_weighed_by_each_row_alone(monkeypatch, rows, policy, reference):
     monkeypatch.setattr(engine, "_REPLAY_TOKENS", 4 * len(rows))
     model, input_ids, text = shared_model(), prompt(43), prompt(12, seed=5)[0]
-    request = Request(input_ids, rows, "s", reference)
+    request = Request(input_ids, rows, "s", reference, policy=policy)
     ((results, _),) = score_continuations(model, [request], [text.tolist()])
     for result, each in zip(results, rows, strict=True):
-        logits = naive_engine.step_logits(model, input_ids, each, text[:-1].tolist(), "s")
+        logits = naive_engine.step_logits(model, input_ids, each, text[:-1].tolist(), "s", policy)
         wanted = torch.nn.functional.cross_entropy(logits, text, reduction="sum")
         assert result.nll == pytest.approx(float(wanted), abs=1e-3)
         assert result.token_ids == []
@@ -443,15 +448,15 @@ def test_scores_are_those_of_the_map():
 
 
 @pytest.mark.parametrize(
-    ("rows", "scored"),
+    ("rows", "policy", "scored"),
     [
-        ([row(Full(), 1), row(Random(), 0.5)], False),
-        ([row(H2O(), 1), row(KVMerger(), 1000)], False),
-        ([row(Full(), 1), row(H2O(), 0.5)], True),
-        ([row(H2O(), 1, decode_policy="hold")], True),
+        ([row(Full(), 1), row(Random(), 0.5)], APPEND, False),
+        ([row(H2O(), 1), row(KVMerger(), 1000)], APPEND, False),
+        ([row(Full(), 1), row(H2O(), 0.5)], APPEND, True),
+        ([row(H2O(), 1)], HOLD, True),
     ],
 )
-def test_scores_are_computed_only_where_they_are_read(rows, scored):
+def test_scores_are_computed_only_where_they_are_read(rows, policy, scored):
     layers = []
     run_sample(
         shared_model(),
@@ -459,8 +464,25 @@ def test_scores_are_computed_only_where_they_are_read(rows, scored):
         rows,
         Stop(1, NEVER),
         observer=lambda _, __, layer, ___: layers.append(layer),
+        policy=policy,
     )
     assert all((layer.scores is not None) == scored for layer in layers)
+
+
+def test_stages_are_entered_and_left_one_after_the_other():
+    events = []
+
+    @contextmanager
+    def watched(stage):
+        events.append(f"enter {stage}")
+        yield
+        events.append(f"leave {stage}")
+
+    rows = [row(Full(), 1), row(H2O(), 0.5)]
+    results, _ = run_sample(shared_model(), prompt(20), rows, Stop(3, NEVER), stages=watched)
+    assert results == run_sample(shared_model(), prompt(20), rows, Stop(3, NEVER))[0]
+    a_layer = ["enter attention", "leave attention"] + ["enter compression", "leave compression"] * 2
+    assert events == a_layer * 2 + ["enter cache", "leave cache"] * 2 * 2  # layers, then steps of each
 
 
 def test_statistics_count_real_entries():
@@ -532,33 +554,36 @@ def test_large_finite_sums_are_not_mistaken_for_overflow():
     [(32, 0.5, 0.448276), (32, 0.35, 0.282759), (40, 0.5, 0.459459), (40, 0.35, 0.297297)],
 )
 def test_skipped_layers_are_paid_for_by_the_others(layers, budget, share):
-    each = row(H2O(), budget, layers_skip=(0, 1, -1))
-    found = [each.allowance(3500, layer_idx, layers) for layer_idx in range(layers)]
+    policy = Policy(layers_skip=(0, 1, -1))
+    kept = Budget.parse(budget)
+    found = [policy.allowance(kept, 3500, layer_idx, layers) for layer_idx in range(layers)]
     assert [n_keep for n_keep, _ in found].count(3500) == 3
     assert found[0] == found[1] == found[-1] == (3500, 1.0)
     assert found[2][1] == pytest.approx(share, abs=1e-6)
     assert found[2][0] == int(share * 3500 + 1e-3)
     mean = sum(n_keep for n_keep, _ in found) / layers / 3500
     assert mean == pytest.approx(budget, abs=1 / 3500)
-    plain = replace(each, skip_budget="plain")
-    assert plain.allowance(3500, 2, layers) == (int(budget * 3500), budget)
+    plain = replace(policy, skip_budget="plain")
+    assert plain.allowance(kept, 3500, 2, layers) == (int(budget * 3500), budget)
 
 
-def test_skipped_layers_that_cannot_be():
+def test_skipped_layers_must_exist_and_leave_something_to_the_others():
     with pytest.raises(UserError, match=r"\[0, 1, -1\] alone keeps more than the budget 0.05"):
-        row(H2O(), 0.05, layers_skip=(0, 1, -1)).allowance(3500, 5, 32)
+        Policy(layers_skip=(0, 1, -1)).allowance(Budget(0.05), 3500, 5, 32)
     for layers in ((2,), (-3,)):
         with pytest.raises(UserError, match="the model has 2 layers"):
-            row(H2O(), 0.5, layers_skip=layers).allowance(100, 0, 2)
+            Policy(layers_skip=layers).allowance(Budget(0.5), 100, 0, 2)
 
 
-def test_rows_that_cannot_be():
+def test_a_switch_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(UserError, match=r"unknown decode_policy 'held'.*'hold'"):
-        row(Full(), 1, decode_policy="held")
+        Policy(decode_policy="held")
     with pytest.raises(UserError, match=r"unknown pos 'relative'.*absolute, rolled"):
-        row(Full(), 1, pos="relative")
+        Policy(pos="relative")
     with pytest.raises(UserError, match=r"unknown skip_budget 'none'.*compensated, plain"):
-        row(Full(), 1, skip_budget="none")
+        Policy(skip_budget="none")
+    with pytest.raises(UserError, match=r"layers_skip=\['first'\] must be a list of layer numbers"):
+        Policy(layers_skip=("first",))  # type: ignore[arg-type]
 
 
 # --- positions by place in the cache
@@ -566,16 +591,18 @@ def test_rows_that_cannot_be():
 
 def test_rolled_positions_change_nothing_where_nothing_is_evicted():
     model, input_ids = shared_model(), prompt(30)
-    rows = [row(Full(), 1), row(Full(), 1, pos="rolled")]
-    results, _ = run_sample(model, input_ids, rows, Stop(8, NEVER), reference=0)
-    assert results[0].token_ids == results[1].token_ids
-    assert results[1].fidelity.kl == pytest.approx(0, abs=1e-6)
+    rows, text = [row(Full(), 1)], prompt(12, seed=5)[0].tolist()
+    each = [Request(input_ids, rows, policy=Policy(pos=pos)) for pos in ("absolute", "rolled")]
+    ((absolute,), _), ((rolled,), _) = run_samples(model, each, Stop(8, NEVER))
+    assert absolute.token_ids == rolled.token_ids
+    ((absolute,), _), ((rolled,), _) = score_continuations(model, each, [text, text])
+    assert rolled.nll == pytest.approx(absolute.nll, abs=1e-4)
 
 
 def test_rolled_positions_are_undefined_for_ragged_heads():
-    ragged = row(KVMerger(budget_mode="eps_free", epsilon=0.2), 0.35, pos="rolled")
+    ragged = row(KVMerger(budget_mode="eps_free", epsilon=0.2), 0.35)
     with pytest.raises(UserError, match="pos=rolled is undefined"):
-        run_sample(shared_model(), prompt(60), [ragged], Stop(2, NEVER))
+        run_sample(shared_model(), prompt(60), [ragged], Stop(2, NEVER), policy=Policy(pos="rolled"))
 
 
 # --- methods that need more of the engine

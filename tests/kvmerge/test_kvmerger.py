@@ -48,7 +48,9 @@ def compress(method, layer_, budget, seed=0):
         (0.95, 1000, 440, 420, 90),
     ],
 )
-def test_protected_counts(budget, length, recent, top, merged):
+def test_protected_tokens_are_the_papers_shares_and_leave_room_to_merge(
+    budget, length, recent, top, merged
+):
     given_ = allowance(budget, length)
     assert KVMerger().protected_counts(given_, length) == (recent, top)
     assert given_.n_keep - recent - top == merged
@@ -145,7 +147,7 @@ def test_sizes_count_every_token():
     assert kept.bias is None
 
 
-def test_log_size_bias():
+def test_log_size_adds_the_logarithm_of_each_sets_size():
     kept = compress(KVMerger(attn_bias="log_size"), layer(80), 0.35)
     torch.testing.assert_close(kept.bias, kept.sizes.float().log())
     assert kept.bias.dtype == torch.float32
@@ -391,6 +393,15 @@ def test_layer_thresholds_come_from_the_file(tmp_path):
         compress(method, replace(layer(60), layer_idx=2), 0.35)
 
 
+def test_thresholds_that_are_part_of_the_package_are_taken_by_their_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method = KVMerger(budget_mode="eps_layer", thresholds="smollm2-135m@0.35")
+    assert len(method.layer_thresholds()) == 30
+    assert all(-1 < threshold < 1 for threshold in method.layer_thresholds())
+    with pytest.raises(UserError, match=r"cannot be read: .*what is here: .*smollm2-135m@0\.35"):
+        KVMerger(budget_mode="eps_layer", thresholds="smollm2-135m@0.36")
+
+
 @pytest.mark.parametrize("content", ["", "{}", '["a"]', '{"thresholds": 0.5}', "[1, null]"])
 def test_thresholds_that_cannot_be_used(tmp_path, content):
     file = tmp_path / "thresholds.json"
@@ -419,8 +430,6 @@ def test_layer_thresholds_and_their_mode_need_each_other(tmp_path):
         ({"rope": "none"}, "unknown rope 'none'.*post, pre"),
         ({"merge_every": 0}, "merge_every=0 must be a whole number of 1 or more"),
         ({"merge_every": 2.0}, "merge_every=2.0 must be a whole number"),
-        ({"max_set": 1}, "max_set=1 must be a whole number of 2 or more"),
-        ({"max_set": 3, "linkage": "anchor"}, "max_set is defined for linkage=adjacent only"),
         ({"budget_mode": "exact"}, r"unknown budget_mode 'exact'\. Did you mean 'exact_links'"),
         ({"attn_bias": "logsize"}, "unknown attn_bias 'logsize'.*log_size"),
         ({"value_scale": "sizes"}, "unknown value_scale 'sizes'.*'size'"),
@@ -435,6 +444,6 @@ def test_layer_thresholds_and_their_mode_need_each_other(tmp_path):
         ({"top": -0.1}, r"top=-0.1 must be a fraction"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_a_setting_out_of_range_is_refused_and_named(settings, message):
     with pytest.raises(UserError, match=message):
         KVMerger(**settings)

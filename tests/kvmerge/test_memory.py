@@ -23,6 +23,15 @@ def rows(*cells):
     return [Row(load_method(name), Budget.parse(budget)) for name, budget in cells]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def only_what_the_test_makes_is_collected():
+    """Take the thousands of modules and objects that are there already out of every collection."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class FullLayers:
     """Counts the uncompressed layers that are alive whenever a layer is compressed."""
 

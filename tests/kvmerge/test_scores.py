@@ -67,7 +67,7 @@ def test_left_padding_is_neither_counted_nor_counting(lengths, causal, seed):
         torch.testing.assert_close(found[row : row + 1, :, 7 - count :], alone)
 
 
-def test_padding_with_a_given_lse():
+def test_the_lse_of_padding_is_never_read():
     queries, keys = states(1, 1, 2, 6, 4, seed=3)
     lse = exact_lse(queries[:, :, 2:], keys[:, :, 2:], 0.5, causal=True)
     padded = torch.cat([torch.full((1, 2, 2), torch.nan), lse], dim=-1)
@@ -143,12 +143,12 @@ def test_large_logits_do_not_overflow():
         ((2, 4, 5, 8), (1, 2, 5, 8)),
     ],
 )
-def test_shapes_that_do_not_fit(queries, keys):
+def test_shapes_that_do_not_fit_are_refused(queries, keys):
     with pytest.raises(ValueError, match="do not fit"):
         column_sums(torch.zeros(queries), torch.zeros(keys))
 
 
-def test_lse_of_another_shape():
+def test_an_lse_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="lse has shape"):
         column_sums(torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,8 +47,32 @@ def test_the_threshold_is_where_the_mean_number_of_sets_is_the_budget():
     assert (similarity[0] > threshold).sum() == 5
 
 
-def test_only_kvmerger_has_thresholds(tiny):
-    with pytest.raises(UserError, match="only KVMerger"):
-        calibrate.calibrate(tiny("benchmark.tasks=[trec]", "method=h2o", "budget=0.5"))
-    assert calibrate.main(["method=nonsense"]) == 2
-    assert calibrate.main(["nonsense=1"]) == 2
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["method=h2o", "budget=0.5"], r"h2o@0\.5 has no thresholds to calibrate: only KVMerger"),
+        (["method.linkage=anchor"], r"kvmerger:linkage=anchor@0\.5 has no thresholds"),
+        (["cells=[full@1,kvmerger@0.5]"], "2 cells were given"),
+        (["method=nonsense"], "unknown method 'nonsense'"),
+        (["nonsense=1"], "nonsense"),
+    ],
+)
+def test_what_has_no_thresholds_is_named_as_it_was_given(capsys, given, message):
+    assert calibrate.main(["benchmark=mini", *given]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_budget_that_holds_every_prompt_leaves_nothing_to_calibrate(tiny):
+    with pytest.raises(UserError, match="budget=100000 holds every prompt"):
+        calibrate.calibrate(tiny("benchmark.tasks=[trec]", "method=kvmerger", "budget=100000"))
+
+
+def test_the_file_is_named_by_the_checkpoint_that_was_given(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_settings = tiny("benchmark.tasks=[trec]")
+    given = [f"model.path={run_settings.model.path}", "benchmark=longbench", "benchmark.tasks=[trec]"]
+    data = f"benchmark.data_dir={run_settings.resolved['benchmark']['data_dir']}"
+    assert calibrate.main([*given, data, "budget=0.5", "limit=1"]) == 0
+    name = Path(str(run_settings.model.path)).name
+    assert Path(f"results/calibration/{name}@0.5.json").exists()
+    assert f"{name}@0.5.json" in capsys.readouterr().out
