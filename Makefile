@@ -9,7 +9,7 @@ KVPRESS    ?= 0.5.5
 PEER_READY := $(VENV)-peer/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report test lint unit regression bench bench-gpu lock clean
+.PHONY: help setup reproduce report test lint unit regression bench bench-gpu docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,10 +63,20 @@ $(PEER_READY):
 bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
 	$(BIN)/python -m scripts.bench gpu
 
-lock: $(READY)  ## compile requirements.lock anew from requirements.in
+$(VENV)/.docs: $(READY) requirements-docs.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-docs.lock
+	@touch $@
+
+# The variable only silences Material's notice about the future of mkdocs.
+docs: $(VENV)/.docs  ## build the documentation site into site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+lock: $(READY)  ## compile requirements.lock and requirements-docs.lock anew
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	  --no-emit-index-url --excludes requirements-exclude.txt requirements.in --output-file requirements.lock
+	for name in requirements requirements-docs; do \
+	  $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	    --no-emit-index-url --excludes requirements-exclude.txt $$name.in --output-file $$name.lock || exit; \
+	done
 
 clean:  ## remove the virtual environment and caches of the tools
-	rm -rf $(VENV) $(VENV)-peer .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(VENV)-peer .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

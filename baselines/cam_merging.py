@@ -33,7 +33,7 @@ def merge_values(
             probability; None merges the expected share `p_i v_i` instead.
 
     Returns:
-        `(batch, kv_heads, T, head_dim)`: the values of all tokens, evicted ones included.
+        `(batch, kv_heads, T, head_dim)`, the values of all tokens, evicted ones included.
     """
     probabilities = merge_probabilities(attention, start=start, recent=recent)
     share = drawn(probabilities, generator) / merge_budget

@@ -183,7 +183,7 @@ def variance_level(sums: Tensor) -> Tensor:
         sums: `(batch, heads, T)` attention column sums of each query head.
 
     Returns:
-        `(batch,)` in [0, 1]: their variances over tokens, scaled by the lowest and the highest.
+        `(batch,)` in [0, 1], their variances over tokens, scaled by the lowest and the highest.
     """
     variance = sums.var(dim=-1)
     low, high = variance.amin(-1, keepdim=True), variance.amax(-1, keepdim=True)

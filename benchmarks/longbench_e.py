@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.longbench import ARCHIVE, FIELDS, LongBench, find_task
+from benchmarks.longbench.benchmark import ARCHIVE, FIELDS, LongBench
+from benchmarks.longbench.tasks import find_task
 from benchmarks.rows import Kind
 from benchmarks.task import Task
 from kvmerge.errors import UserError

@@ -1,54 +1,137 @@
-"""Metrics: how a task's score comes from what its samples were given."""
+"""Metrics: how one answer is marked, and how a task's score comes from the marks of its samples.
+
+Each metric is one `Metric`, defined beside the function that it is made of and listed by `metrics`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.rows import shown
+from kvmerge.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from benchmarks.task import Task
+
 Array = NDArray[np.float64]
+Marks = Mapping[str, float]
+"""What one sample gets: `score`, and the parts that its task's score is made of."""
+
+
+def percent(means: Array) -> Array:
+    """Return the only part's mean in percent."""
+    return 100 * means[..., 0]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a task score comes from its samples' numbers."""
+    """One metric, from a sample's answer to a task's score."""
 
-    parts: tuple[str, ...]
+    name: str
+    """What results and settings call it."""
+    sample: Callable[..., Marks]
+    """From a prediction, its gold answers and the task's label set (or None) to the sample's marks,
+    0 to 1; of a continuation, from its negative log-likelihood and its number of tokens."""
+    parts: tuple[str, ...] = ("score",)
     """Keys of a record line, averaged over seeds and then samples."""
-    score: Callable[[Array], Array]
+    score: Callable[[Array], Array] = percent
     """From means of the parts, `(..., parts)`, to scores as published, `(...)`."""
     higher_is_better: bool = True
     averaged: bool = True
     """Whether the score is one of 0 to 100 that has a place in an average over tasks."""
+    continuation: bool = False
+    """Whether it weighs a continuation that is given, and not an answer."""
+
+    def check_answers(
+        self, answers: Sequence[str], all_classes: Sequence[str] | None, place: str
+    ) -> None:
+        """Refuse a row that would fail at scoring, hours into a run.
+
+        Raises:
+            UserError: naming `place`, if no prediction can be marked against the answers.
+        """
+        try:
+            self.sample("", answers, all_classes)
+        except Exception as error:
+            raise UserError(
+                f"{place}: metric {self.name} cannot score against answers {shown(answers)} "
+                f"with all_classes {shown(all_classes)} ({type(error).__name__}: {error})."
+            ) from error
 
 
-def _percent(means: Array) -> Array:
-    return 100 * means[..., 0]
+def best_of(
+    compare: Callable[[str, str], float], *, without: float | None = None
+) -> Callable[..., Marks]:
+    """Return the sample rule that takes the best over the answers.
+
+    Args:
+        compare: from a prediction and one answer to 0 to 1.
+        without: what a sample without answers gets; None makes it a ValueError.
+    """
+
+    def sample(
+        prediction: str, answers: Iterable[str], all_classes: Sequence[str] | None = None
+    ) -> Marks:
+        scores = [compare(prediction, answer) for answer in answers]
+        return {"score": max(scores) if scores or without is None else without}
+
+    return sample
 
 
-def _geometric_mean(means: Array) -> Array:
-    return 100 * np.cbrt(np.prod(means, axis=-1))
+def mark(
+    task: Task, prediction: str, answers: Iterable[str], all_classes: Sequence[str] | None = None
+) -> Marks:
+    """Return the marks of one prediction by its task's metric and first-line rule.
+
+    Raises UserError for a metric that does not exist, and what the metric raises.
+    """
+    if task.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    return find_metric(task.metric).sample(prediction, answers, all_classes)
 
 
-def _perplexity(means: Array) -> Array:
-    # Both means are over the same samples, so their ratio is the ratio of the sums.
-    return np.exp(means[..., 0] / means[..., 1])
+UNSCORED = Metric(
+    "unscored",
+    lambda prediction, answers, all_classes=None: {"score": math.nan},
+    parts=(),
+    score=lambda means: np.full(means.shape[:-1], np.nan),
+    averaged=False,
+)
+"""Answers are withheld: nothing is scored."""
 
 
-def _nothing(means: Array) -> Array:
-    return np.full(means.shape[:-1], np.nan)
+@functools.cache
+def metrics() -> Mapping[str, Metric]:
+    """Return every metric by its name."""
+    # Imported here, because each of these imports this module.
+    from benchmarks import perplexity
+    from benchmarks.longbench import metrics as longbench
+    from benchmarks.needle import metrics as needle
+    from benchmarks.zero_scrolls import metrics as zero_scrolls
 
-
-_MEAN = Metric(("score",), _percent)
-_SPECIAL = {
-    "rouge_gm": Metric(("rouge1", "rouge2", "rougel"), _geometric_mean),
-    "perplexity": Metric(("nll", "tokens"), _perplexity, higher_is_better=False, averaged=False),
-    "unscored": Metric((), _nothing, averaged=False),
-}
+    listed = (
+        *longbench.METRICS,
+        *zero_scrolls.METRICS,
+        *needle.METRICS,
+        perplexity.PERPLEXITY,
+        UNSCORED,
+    )
+    return {metric.name: metric for metric in listed}
 
 
 def find_metric(name: str) -> Metric:
-    """Give the rule for a metric's name: the mean score in percent, but for the special ones."""
-    return _SPECIAL.get(name, _MEAN)
+    """Return the metric called `name`.
+
+    Raises:
+        UserError: listing the metrics, if there is none.
+    """
+    if name not in metrics():
+        raise unknown("metric", name, metrics())
+    return metrics()[name]

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.longbench import FIELDS, TASKS, LongBench
+from benchmarks.longbench.benchmark import FIELDS, LongBench
+from benchmarks.longbench.tasks import TASKS
 from benchmarks.source import Files, HubFile, Source
 from benchmarks.task import Task
 

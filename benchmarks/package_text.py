@@ -19,6 +19,16 @@ from pathlib import Path
 
 from kvmerge.errors import UserError
 
+FOLDERS = (
+    "networkx/algorithms",
+    "networkx/generators",
+    "sympy/combinatorics",
+    "sympy/geometry",
+    "sympy/physics",
+    "sympy/stats",
+)
+"""Where prose and code come from: two packages that torch requires, and that change rarely."""
+
 _SENTENCE = r"[A-Z](?:[a-zA-Z ,;'()]|-(?!-))+\."
 _PROSE = re.compile(f"{_SENTENCE}(?: {_SENTENCE})*")
 """Plain sentences: no markup, section rules, formulas, numbers or doctest lines."""

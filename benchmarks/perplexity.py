@@ -8,16 +8,40 @@ needs no answers and has no floor, so it separates methods that task scores cann
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from benchmarks.encoding import tokens
+from benchmarks.metric import Array, Metric
 from benchmarks.task import Encoded, PromptFormat, Sample, Task
 from benchmarks.texts import Text, read_text
 from kvmerge.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def _marks(nll: float, tokens: int) -> dict[str, float]:
+    return {"score": math.exp(nll / tokens), "nll": nll, "tokens": tokens}
+
+
+def _perplexity(means: Array) -> Array:
+    # Both means are over the same samples, so their ratio is the ratio of the sums.
+    return np.exp(means[..., 0] / means[..., 1])
+
+
+PERPLEXITY = Metric(
+    "perplexity",
+    _marks,
+    parts=("nll", "tokens"),
+    score=_perplexity,
+    higher_is_better=False,
+    averaged=False,
+    continuation=True,
+)
 
 
 class Perplexity:
@@ -56,7 +80,7 @@ class Perplexity:
         self.prompt_tokens = prompt_tokens
         self.count = samples
         self.tasks: Sequence[Task] = (
-            Task("continuation", "perplexity", max_new_tokens=scored_tokens, chat=False),
+            Task("continuation", PERPLEXITY.name, max_new_tokens=scored_tokens, chat=False),
         )
 
     def samples(self, task: Task) -> list[Sample]:

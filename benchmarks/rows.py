@@ -30,6 +30,8 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+ANY: Mapping[str, Kind] = {}
+"""No field is asked for."""
 TEXT = Kind("a string of valid Unicode", _is_text)
 TEXTS = Kind("a list of strings", _are_texts)
 TEXTS_OR_NULL = Kind("a list of strings or null", lambda v: v is None or _are_texts(v))

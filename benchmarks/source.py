@@ -8,9 +8,9 @@ file whose SHA-256 is wrong.
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import hashlib
-import importlib
 import json
 import logging
 import re
@@ -209,26 +209,79 @@ class Parquet(Files):
         """Return a name's rows as JSON lines, and the path of their file.
 
         Raises UserError for a name without a file, for a file that is not parquet or holds values
-        that JSON lacks, if pyarrow is not installed, and what `fetch` raises.
+        that JSON lacks, and what `fetch` raises.
         """
         path = self._fetch(name)
         try:
-            parquet: Any = importlib.import_module("pyarrow.parquet")
-        except ImportError as error:
-            raise UserError(f"{path} needs pyarrow to be read: pip install pyarrow.") from error
-        try:
-            with parquet.ParquetFile(path) as table:
-                lines = [
-                    f"{json.dumps(row, ensure_ascii=False)}\n"
-                    for batch in table.iter_batches()
-                    for row in batch.to_pylist()
-                ]
-        except Exception as error:
-            # pyarrow has its own errors for another format and for a damaged file.
+            lines = [f"{json.dumps(row, ensure_ascii=False)}\n" for row in load_rows(path)]
+        except (UserError, TypeError) as error:
             raise UserError(
                 f"cannot read {path} as rows of parquet: {error}. {self.files[name].instead}"
             ) from error
         return "".join(lines).encode("utf-8"), str(path)
+
+
+def load_rows(
+    dataset: str | Path,
+    subset: str | None = None,
+    *,
+    split: str | None = None,
+    revision: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Return rows as the `datasets` library reads them, one at a time.
+
+    Args:
+        dataset: a file (`.csv`, whose values are taken as texts, or parquet), or the id of a dataset on
+            the hub. Files are streamed; the hub's datasets are kept in the library's cache.
+        subset: of a hub's dataset.
+        split: of a hub's dataset.
+        revision: of a hub's dataset.
+
+    Raises UserError if they cannot be had or read, and NeedsDownload inside `no_downloads`.
+    """
+    import datasets  # late: it takes half a second
+
+    datasets.disable_progress_bars()
+    try:
+        if isinstance(dataset, Path):
+            rows = datasets.load_dataset(
+                "csv" if dataset.suffix == ".csv" else "parquet",
+                data_files=str(dataset),
+                split="train",
+                streaming=True,
+                **_csv_options(dataset, datasets) if dataset.suffix == ".csv" else {},
+            )
+        else:
+            rows = datasets.load_dataset(
+                dataset,
+                subset,
+                split=split,
+                revision=revision,
+                download_config=datasets.DownloadConfig(local_files_only=_held_back.get()),
+            )
+        yield from rows
+    except UserError:
+        raise
+    except Exception as error:
+        # Each reader has errors of its own, wrapped or not.
+        if _held_back.get() and not isinstance(dataset, Path):
+            raise NeedsDownload(f"{dataset} is not in the cache of datasets yet.") from error
+        why = first_line(error.__cause__ or error).rstrip(".")
+        raise UserError(f"cannot read {dataset}: {why}.") from error
+
+
+def _csv_options(path: Path, datasets: Any) -> dict[str, Any]:
+    """Return how a CSV file is read with every value as the text that stands there."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        header = next(csv.reader(lines), [])
+    if not header or len(set(header)) < len(header):
+        raise UserError(f"{path}: its first line must name its columns, each once: {header}.")
+    text = datasets.Value("string")
+    return {
+        "features": datasets.Features(dict.fromkeys(header, text)),
+        "keep_default_na": False,
+        "encoding": "utf-8-sig",
+    }
 
 
 def _member(archive: zipfile.ZipFile, wanted: str, path: Path) -> zipfile.ZipInfo:

@@ -13,8 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mini.tasks import FOLDERS
-from benchmarks.package_text import paragraphs
+from benchmarks.package_text import FOLDERS, paragraphs
 from benchmarks.rows import TEXT, parse_rows, read_bytes, sha256
 from benchmarks.source import HubFile, Parquet
 from kvmerge.errors import UserError

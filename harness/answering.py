@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines.full import Full
+from benchmarks.metric import find_metric
 from benchmarks.task import Encoded, Sample, Task
 from harness.batching import BatchSize, is_out_of_memory
 from harness.records import Record
@@ -180,8 +180,7 @@ class Answerer:
         """The score and its parts: the benchmark's, or those of the continuation's probability."""
         if encoded.continuation is None or result.nll is None:
             return self.settings.benchmark.score(job.sample, job.task, prediction)
-        tokens = len(encoded.continuation)
-        return {"score": math.exp(result.nll / tokens), "nll": result.nll, "tokens": tokens}
+        return find_metric(job.task.metric).sample(result.nll, len(encoded.continuation))
 
 
 def stop_rule(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvmerge.api import CompressedCache, compressed
     from kvmerge.budget import Budget
+    from kvmerge.comparison import compare
     from kvmerge.errors import UserError
     from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer
 
@@ -20,10 +21,17 @@ __all__ = [
     "Method",
     "PrefillLayer",
     "UserError",
+    "compare",
     "compressed",
 ]
 
-_HOMES = {"CompressedCache": "api", "compressed": "api", "Budget": "budget", "UserError": "errors"}
+_HOMES = {
+    "CompressedCache": "api",
+    "compressed": "api",
+    "Budget": "budget",
+    "compare": "comparison",
+    "UserError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:

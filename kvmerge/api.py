@@ -118,9 +118,7 @@ def compressed(
         UserError: for an unsupported model, unknown method or setting, a bad budget, beam search, or a
             prompt longer than the model's sliding window.
     """
-    kind = str(model.config.model_type)
-    if kind not in SUPPORTED:
-        raise UserError(f"model type {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
+    check_family(model)
     if isinstance(method, str):
         method = load_method(method, settings)
     elif settings:
@@ -210,3 +208,10 @@ def _cache_parameter(model: PreTrainedModel) -> str:
     """Return the forward's name for the cache: `past_key_values` before transformers 5.20."""
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """Raise `UserError` for a model whose attention the engine cannot take over."""
+    kind = str(model.config.model_type)
+    if kind not in SUPPORTED:
+        raise UserError(f"model type {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")

@@ -205,7 +205,7 @@ def set_summary(set_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor
         scores: `(batch, kv_heads, T)`.
 
     Returns:
-        sizes (int64), pivots (int64 token index: the member with the largest score, ties to the
+        sizes (int64), pivots (int64 token index, the member with the largest score, ties to the
         lower index), scores (sum over members); `(batch, kv_heads, sets)` each. Where heads have
         fewer sets than the longest, the rest has size 0, pivot -1 and score 0.
     """
@@ -272,7 +272,7 @@ def gaussian_merge(
         sizes: `(batch, kv_heads, T)` tokens that each input already stands for; None means 1 each.
 
     Returns:
-        keys, values: `(batch, kv_heads, sets, head_dim)` in their input dtype; zeros pad heads with
+        keys and values, `(batch, kv_heads, sets, head_dim)` in their input dtype; zeros pad heads with
         fewer sets than the longest.
     """
     weights = gaussian_weights(keys, set_ids, scores, sigma=sigma, pivot=pivot, sizes=sizes)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 
 from kvmerge import Budget, resolve
 from kvmerge.cells import parse_cell
+from kvmerge.comparison import COLUMNS
 from kvmerge.engine import Stop, run_sample
 from kvmerge.kvmerger import KVMerger
 from kvmerge.session import Row
@@ -68,19 +71,66 @@ def test_a_variant_of_kvmerger_costs_two_lines_of_yaml(method_page):
     assert resolve.build(composed) == KVMerger(pivot="first")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/add_a_method.md", "docs/decisions.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/add_a_method.md",
+        "docs/decisions.md",
+        "docs/python.md",
+    ],
+)
 def test_paths_that_are_named_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(
-        r"`((?:kvmerge|baselines|benchmarks|harness|scripts|configs|docs)/[\w./-]*)`", text
+        r"`((?:kvmerge|baselines|benchmarks|harness|scripts|configs|docs|examples|tests|results)/[\w./-]*)`",
+        text,
     )
     made_up = {
         "baselines/key_norm.py",
         "configs/method/key_norm.yaml",
         "configs/method/kvmerger_first.yaml",
     }
+    in_a_wheel = {"kvmerge/configs", "harness/report/reference"}
+    missing = {path for path in named if not (ROOT / path).exists()}
     assert named
-    assert [path for path in named if path not in made_up and not (ROOT / path).exists()] == []
+    assert missing - made_up - in_a_wheel == set()
+
+
+def test_every_page_is_in_the_site_s_navigation():
+    pages: list[str] = []
+
+    def collect(entries):
+        for entry in entries:
+            (target,) = entry.values()
+            pages.append(target) if isinstance(target, str) else collect(target)
+
+    collect(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    # docs/site.py makes these
+    made = {"index.md", "contributing.md", "changelog.md", "security.md"}
+    own = {page for page in pages if page not in made and not page.startswith("reference/")}
+    assert own == {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert len(pages) == len(set(pages))
+
+
+def test_every_column_of_compare_is_explained():
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [column for column in COLUMNS if f"`{column}`" not in text] == []
+
+
+def test_the_commit_hook_runs_the_locked_ruff():
+    hook = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    locked = re.search(r"^ruff==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert hook["repos"][0]["rev"] == f"v{locked[1]}"
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
 
 
 def test_make_help_lists_every_target():

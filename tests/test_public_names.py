@@ -8,6 +8,9 @@ import inspect
 import pytest
 
 CONTRACT = {
+    "kvmerge.compare": (
+        "(model, tokenizer, prompts, cells, *, max_new_tokens=64, chat=True, seed=0, fidelity=True)"
+    ),
     "benchmarks.longbench.prompt": "(row)",
     "benchmarks.longbench.score": "(dataset, prediction, answers, all_classes=None)",
     "kvmerge.scores.column_sums": "(queries, keys, lse=None, *, causal=True, scale=None, lengths=None)",

@@ -2,8 +2,8 @@
 
 Written from the published scorer's behaviour (THUDM/LongBench `LongBench/metrics.py` and
 `eval.py`, commit 2e00731, MIT). Its oddities change published numbers, so they are kept and named
-where they occur. Every metric takes `(prediction, answer, *, all_classes=None)` and returns a
-float from 0 to 1; `all_classes`, the label set of a task, matters to `classification` alone.
+where they occur. Every function takes `(prediction, answer)` and returns a float from 0 to 1;
+`classification` also takes the label set of its task.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import logging
 import re
 import string
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
-from typing import Protocol
 
 from rouge import Rouge
 
-from benchmarks.task import Task
+from benchmarks.metric import Marks, Metric, best_of
 
 PUNCTUATION = frozenset(string.punctuation)
 PUNCTUATION_ZH = PUNCTUATION | frozenset(
@@ -29,18 +29,6 @@ PUNCTUATION_ZH = PUNCTUATION | frozenset(
     "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
 """A constant of the protocol, gaps included: `》` is in it, `《` is not."""
-
-
-class Metric(Protocol):
-    """A function that compares one prediction with one gold answer."""
-
-    __name__: str
-
-    def __call__(
-        self, prediction: str, answer: str, *, all_classes: Sequence[str] | None = None
-    ) -> float:
-        """Return a value from 0 to 1."""
-        ...
 
 
 # Question answering
@@ -75,12 +63,12 @@ def token_f1(prediction: Iterable[str], answer: Iterable[str]) -> float:
     return (2 * precision * recall) / (precision + recall)
 
 
-def qa_f1(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def qa_f1(prediction: str, answer: str) -> float:
     """Token F1 of the normalised words."""
     return token_f1(normalize(prediction).split(), normalize(answer).split())
 
 
-def qa_f1_zh(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def qa_f1_zh(prediction: str, answer: str) -> float:
     """Token F1 of the words that jieba finds, each normalised, empty ones dropped."""
     return token_f1(_normal_words_zh(prediction), _normal_words_zh(answer))
 
@@ -104,7 +92,7 @@ GetScores = Callable[..., dict[str, dict[str, float]]]
 """`Rouge.get_scores`: metric name to its recall, precision and F."""
 
 
-def rouge_l(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def rouge_l(prediction: str, answer: str) -> float:
     """ROUGE-L F of the PyPI package `rouge`, which differs from Google's `rouge_score`.
 
     Whatever makes that package raise scores 0: a text without a sentence (empty, or dots alone),
@@ -114,7 +102,7 @@ def rouge_l(prediction: str, answer: str, *, all_classes: Sequence[str] | None =
     return _rouge_l(Rouge(metrics=["rouge-l"]).get_scores, prediction, answer)
 
 
-def rouge_zh(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def rouge_zh(prediction: str, answer: str) -> float:
     """`rouge_l` of the words that jieba finds, joined by single spaces."""
     rouge = Rouge(metrics=["rouge-l"])
 
@@ -153,7 +141,7 @@ def _rouge_l(get_scores: GetScores, prediction: str, answer: str) -> float:
 # Few-shot, synthetic and code tasks
 
 
-def classification(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def classification(prediction: str, answer: str, all_classes: Sequence[str] | None = None) -> float:
     """1 / (class names found in the prediction) if the gold one is among them, else 0.
 
     A found name that is a proper part of the gold name is dropped first, but the official loop
@@ -172,23 +160,23 @@ def classification(prediction: str, answer: str, *, all_classes: Sequence[str] |
     return 1.0 / len(found) if answer in found else 0.0
 
 
-def count(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def count(prediction: str, answer: str) -> float:
     """Share of the numbers in the prediction that equal the gold number, as text; 0 if none."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
-def retrieval(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def retrieval(prediction: str, answer: str) -> float:
     """`count` with the number in the gold's `Paragraph N`. Raises IndexError if it has none."""
     return count(prediction, re.findall(r"Paragraph (\d+)", answer)[0])
 
 
-def retrieval_zh(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def retrieval_zh(prediction: str, answer: str) -> float:
     """`count` with the number in the gold's `段落N`. Raises IndexError if it has none."""
     return count(prediction, re.findall(r"段落(\d+)", answer)[0])
 
 
-def code_sim(prediction: str, answer: str, *, all_classes: Sequence[str] | None = None) -> float:
+def code_sim(prediction: str, answer: str) -> float:
     """Similarity, in whole percents, of the gold line and the first line that looks like code.
 
     Leading newlines are cut, then lines holding a backtick, `#` or `//` are passed over. A blank
@@ -196,42 +184,44 @@ def code_sim(prediction: str, answer: str, *, all_classes: Sequence[str] | None 
     """
     lines = prediction.lstrip("\n").split("\n")
     code = (line for line in lines if not any(mark in line for mark in ("`", "#", "//")))
-    return _ratio(next(code, ""), answer) / 100
+    return _ratio()(next(code, ""), answer) / 100
 
 
-def _ratio(first: str, second: str) -> int:
-    """`fuzzywuzzy.fuzz.ratio` as it is without python-Levenshtein, with which it gives others."""
-    if first == second:
-        return 100
-    if not first or not second:
-        return 0
-    return round(100 * SequenceMatcher(None, first, second).ratio())
+@functools.cache
+def _ratio() -> Callable[[str, str], int]:
+    """Return `fuzzywuzzy.fuzz.ratio` on difflib's matcher.
 
-
-METRICS: dict[str, Metric] = {
-    metric.__name__: metric
-    for metric in (
-        qa_f1,
-        qa_f1_zh,
-        rouge_l,
-        rouge_zh,
-        classification,
-        count,
-        retrieval,
-        retrieval_zh,
-        code_sim,
-    )
-}
-
-
-def score_task(
-    task: Task, prediction: str, answers: Iterable[str], all_classes: Sequence[str] | None = None
-) -> float:
-    """Score one prediction, 0 to 1: the best over the gold answers, 0 if there are none.
-
-    Raises KeyError if `task.metric` is not in `METRICS`, and what the metric raises.
+    The package takes python-Levenshtein's matcher where that is installed, which gives other scores.
     """
-    metric = METRICS[task.metric]
-    if task.first_line:
-        prediction = prediction.lstrip("\n").split("\n")[0]
-    return max((metric(prediction, a, all_classes=all_classes) for a in answers), default=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of difflib, which it calls slow
+        from fuzzywuzzy import fuzz
+    fuzz.SequenceMatcher = SequenceMatcher
+    ratio: Callable[[str, str], int] = fuzz.ratio
+    return ratio
+
+
+def _classification(
+    prediction: str, answers: Iterable[str], all_classes: Sequence[str] | None = None
+) -> Marks:
+    compare = functools.partial(classification, all_classes=all_classes)
+    return best_of(compare, without=0.0)(prediction, answers)
+
+
+METRICS = (
+    *(
+        Metric(compare.__name__, best_of(compare, without=0.0))
+        for compare in (
+            qa_f1,
+            qa_f1_zh,
+            rouge_l,
+            rouge_zh,
+            count,
+            retrieval,
+            retrieval_zh,
+            code_sim,
+        )
+    ),
+    Metric("classification", _classification),
+)
+"""The best over the gold answers, 0 if there are none; each raises what its function raises."""

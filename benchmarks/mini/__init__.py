@@ -8,30 +8,11 @@ builds the same files: their SHA-256 is committed, the text is not.
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.encoding import encode_truncating_middle
-from benchmarks.longbench.metrics import score_task
-from benchmarks.mini.build import ROOM, build, expected_sha256
-from benchmarks.mini.tasks import TASKS
-from benchmarks.rows import TEXT, TEXTS, TEXTS_OR_NULL, parse_rows, read_bytes, sha256
-from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
-from kvmerge.errors import UserError, unknown
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-FIELDS = {
-    "input": TEXT,
-    "context": TEXT,
-    "answers": TEXTS,
-    "all_classes": TEXTS_OR_NULL,
-    "_id": TEXT,
-}
+from benchmarks.task import Task
 
 
 @functools.cache
@@ -45,96 +26,3 @@ def template(name: str) -> str:
 def prompt(task: Task, row: Mapping[str, Any]) -> str:
     """Return the task's template filled with a row, neither cut nor wrapped."""
     return template(task.name).format_map(row)
-
-
-class Mini:
-    """The benchmark at one of its two lengths.
-
-    Args:
-        tasks: names of the tasks to run; None means all.
-        length: `short` (prompts of about 1,000 tokens) or `long` (about 3,000).
-        data_dir: folder of `<task>.jsonl` to read; None builds them.
-
-    Raises UserError for a task or length that does not exist, and for a missing folder.
-    """
-
-    def __init__(
-        self,
-        tasks: Sequence[str] | None = None,
-        length: str = "short",
-        data_dir: str | None = None,
-    ) -> None:
-        if length not in ROOM:
-            raise unknown("length of the mini benchmark", length, ROOM)
-        self.length = length
-        self.name = "mini" if length == "short" else f"mini_{length}"
-        self.tasks = choose_tasks(tuple(TASKS), tasks, "mini")
-        self.data_dir = None if data_dir is None else Path(data_dir).expanduser()
-        if self.data_dir is not None and not self.data_dir.is_dir():
-            raise UserError(
-                f"benchmark.data_dir {self.data_dir} is not a folder. It must hold one "
-                f"<task>.jsonl a task; null builds them."
-            )
-        self._files: dict[str, tuple[bytes, Path]] = {}
-
-    def samples(self, task: Task) -> list[Sample]:
-        """Return all rows of `task`, in file order.
-
-        Warns if the file is not the one that the locked packages give. Raises UserError naming the
-        file and line of a row that cannot be used.
-        """
-        data, path = self._read(task)
-        return [
-            Sample(
-                id=row["_id"],
-                task=task.name,
-                prompt=prompt(task, row),
-                answers=tuple(row["answers"]),
-                all_classes=None if row["all_classes"] is None else tuple(row["all_classes"]),
-                row=row,
-            )
-            for _, row in parse_rows(data, str(path), FIELDS, id_field="_id")
-        ]
-
-    def encode(
-        self, sample: Sample, task: Task, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat
-    ) -> Encoded:
-        """Return the token ids fed to prefill (`benchmarks.encoding`)."""
-        return Encoded(encode_truncating_middle(tokenizer, sample.prompt, fmt, wrap=task.chat))
-
-    def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
-        """Return the score of one prediction by LongBench's metric, 0 to 1."""
-        return {"score": score_task(task, prediction, sample.answers, sample.all_classes)}
-
-    def fingerprint(self) -> dict[str, str]:
-        """Return the SHA-256 of each chosen task's file."""
-        return {task.name: sha256(self._read(task)[0]) for task in self.tasks}
-
-    def notes(self) -> list[str]:
-        """Say which tasks' data differ from what the locked packages give: do not compare those."""
-        expected = expected_sha256(self.length)
-        other = [name for name, digest in self.fingerprint().items() if digest != expected[name]]
-        if not other:
-            return []
-        return [
-            f"The data of {self.name} ({', '.join(other)}) are not those that the locked packages "
-            f"give: their SHA-256 differs. Do not compare these scores with others. To compare, "
-            f"install the locked requirements (make setup)."
-        ]
-
-    def _read(self, task: Task) -> tuple[bytes, Path]:
-        if task.name not in self._files:
-            self._files[task.name] = data, path = self._load(task)
-            if sha256(data) != expected_sha256(self.length)[task.name]:
-                warnings.warn(
-                    f"{path} is not what the locked packages give (its SHA-256 differs); do not "
-                    f"compare its scores with others.",
-                    stacklevel=3,
-                )
-        return self._files[task.name]
-
-    def _load(self, task: Task) -> tuple[bytes, Path]:
-        if self.data_dir is not None:
-            path = self.data_dir / f"{task.name}.jsonl"
-            return read_bytes(path), path
-        return build(task, self.length), Path(f"{self.name}/{task.name}.jsonl")

@@ -25,18 +25,8 @@ from benchmarks.mini.words import (
     QUESTIONS,
     TOWNS,
 )
-from benchmarks.package_text import code, docstrings, paragraphs, sentences, size
+from benchmarks.package_text import FOLDERS, code, docstrings, paragraphs, sentences, size
 from benchmarks.task import Task
-
-FOLDERS = (
-    "networkx/algorithms",
-    "networkx/generators",
-    "sympy/combinatorics",
-    "sympy/geometry",
-    "sympy/physics",
-    "sympy/stats",
-)
-"""Where prose and code come from: two packages that torch requires, and that change rarely."""
 
 
 @dataclass(frozen=True)

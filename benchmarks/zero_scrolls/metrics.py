@@ -11,12 +11,14 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from unidecode import unidecode
 
 from benchmarks.longbench.metrics import normalize, token_f1
+from benchmarks.metric import Array, Metric, best_of
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -24,11 +26,10 @@ if TYPE_CHECKING:
 CHOICE = re.compile(r"\b[A-D]\b")
 PERCENTAGE = re.compile(r"(\d+\.?\d*)%")
 
-Scorer = Callable[[str, Sequence[str]], Mapping[str, float]]
-"""From a prediction and its references to `score` and the parts that a task's score is made of."""
 
-
-def rouge_gm(prediction: str, references: Sequence[str]) -> dict[str, float]:
+def rouge_gm(
+    prediction: str, references: Sequence[str], all_classes: Sequence[str] | None = None
+) -> dict[str, float]:
     """ROUGE-1, ROUGE-2 and ROUGE-L F of Google's `rouge_score`, and their geometric mean.
 
     Each part is the best over the references by itself. No stemming. The official scorer first puts
@@ -107,20 +108,15 @@ def _numbers(text: str) -> list[int]:
         return []
 
 
-def _best(metric: Callable[[str, str], float]) -> Scorer:
-    """Return the scorer that takes the best over the references."""
-
-    def score(prediction: str, references: Sequence[str]) -> Mapping[str, float]:
-        return {"score": max(metric(prediction, reference) for reference in references)}
-
-    return score
+def _geometric_mean(means: Array) -> Array:
+    return 100 * np.cbrt(np.prod(means, axis=-1))
 
 
-METRICS: dict[str, Scorer] = {
-    "rouge_gm": rouge_gm,
-    "f1": _best(f1),
-    "accuracy": _best(accuracy),
-    "exp_similarity": _best(exp_similarity),
-    "concordance_index": _best(concordance_index),
-}
-"""By the name that results give them. Each raises ValueError without references."""
+METRICS = (
+    Metric("rouge_gm", rouge_gm, parts=("rouge1", "rouge2", "rougel"), score=_geometric_mean),
+    *(
+        Metric(compare.__name__, best_of(compare))
+        for compare in (f1, accuracy, exp_similarity, concordance_index)
+    ),
+)
+"""Each raises ValueError without references."""

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from benchmarks.metric import find_metric
 from harness.report.published import Reference, load_references
 from harness.report.run import Run, load_run
 from harness.results import Results
@@ -159,4 +158,4 @@ def _full_score(run: Run, task: str) -> tuple[float | None, int]:
     samples = run.samples.get((task, run.full_cell or ""))
     if samples is None or not samples.ids:
         return None, 0
-    return float(find_metric(run.tasks[task]).score(samples.parts.mean(axis=0))), len(samples.ids)
+    return float(run.metrics[task].score(samples.parts.mean(axis=0))), len(samples.ids)

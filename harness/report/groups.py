@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.metric import find_metric
 from harness.records import Record
 from harness.report.bootstrap import Scored, score_task
 from harness.report.run import Run
@@ -60,7 +59,7 @@ def scores_by(run: Run, names: Sequence[str]) -> list[GroupScore]:
             cell,
             group,
             len(ids),
-            score_task(task, run.samples[task, cell].only(ids), find_metric(run.tasks[task])),
+            score_task(task, run.samples[task, cell].only(ids), run.metrics[task]),
         )
         for (task, cell), records in run.records.items()
         for group, ids in _members(records, names).items()

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from harness.report.bootstrap import Estimate
 from harness.report.groups import GroupScore, group_values, scores_by
 from harness.report.run import Run, averages
-from harness.report.tables import INTERVAL, count_tasks, gaps, setting, task_label
+from harness.report.words import INTERVAL, count_tasks, gaps, setting, task_label
 from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.metric import find_metric
+from benchmarks.metric import Metric, find_metric
 from harness.records import Record, prediction_path
 from harness.report.bootstrap import Samples, Scored, average, gather, score_task
 from harness.report.columns import COLUMNS, figures
@@ -50,6 +50,17 @@ class Run:
         return value
 
     @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """The metric of each task. Raises `UserError` naming run.json and a task of unknown metric."""
+        metrics = {}
+        for task, name in self.tasks.items():
+            try:
+                metrics[task] = find_metric(name)
+            except UserError as error:
+                raise UserError(f"{self.output_dir}/run.json, task {task}: {error}") from error
+        return metrics
+
+    @cached_property
     def samples(self) -> dict[tuple[str, str], Samples]:
         """The numbers behind each score, by task and cell.
 
@@ -57,12 +68,11 @@ class Run:
         """
         gathered = {}
         for (task, cell), records in self.records.items():
-            metric_name = self.tasks[task]
             try:
-                gathered[task, cell] = gather(records, find_metric(metric_name))
+                gathered[task, cell] = gather(records, self.metrics[task])
             except ValueError as error:
                 raise UserError(
-                    f"{task} of {cell} in {self.output_dir} cannot be scored as {metric_name!r}: "
+                    f"{task} of {cell} in {self.output_dir} cannot be scored as {self.tasks[task]!r}: "
                     f"{error}. Delete that line of the prediction file and run again."
                 ) from error
         return gathered
@@ -71,7 +81,7 @@ class Run:
     def scores(self) -> dict[tuple[str, str], Scored]:
         """Score and bootstrap replicates of each task and cell."""
         return {
-            (task, cell): score_task(task, samples, find_metric(self.tasks[task]))
+            (task, cell): score_task(task, samples, self.metrics[task])
             for (task, cell), samples in self.samples.items()
         }
 
@@ -93,7 +103,7 @@ class Run:
     @property
     def averaged_tasks(self) -> tuple[str, ...]:
         """The tasks scored 0 to 100; a perplexity has no place in an average with them."""
-        return tuple(t for t, metric in self.tasks.items() if find_metric(metric).averaged)
+        return tuple(task for task, metric in self.metrics.items() if metric.averaged)
 
     @property
     def full_cell(self) -> str | None:
@@ -259,7 +269,7 @@ def differences(run: Run, to: str) -> list[Difference]:
         if cell == to:
             continue
         by_task: dict[str, Difference] = {}
-        for task, metric_name in run.tasks.items():
+        for task, metric in run.metrics.items():
             if (task, cell) not in run.samples or (task, to) not in run.samples:
                 continue
             ours, theirs = run.samples[task, cell], run.samples[task, to]
@@ -267,7 +277,6 @@ def differences(run: Run, to: str) -> list[Difference]:
                 scored = run.scores[task, cell].minus(run.scores[task, to])
                 common = ours.ids
             else:
-                metric = find_metric(metric_name)
                 common = tuple(sorted(set(ours.ids) & set(theirs.ids)))
                 scored = score_task(task, ours.only(common), metric).minus(
                     score_task(task, theirs.only(common), metric)

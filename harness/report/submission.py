@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.zero_scrolls import TASKS
+from benchmarks.zero_scrolls.tasks import TASKS
 from harness.report.run import Run, load_run
 from kvmerge.cells import file_name
 from kvmerge.errors import UserError

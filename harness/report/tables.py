@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
@@ -10,21 +10,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.metric import find_metric
-from harness.report.bootstrap import RESAMPLES, Scored, aggregate
+from harness.report.bootstrap import Scored, aggregate
 from harness.report.columns import COLUMNS, TABLE, Column
 from harness.report.gates import PROFILE, Gate, gates, outside, profile_of
 from harness.report.groups import group_values, scores_by
 from harness.report.published import Reference, for_benchmark, members
 from harness.report.run import Run, averages, differences
 from harness.report.summary import summarise
+from harness.report.words import INTERVAL, count_tasks, gaps, sample_counts, setting, span, task_label
 from kvmerge.cells import parse_name
 
 MARK = " †"
 MARK_NOTE = (
     "†: the full cache is outside its published band, so these rows do not count as a reproduction."
 )
-INTERVAL = f"95% percentile bootstrap interval over samples, {RESAMPLES:,} resamples"
 
 
 @dataclass(frozen=True)
@@ -44,48 +43,6 @@ class Table:
     data: pd.DataFrame
 
 
-def sample_counts(run: Run, tasks: Iterable[str] | None = None) -> str:
-    """Say how many samples a task has, as `5` or `5 to 200`."""
-    wanted = set(run.tasks if tasks is None else tasks)
-    counts = {len(samples.ids) for (task, _), samples in run.samples.items() if task in wanted}
-    return _span(counts) if counts else "0"
-
-
-def _span(counts: Collection[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def setting(run: Run) -> str:
-    """One line that says what every number of a run was measured on."""
-    seeds = sorted({record.seed for records in run.records.values() for record in records})
-    parts = [
-        f"{run.model} on {run.benchmark}",
-        f"n = {sample_counts(run)} samples a task",
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
-    ]
-    for name in ("dtype", "device"):
-        value = run.recorded(name)
-        if isinstance(value, str):
-            parts.append(value.removeprefix("torch."))
-    commit = run.recorded("git", "commit")
-    if isinstance(commit, str):
-        modified = " with local changes" if run.recorded("git", "dirty") else ""
-        parts.append(f"commit {commit[:10]}{modified}")
-    return ", ".join(parts)
-
-
-def count_tasks(count: int) -> str:
-    """Say `1 task`, `2 tasks`."""
-    return f"{count} task" if count == 1 else f"{count} tasks"
-
-
-def task_label(run: Run, task: str) -> str:
-    """Name a task, and say where a lower score is the better one."""
-    better = find_metric(run.tasks[task]).higher_is_better
-    return task if better else f"{task} ({run.tasks[task]}, lower is better)"
-
-
 def _score_text(scored: Scored | None, sign: str = "") -> str:
     if scored is None or np.isnan(scored.value):
         return ""
@@ -96,24 +53,6 @@ def _score_text(scored: Scored | None, sign: str = "") -> str:
 
 def _number(value: float, form: str) -> str:
     return "" if np.isnan(value) else format(value, form)
-
-
-def gaps(run: Run) -> list[str]:
-    """Name the cells without records, and the tasks whose cells hold different samples."""
-    notes = []
-    for cell in run.cells:
-        missing = [task for task in run.tasks if (task, cell) not in run.records]
-        if missing:
-            notes.append(f"Blank, as there are no records: {cell} on {', '.join(missing)}.")
-    for task in run.tasks:
-        ids = [run.samples[task, cell].ids for cell in run.cells if (task, cell) in run.samples]
-        if len(set(ids)) > 1:
-            counts = _span([len(names) for names in ids])
-            notes.append(
-                f"The cells of {task} hold different samples (n = {counts}), "
-                "so their scores do not compare until the run is finished."
-            )
-    return notes
 
 
 def _tidy(run: Run, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
@@ -228,7 +167,7 @@ def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
     for task in run.tasks:
         ns = [len(run.samples[task, cell].ids) for cell in run.cells if (task, cell) in run.samples]
         texts = [_score_text(run.scores.get((task, cell))) for cell in run.cells]
-        rows.append((label(task, task_label(run, task)), _span(ns) if ns else "0", *texts))
+        rows.append((label(task, task_label(run, task)), span(ns) if ns else "0", *texts))
         data += [
             _score_row(cell, task, run.scores[task, cell], len(run.samples[task, cell].ids))
             for cell in run.cells
@@ -282,7 +221,7 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
         scores = [by_key.get((task, group, cell)) for cell in run.cells]
         counts = {one.n for one in scores if one is not None}
         texts = [_score_text(one.scored if one else None) for one in scores]
-        n = _span(counts) if counts else "0"
+        n = span(counts) if counts else "0"
         rows.append((task_label(run, task), *map(str, group), n, *texts))
     return Table(
         name=f"scores_by_{'_and_'.join(by)}",
@@ -355,7 +294,7 @@ def difference_table(run: Run) -> Table | None:
         counts = {pair.n for pair in pairs if pair is not None}
         texts = [_score_text(pair.scored if pair else None, "+") for pair in pairs]
         label = task if task == "average" else task_label(run, task)
-        rows.append((label, _span(counts) if counts else "0", *texts))
+        rows.append((label, span(counts) if counts else "0", *texts))
     return Table(
         name="differences",
         title=f"Difference to {full}",

@@ -14,7 +14,7 @@ from harness.report.columns import COLUMNS
 from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.published import load_references
 from harness.report.run import Run, averages
-from harness.report.tables import gaps, setting, task_label
+from harness.report.words import gaps, setting, task_label
 from kvmerge.cells import parse_name
 
 _LABEL_WIDTH = 22

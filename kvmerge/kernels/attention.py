@@ -16,7 +16,7 @@ from kvmerge.scores import column_sums
 def attention_and_scores(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, scored: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of a whole prompt, and how much of it each key received.
+    """Attend causally over a whole prompt, and sum how much of it each key received.
 
     Args:
         queries: `(1, heads, T, head_dim)`.
@@ -36,7 +36,7 @@ def attention_and_scores(
 def prefill_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of a whole prompt, with the log-sum-exp of its rows where the kernel gives it.
+    """Attend causally over a whole prompt, with the log-sum-exp of its rows where the kernel gives it.
 
     Args:
         queries: `(1, heads, T, head_dim)`.
@@ -64,7 +64,7 @@ def prefill_attention(
 def _packed_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of `(kv_heads, group, T, head_dim)` states: output; lse, or None."""
+    """Attend over `(kv_heads, group, T, head_dim)` states: output; lse, or None."""
     if queries.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, 0.0, True, scale=scale
@@ -86,7 +86,7 @@ def _can_use_efficient(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def _kernel_params(queries: Tensor, keys: Tensor, values: Tensor) -> torch.backends.cuda.SDPAParams:
-    """Causal attention without dropout, in the form that torch's tests of its GPU kernels take."""
+    """Describe causal attention without dropout, as torch's tests of its GPU kernels do."""
     grouped = queries.shape[1] != keys.shape[1]
     return torch.backends.cuda.SDPAParams(queries, keys, values, None, 0.0, True, grouped)
 
@@ -94,7 +94,7 @@ def _kernel_params(queries: Tensor, keys: Tensor, values: Tensor) -> torch.backe
 def cached_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
 ) -> Tensor:
-    """Attention of `n` new tokens over a cache whose last `n` entries are their own.
+    """Attend with `n` new tokens over a cache whose last `n` entries are their own.
 
     Args:
         queries: `(rows, heads, n, head_dim)`.
@@ -126,7 +126,7 @@ def cached_attention(
 def weighted_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one new token that also returns its weights, for methods that look at them.
+    """Attend with one new token and return the weights too, for methods that look at them.
 
     Args:
         queries: `(rows, heads, 1, head_dim)`.
@@ -150,7 +150,7 @@ def weighted_attention(
 def masked_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor
 ) -> Tensor:
-    """Attention of a whole prompt through an explicit mask, for methods that alter the prefill.
+    """Attend over a whole prompt through an explicit mask, for methods that alter the prefill.
 
     Args:
         queries: `(1, heads, T, head_dim)`.

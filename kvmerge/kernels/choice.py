@@ -10,6 +10,7 @@ which library is faster has not depended on them. Results of the two are equal u
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -64,6 +65,7 @@ def chosen() -> str | None:
     return os.environ.get(VARIABLE) or _taken.get(machine) or _kept(machine)
 
 
+@functools.cache
 def processor() -> str:
     """Return the processor's name."""
     with contextlib.suppress(OSError):

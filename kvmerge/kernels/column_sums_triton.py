@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -25,7 +25,7 @@ MAX_HEAD_DIM = 256
 
 
 def available(queries: Tensor) -> bool:
-    """Whether the kernel can take these queries `(batch, heads, T, head_dim)` where they are.
+    """Return whether the kernel can take these queries `(batch, heads, T, head_dim)` where they are.
 
     The first call for a dtype, head size and GPU compiles the kernel for them; if that fails, which
     is logged, the kernel is not available.
@@ -115,7 +115,7 @@ def _column_sums(
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ) -> None:
-    """One block of columns of one KV head, over the rows of all query heads of its group.
+    """Sum one block of columns of one KV head, over the rows of all query heads of its group.
 
     Strides are 64 bits wide: the offsets of a long prompt do not fit 32.
     """
@@ -158,7 +158,7 @@ def _column_sums(
 
 
 def _tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """Block sizes and warps that fit 99 KiB of shared memory, the least of the GPUs since Ampere."""
+    """Return block sizes and warps for 99 KiB of shared memory, the least of the GPUs since Ampere."""
     features = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:  # no tensor cores: large blocks would spill registers
         columns, rows = 32, 32
@@ -171,11 +171,11 @@ def _tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
 
 @functools.cache
 def _runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernel compiles for these states and runs, tried on one token."""
+    """Return whether the kernel compiles for these states and runs, tried on one token."""
     states = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
     try:
         column_sums(states, states, torch.zeros(1, 1, 1, device=device)).cpu()
     except Exception as error:  # a compiler that is missing, a GPU that is too small, …
-        log.warning("attention scores are summed in torch: the Triton kernel fails here (%s)", error)
+        logger.warning("attention scores are summed in torch: the Triton kernel fails here (%s)", error)
         return False
     return True

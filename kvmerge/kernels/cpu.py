@@ -8,7 +8,7 @@ from torch import Tensor
 from kvmerge.kernels import choice, packed_linear
 
 _WORTH_A_CHOICE = 512
-"""Prompt tokens from which it is worth to know the faster way to multiply."""
+"""Prompt tokens from which it is worth knowing the faster way to multiply."""
 _TILE = 2**20
 """Logits worked on at once: they stay in the cache between the two products and the softmax."""
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 
 def available(states: Tensor) -> bool:
-    """Whether oneDNN can work on states: float32 on the CPU, and a torch that has its operators."""
+    """Return whether oneDNN can work on states: float32 on the CPU, by a torch that has it."""
     return (
         states.device.type == "cpu"
         and states.dtype == torch.float32
@@ -24,7 +24,7 @@ def available(states: Tensor) -> bool:
 
 
 def times_transposed(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`left @ right.T + bias` of float32 `(..., n)` and `(m, n)`, which may be packed."""
+    """Return `left @ right.T + bias` of float32 `(..., n)` and `(m, n)`, which may be packed."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
@@ -53,12 +53,12 @@ def pack_linear_layers(model: PreTrainedModel) -> int:
     Weights are not stored twice, so the model can no longer be trained or saved. An output layer
     that is tied to the embedding gets a copy, since the embedding is read row by row.
     """
-    found = [
+    plain = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear and available(child.weight)
     ]
-    for parent, name, child in found:
+    for parent, name, child in plain:
         setattr(parent, name, PackedLinear(child))
-    return len(found)
+    return len(plain)

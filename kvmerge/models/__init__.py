@@ -1,7 +1,7 @@
 """Models: what the harness must know about each, and how one is loaded."""
 
 from kvmerge.models.checkpoints import Embedded, Random
-from kvmerge.models.loading import load, stop_token_ids
+from kvmerge.models.loading import end_token_ids, load, stop_token_ids
 from kvmerge.models.spec import DTYPES, ModelSpec, Shape, attention_sizes
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Random",
     "Shape",
     "attention_sizes",
+    "end_token_ids",
     "load",
     "stop_token_ids",
 ]

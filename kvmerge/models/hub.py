@@ -48,11 +48,12 @@ def prepare(repository: str, revision: str | None) -> bool:
         revision: commit, tag or branch; None for the newest.
 
     Returns:
-        whether to load from the cache without asking the hub: it holds the commit, or the hub cannot be
+        whether to load from the cache without asking the hub; it holds the commit, or the hub cannot be
         reached.
 
     Raises:
-        OSError, HTTPError: what the hub's client raises (see `explain`).
+        OSError: what the hub's client raises (see `explain`).
+        HTTPError: likewise.
     """
     if _COMMIT.fullmatch(revision or "") and _is_cached(repository, revision):
         return True

@@ -166,13 +166,19 @@ def stop_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec
 ) -> frozenset[int]:
     """Ids of the tokens that end an answer: the generation config's, and those the spec adds."""
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    ids = set(eos) if isinstance(eos, list | tuple) else {eos} - {None}
+    ids: set[Any] = set(end_token_ids(model, tokenizer))
     for text in spec.stop:
         token = tokenizer.convert_tokens_to_ids(text)
         if token is None or token == tokenizer.unk_token_id:
             raise UserError(f"model.stop: {text!r} is not a token of {spec.name}.")
         ids.add(token)
+    return frozenset(int(i) for i in ids)
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of the generation config's end tokens, or else the tokenizer's."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    ids = set(eos) if isinstance(eos, list | tuple) else {eos} - {None}
     return frozenset(int(i) for i in ids)

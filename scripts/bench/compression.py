@@ -16,7 +16,7 @@ _CELLS = ("kvmerger@0.5", "kvmerger@0.35", "h2o@0.35", "cam@0.35", "snapkv@0.35"
 
 
 def compression(bench: Bench, length: int = 4096) -> Report:
-    """Share of the prefill's time that each method spends in `compress`, over all layers."""
+    """Measure the share of a prefill's time that each method spends in `compress`, all layers."""
     ids = bench.prompt(length)
     rows: list[dict[str, Any]] = []
     raw: dict[str, list[list[float]]] = {}

@@ -63,22 +63,22 @@ class Bench:
 
     @cached_property
     def settings(self) -> Settings:
-        """Settings that the model comes from."""
+        """Return the settings that the model comes from."""
         return compose(["experiment=mini", *self.overrides])
 
     @property
     def cells(self) -> list[str]:
-        """The cells of a comparison: the seven of the paper's table."""
+        """Return the cells of a comparison: the seven of the paper's table."""
         return [cell.name for cell in self.settings.cells]
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model as the harness runs it."""
+        """Return the model as the harness runs it."""
         return self._loaded[0]
 
     @cached_property
     def plain(self) -> PreTrainedModel:
-        """The same weights as plain transformers runs them, with SDPA."""
+        """Return the same weights as plain transformers runs them, with SDPA."""
         return load(replace(self.settings.model, pack_weights=False))[0]
 
     @cached_property
@@ -91,14 +91,14 @@ class Bench:
         return torch.tensor([ids])
 
     def prompt(self, length: int, number: int = 0) -> Tensor:
-        """`(1, length)` tokens of real prose, another piece for each number."""
+        """Return `(1, length)` tokens of real prose, another piece for each number."""
         ids = self._text_ids
         while ids.shape[1] < (number + 1) * length:
             ids = torch.cat([ids, self._text_ids], dim=1)
         return ids[:, number * length : (number + 1) * length].to(self.model.device)
 
     def rows(self, cells: Sequence[str]) -> list[Row]:
-        """The rows of cells, one seed each."""
+        """Return the rows of cells, one seed each."""
         return [self.settings.row(parse_cell(cell), 0) for cell in cells]
 
     def run(self, prompts: Sequence[Tensor], rows: Sequence[Row], tokens: int, batch: int = 1) -> None:
@@ -192,7 +192,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def against(seconds: Mapping[str, list[float]], base: str) -> list[dict[str, Any]]:
-    """A table line for each action: median, extremes, and the ratio to `base`."""
+    """Return a table line for each action: median, extremes, and the ratio to `base`."""
     return [
         {
             "run": name,
@@ -206,7 +206,7 @@ def against(seconds: Mapping[str, list[float]], base: str) -> list[dict[str, Any
 
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the rounds of one action's seconds divided by another's."""
+    """Return the median over the rounds of one action's seconds divided by another's."""
     return statistics.median(a / b for a, b in zip(values, base, strict=True))
 
 
@@ -223,7 +223,7 @@ def random_states(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a decode step reads.
+    """Return the bytes of the weights that a decode step reads.
 
     All but an embedding that is not the output layer too: of that, a step reads one row.
     """

@@ -20,7 +20,7 @@ _WAYS = ("generate", "generate, packed weights", "full@1", "kvmerger@0.35", "sev
 
 
 def memory(bench: Bench, length: int = 8000) -> Report:
-    """Peak memory of a prompt and 16 answer tokens above the loaded model, one process a way."""
+    """Measure the peak of a prompt and 16 answer tokens above the loaded model, one process a way."""
     rows = []
     for way in _WAYS:
         command = [sys.executable, "-m", "scripts.bench.memory", way, str(length), *bench.overrides]

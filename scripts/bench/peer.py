@@ -33,7 +33,8 @@ def peer(bench: Bench, python: str, length: int) -> Report:
         python: the Python of an environment with kvpress and torch.
         length: tokens of the prompt.
 
-    Raises UserError where that Python or its kvpress cannot be used.
+    Raises:
+        UserError: where that Python or its kvpress cannot be used.
     """
     ids = bench.prompt(length)
     theirs = _pressed(bench, python, ids)
@@ -62,7 +63,7 @@ def peer(bench: Bench, python: str, length: int) -> Report:
 
 
 def _pressed(bench: Bench, python: str, ids: Tensor) -> dict[str, Any]:
-    """Seconds of each way in the peer's environment, and its versions."""
+    """Return the seconds of each way in the peer's environment, and its versions."""
     with tempfile.TemporaryDirectory() as folder:
         bench.plain.save_pretrained(folder)
         question = {"model": folder, "ids": ids.tolist(), "repeats": bench.repeats}

@@ -51,7 +51,7 @@ def prefill(bench: Bench, length: int) -> Report:
 
 @torch.inference_mode()
 def score_error(bench: Bench, length: int) -> float:
-    """Largest relative error of one layer's column sums, against float64 in slices of rows."""
+    """Return the largest relative error of one layer's column sums against float64."""
     layers: list[PrefillLayer] = []
     ids = bench.prompt(length)
     with hooked(bench.model):
@@ -64,16 +64,17 @@ def score_error(bench: Bench, length: int) -> float:
         session.begin([length], 1)
         positions = torch.arange(length, device=ids.device).unsqueeze(0)
         forward(bench.model, session, ids, positions, logits_to_keep=1)
-    queries, keys, found = layers[0].queries, layers[0].keys, layers[0].scores
-    assert found is not None
+    queries, keys, scores = layers[0].queries, layers[0].keys, layers[0].scores
+    assert scores is not None
     group = queries.shape[1] // keys.shape[1]
     wide = keys[0].double().repeat_interleave(group, dim=0)
     exact = torch.zeros(queries.shape[1], length, dtype=torch.float64, device=keys.device)
     columns = torch.arange(length, device=keys.device)
+    # In slices of rows: a whole float64 map takes much memory.
     for begin in range(0, length, 256):
         end = min(begin + 256, length)
         logits = queries[0, :, begin:end].double() @ wide[:, :end].mT * layers[0].scale
         logits.masked_fill_(columns[:end] > columns[begin:end, None], -torch.inf)
         exact[:, :end] += logits.softmax(dim=-1).sum(dim=1)
     wanted = exact.unflatten(0, (-1, group)).sum(dim=1)
-    return float(((found[0].double() - wanted).abs() / wanted).max())
+    return float(((scores[0].double() - wanted).abs() / wanted).max())

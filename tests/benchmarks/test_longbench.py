@@ -6,16 +6,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import longbench
-from benchmarks.longbench import (
-    ARCHIVE,
-    FILES,
-    ROWS,
-    TASKS,
-    LongBench,
-    find_task,
-    prompt,
-    template,
-)
+from benchmarks.longbench import prompt
+from benchmarks.longbench.benchmark import ARCHIVE, FILES, ROWS, LongBench
+from benchmarks.longbench.tasks import TASKS, find_task, template
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError
 

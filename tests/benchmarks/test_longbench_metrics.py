@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import longbench
-from benchmarks.longbench.metrics import METRICS, code_sim, rouge_l, rouge_zh, score_task
+from benchmarks.longbench.metrics import METRICS, code_sim, rouge_l, rouge_zh
+from benchmarks.metric import mark
 from benchmarks.task import Task
 
+BY_NAME = {metric.name: metric for metric in METRICS}
 RECORDED = json.loads(Path(__file__).with_name("longbench_scores.json").read_text("utf-8"))
 
 
@@ -30,10 +32,12 @@ def check(vector, function):
 
 @pytest.mark.parametrize("vector", RECORDED["metrics"], ids=lambda v: v["metric"])
 def test_metric_equals_official(vector):
-    metric = METRICS[vector["metric"]]
+    metric = BY_NAME[vector["metric"]]
     check(
         vector,
-        lambda: metric(vector["prediction"], vector["answer"], all_classes=vector.get("all_classes")),
+        lambda: metric.sample(vector["prediction"], [vector["answer"]], vector.get("all_classes"))[
+            "score"
+        ],
     )
 
 
@@ -48,7 +52,7 @@ def test_score_equals_official(vector):
 
 
 def test_every_metric_is_recorded():
-    assert {vector["metric"] for vector in RECORDED["metrics"]} == set(METRICS)
+    assert {vector["metric"] for vector in RECORDED["metrics"]} == set(BY_NAME)
 
 
 def words(n):
@@ -95,20 +99,20 @@ def test_code_sim_is_fuzzywuzzy_with_difflib(prediction, answer):
 
 
 @settings(deadline=None)  # jieba takes half a second to load
-@given(st.sampled_from(sorted(METRICS)), st.text(), st.text(), st.lists(st.text(max_size=3)))
+@given(st.sampled_from(sorted(BY_NAME)), st.text(), st.text(), st.lists(st.text(max_size=3)))
 def test_scores_stay_in_range(name, prediction, answer, labels):
     if name.startswith("retrieval"):
         answer = f"Paragraph 1 段落1 {answer}"
-    assert 0 <= METRICS[name](prediction, answer, all_classes=labels) <= 1
+    assert 0 <= BY_NAME[name].sample(prediction, [answer], labels)["score"] <= 1
 
 
 def test_score_is_the_best_over_answers_and_zero_without():
     task = Task("t", "qa_f1", 8)
-    assert score_task(task, "red blue", ["green", "red", "blue sky red"]) == 0.8
-    assert score_task(task, "red", []) == 0
+    assert mark(task, "red blue", ["green", "red", "blue sky red"])["score"] == 0.8
+    assert mark(task, "red", [])["score"] == 0
 
 
 def test_first_line_rule():
     plain, first = Task("t", "qa_f1", 8), Task("t", "qa_f1", 8, first_line=True)
-    assert score_task(plain, "\nred\nblue", ["red"]) == pytest.approx(2 / 3)
-    assert score_task(first, "\nred\nblue", ["red"]) == 1
+    assert mark(plain, "\nred\nblue", ["red"])["score"] == pytest.approx(2 / 3)
+    assert mark(first, "\nred\nblue", ["red"])["score"] == 1

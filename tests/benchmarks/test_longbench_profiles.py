@@ -10,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from benchmarks.longbench import LongBench, find_task
+from benchmarks.longbench.benchmark import LongBench
 from benchmarks.longbench.profiles import KCF_LLAMA2_LENGTH, find_profile
+from benchmarks.longbench.tasks import find_task
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError
 

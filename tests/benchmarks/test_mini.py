@@ -9,7 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from benchmarks import package_text as text
-from benchmarks.mini import Mini, tasks, template
+from benchmarks.mini import tasks, template
+from benchmarks.mini.benchmark import Mini
 from benchmarks.mini.build import ROOM, SAMPLES, build, expected_sha256
 from benchmarks.mini.tasks import TASKS
 from benchmarks.rows import sha256

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import longbench, source
-from benchmarks.longbench import LongBench, find_task
+from benchmarks.longbench import tasks
+from benchmarks.longbench.benchmark import LongBench
+from benchmarks.longbench.tasks import find_task
 from benchmarks.minilongbench import FILES, REVISION, ROWS, MiniLongBench
 from benchmarks.source import HubFile
 from kvmerge.errors import UserError
@@ -34,7 +36,7 @@ def write(folder: Path, task: str, lines: list[dict[str, Any]]) -> None:
 
 
 def test_the_237_rows() -> None:
-    assert list(ROWS) == [task.name for task in longbench.TASKS]
+    assert list(ROWS) == [task.name for task in tasks.TASKS]
     assert sum(ROWS.values()) == 237
 
 

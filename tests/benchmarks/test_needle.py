@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from benchmarks.needle import BUFFER, SANDWICH, SANDWICH_EXPECTED, TASKS, Needle, fact, score, template
+from benchmarks.needle import score
+from benchmarks.needle.benchmark import BUFFER, Needle
 from benchmarks.needle.haystack import book_ids, hide, insertion_point
+from benchmarks.needle.tasks import SANDWICH, SANDWICH_EXPECTED, TASKS, fact, template
 from benchmarks.rows import sha256
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.encoding import encode_truncating_middle
-from benchmarks.longbench import TASKS
+from benchmarks.longbench.tasks import TASKS
 from benchmarks.task import PromptFormat
 from kvmerge.models import ModelSpec
 from kvmerge.models.checkpoints import converted, save_random

@@ -10,7 +10,9 @@ import pytest
 
 from benchmarks import source, zero_scrolls
 from benchmarks.task import PromptFormat
-from benchmarks.zero_scrolls import FILES, PAPER_TASKS, TASKS, ZeroScrolls, find_task, prompt
+from benchmarks.zero_scrolls import prompt
+from benchmarks.zero_scrolls.benchmark import FIELDS, FILES, INDICES, ZeroScrolls
+from benchmarks.zero_scrolls.tasks import PAPER_TASKS, TASKS, find_task
 from kvmerge.errors import UserError
 from tests.tiny_run import compose
 
@@ -142,7 +144,7 @@ def test_fields_that_are_not_used_may_be_missing_or_odd(tmp_path):
 
 def test_a_query_may_be_empty_and_end_with_the_input(tmp_path):
     text = row()["input"]
-    bounds = dict.fromkeys(zero_scrolls.INDICES[1:], len(text))
+    bounds = dict.fromkeys(INDICES[1:], len(text))
     assert len(samples(tmp_path, row(**bounds))) == 1
 
 
@@ -170,7 +172,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, changes, words):
         samples(tmp_path, row("a"), row("b", **changes))
 
 
-@pytest.mark.parametrize("field", zero_scrolls.FIELDS)
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_missing_field_is_named(tmp_path, field):
     broken = row()
     del broken[field]
@@ -182,7 +184,7 @@ def test_a_missing_field_is_named(tmp_path, field):
     ("task", "output"), [("quality", "none"), ("space_digest", "60"), ("book_sum_sort", "first")]
 )
 def test_a_reference_that_cannot_be_scored_is_found_when_read(tmp_path, task, output):
-    with pytest.raises(UserError, match=f"line 1: metric .* cannot score against output '{output}'"):
+    with pytest.raises(UserError, match=f"line 1: metric .* cannot score against answers .*'{output}'"):
         samples(tmp_path, row(output=output), task=task)
 
 

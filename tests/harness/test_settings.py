@@ -123,7 +123,7 @@ def test_method_or_budget_beside_cells_would_be_ignored_and_is_refused(
         ("model.max_length=0", "model.max_length=0 must be"),
         ("benchmark.tasks=[trek]", "unknown LongBench task 'trek'. Did you mean 'trec'"),
         ("benchmark.tasks=[]", "benchmark.tasks is empty"),
-        ("+benchmark.n_shot=3", "benchmarks.longbench.LongBench: .*n_shot"),
+        ("+benchmark.n_shot=3", "benchmarks.longbench.benchmark.LongBench: .*n_shot"),
         ("+model.sharding=true", "kvmerge.models.ModelSpec: .*sharding"),
     ],
 )

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import longbench
-from benchmarks.longbench import ARCHIVE, TASKS
+from benchmarks.longbench import benchmark
+from benchmarks.longbench.benchmark import ARCHIVE
+from benchmarks.longbench.tasks import TASKS
 from benchmarks.source import HubFile, cached
 from kvmerge.resolve import choices
 from scripts import data
@@ -59,7 +60,7 @@ OFFICIAL = {f"data/{task.name}.jsonl": lines(task.name, 2) for task in TASKS}
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
     """A hub, an empty cache, and two benchmarks: mini, and LongBench with two rows a task."""
     monkeypatch.setattr(data, "choices", lambda group: ["longbench", "mini"])
-    monkeypatch.setattr(longbench, "ROWS", {task.name: 2 for task in TASKS})
+    monkeypatch.setattr(benchmark, "ROWS", {task.name: 2 for task in TASKS})
     with hub_server.serve() as hub:
         hub_server.use(hub, tmp_path / "cache", monkeypatch)
         yield hub
@@ -71,8 +72,8 @@ def publish(hub: hub_server.Hub, monkeypatch: pytest.MonkeyPatch, content: bytes
         ARCHIVE.repo, ARCHIVE.filename, ARCHIVE.revision, hashlib.sha256(content).hexdigest()
     )
     hub.put(file.repo, file.revision, file.filename, content)
-    monkeypatch.setattr(longbench, "ARCHIVE", file)
-    monkeypatch.setattr(longbench, "FILES", (file,))
+    monkeypatch.setattr(benchmark, "ARCHIVE", file)
+    monkeypatch.setattr(benchmark, "FILES", (file,))
     return file
 
 
@@ -171,7 +172,7 @@ def test_verify_downloads_nothing(hub, monkeypatch, capsys):
 def test_verify_checks_rows_that_are_not_from_the_hub(hub, tmp_path, monkeypatch, capsys):
     (tmp_path / "trec.jsonl").write_bytes(lines("trec", 3))
     options = {"data_dir": str(tmp_path), "tasks": ["trec"]}
-    local = data.Data("local", "benchmarks.longbench.LongBench", options, files=(), rows={})
+    local = data.Data("local", "benchmarks.longbench.benchmark.LongBench", options, files=(), rows={})
     monkeypatch.setattr(data, "find", lambda name: local)
     assert data.main(["verify", "local"]) == 0
     assert "  trec: 3 rows" in capsys.readouterr().out.splitlines()
@@ -182,7 +183,7 @@ def test_verify_checks_rows_that_are_not_from_the_hub(hub, tmp_path, monkeypatch
 REVISION = "a" * 40
 READ = f"""
 import logging
-from benchmarks.longbench import LongBench
+from benchmarks.longbench.benchmark import LongBench
 logging.basicConfig(level="INFO")
 print(LongBench(tasks=["trec"], revision="{REVISION}").fingerprint())
 """

@@ -92,7 +92,7 @@ def test_a_cell_without_samples_in_a_group_has_no_score_there(run: Run) -> None:
 def test_scores_come_by_task_then_group_then_cell(tmp_path: Path) -> None:
     records = grouped(SCORES)
     cells = ("h2o@0.5", "full@1")
-    run = run_of(tmp_path, {cell: {"u": records, "t": records} for cell in cells}, u="m", t="m")
+    run = run_of(tmp_path, {cell: {"u": records, "t": records} for cell in cells}, u="qa_f1", t="qa_f1")
     found = [(one.task, one.group[0], one.cell) for one in scores_by(run, ("length",))]
     assert found == list(product(("u", "t"), ("0-4k", "4-8k", "8k+", "10k"), cells))
 
@@ -149,7 +149,9 @@ def test_groups_by_hand(samples: list[tuple[int, int, float]]) -> None:
         record(str(i), score, extra={"groups": {"x": x, "y": y}})
         for i, (x, y, score) in enumerate(samples)
     ]
-    run = Run(Path(), {"model": "m", "benchmark": "b"}, {"t": "m"}, ("a@1",), {("t", "a@1"): records})
+    run = Run(
+        Path(), {"model": "m", "benchmark": "b"}, {"t": "qa_f1"}, ("a@1",), {("t", "a@1"): records}
+    )
     expected = {
         (y, x): [score for one_x, one_y, score in samples if (one_x, one_y) == (x, y)]
         for y in range(3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.zero_scrolls import TASKS
+from benchmarks.zero_scrolls.tasks import TASKS
 from harness.report.page import write_report
 from harness.report.run import load_run
 from harness.report.submission import main, report_submissions, submission, write_submissions

@@ -17,7 +17,7 @@ def plain(queries, keys, values, scale, bias=None):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("length", [1, 2, 37])
 @pytest.mark.parametrize("scale", [0.25, 0.4])
-def test_prefill_output_and_lse(heads, kv_heads, length, scale):
+def test_a_prefill_and_its_log_sum_exp_are_those_of_the_whole_map(heads, kv_heads, length, scale):
     # as the models give them: a transposed view of (1, T, heads, head_dim)
     queries = normal(1, length, heads, 16, seed=1).transpose(1, 2)
     keys = normal(1, length, kv_heads, 16, seed=2).transpose(1, 2)
@@ -46,7 +46,7 @@ def test_prefill_lse_of_half_precision_is_float32(dtype):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize(("n_new", "length"), [(1, 1), (1, 9), (3, 3), (3, 9)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_cached_attention(heads, kv_heads, n_new, length, with_bias):
+def test_attention_over_a_cache_is_that_of_repeated_keys(heads, kv_heads, n_new, length, with_bias):
     rows = 3
     queries = normal(rows, n_new, heads, 16, seed=1).transpose(1, 2)
     # views into larger buffers, as the cache hands them over
@@ -70,7 +70,7 @@ def test_minus_infinity_hides_an_entry():
     )
 
 
-def test_hooked_restores_the_implementation():
+def test_a_hooked_model_has_its_own_attention_again_afterwards():
     model = shared_model()
     before = model.config._attn_implementation
     input_ids = prompt(9)
@@ -82,7 +82,7 @@ def test_hooked_restores_the_implementation():
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_hooked_restores_after_an_error(implementation):
+def test_a_hooked_model_has_its_own_attention_again_after_an_error(implementation):
     model = new_model()
     model.set_attn_implementation(implementation)
 

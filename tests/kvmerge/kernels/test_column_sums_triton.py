@@ -116,7 +116,7 @@ def interpreted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_map(interpreted, name):
+def test_sums_are_those_of_the_map(interpreted, name):
     given, rest = CASES[name]
     found = interpreted[name]
     assert found.dtype == torch.float32
@@ -125,7 +125,7 @@ def test_equals_the_map(interpreted, name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_the_torch_version(interpreted, name):
+def test_sums_are_those_of_the_torch_version(interpreted, name):
     (queries, keys), rest = CASES[name]
     lse = exact(queries, keys, **rest)[0]
     wanted = scores.column_sums(queries, keys, lse, **rest)

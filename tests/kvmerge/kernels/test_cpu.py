@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_map(monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_what_it_suits():
+def test_it_suits_float32_on_the_cpu_alone():
     assert suits(torch.ones(1))
     assert not suits(torch.ones(1, dtype=torch.bfloat16))
     assert not suits(torch.ones(1, device="meta"))

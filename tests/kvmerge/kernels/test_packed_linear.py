@@ -74,5 +74,5 @@ def test_nothing_is_packed_without_onednn(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_are_not_for_it(dtype):
+def test_other_dtypes_are_not_for_onednn(dtype):
     assert not available(torch.ones(1, dtype=dtype))

@@ -1,0 +1,42 @@
+"""Compress the cache of a chat in plain transformers: generate() as ever, a third of the memory.
+
+python examples/compress_a_chat.py --method h2o --budget 0.2 --text book.txt --question "Who did it?"
+"""
+
+import argparse
+from pathlib import Path
+
+from harness.settings import compose
+from kvmerge import compressed
+from kvmerge.models import load
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--model", default="smollm2-135m", help="a name in configs/model")
+parser.add_argument("--method", default="kvmerger", help="a name in configs/method")
+parser.add_argument("--budget", default="0.35", help="a fraction of the prompt, or entries per KV head")
+parser.add_argument("--text", type=Path, default=Path(__file__).parent.parent / "LICENSE")
+parser.add_argument("--question", default="What must be included in all copies?")
+parser.add_argument("--max-new-tokens", type=int, default=60)
+
+if __name__ == "__main__":
+    options = parser.parse_args()
+    # any transformers model and tokenizer do; this loads one by its name here
+    model, tokenizer = load(compose([f"model={options.model}"]).model)
+    text = options.text.read_text(encoding="utf-8")
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{text}\n\n{options.question}"}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+
+    with compressed(model, method=options.method, budget=options.budget):
+        out = model.generate(**inputs, **settings, return_dict_in_generate=True)
+
+    tokens = inputs["input_ids"].shape[1]
+    cache = out.get("cache") or out["past_key_values"]  # its name before transformers 5.20
+    kept = [count for layer in cache.stats[0].entries for count in layer]
+    print(tokenizer.decode(out.sequences[0, tokens:], skip_special_tokens=True))
+    print(f"\n{tokens} prompt tokens, {sum(kept) / len(kept):.1f} entries per KV head kept of them,")
+    print(f"{cache.stats[0].kv_bytes / 2**20:.2f} MiB of keys and values")

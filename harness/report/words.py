@@ -1,0 +1,71 @@
+"""What every table and figure says of the numbers in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from harness.report.bootstrap import RESAMPLES
+from harness.report.run import Run
+
+INTERVAL = f"95% percentile bootstrap interval over samples, {RESAMPLES:,} resamples"
+
+
+def sample_counts(run: Run, tasks: Iterable[str] | None = None) -> str:
+    """Say how many samples a task has, as `5` or `5 to 200`."""
+    wanted = set(run.tasks if tasks is None else tasks)
+    counts = {len(samples.ids) for (task, _), samples in run.samples.items() if task in wanted}
+    return span(counts) if counts else "0"
+
+
+def span(counts: Collection[int]) -> str:
+    """Return `5`, or `5 to 200` where numbers differ."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def setting(run: Run) -> str:
+    """One line that says what every number of a run was measured on."""
+    seeds = sorted({record.seed for records in run.records.values() for record in records})
+    parts = [
+        f"{run.model} on {run.benchmark}",
+        f"n = {sample_counts(run)} samples a task",
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+    ]
+    for name in ("dtype", "device"):
+        value = run.recorded(name)
+        if isinstance(value, str):
+            parts.append(value.removeprefix("torch."))
+    commit = run.recorded("git", "commit")
+    if isinstance(commit, str):
+        modified = " with local changes" if run.recorded("git", "dirty") else ""
+        parts.append(f"commit {commit[:10]}{modified}")
+    return ", ".join(parts)
+
+
+def count_tasks(count: int) -> str:
+    """Say `1 task`, `2 tasks`."""
+    return f"{count} task" if count == 1 else f"{count} tasks"
+
+
+def task_label(run: Run, task: str) -> str:
+    """Name a task, and say where a lower score is the better one."""
+    better = run.metrics[task].higher_is_better
+    return task if better else f"{task} ({run.tasks[task]}, lower is better)"
+
+
+def gaps(run: Run) -> list[str]:
+    """Name the cells without records, and the tasks whose cells hold different samples."""
+    notes = []
+    for cell in run.cells:
+        missing = [task for task in run.tasks if (task, cell) not in run.records]
+        if missing:
+            notes.append(f"Blank, as there are no records: {cell} on {', '.join(missing)}.")
+    for task in run.tasks:
+        ids = [run.samples[task, cell].ids for cell in run.cells if (task, cell) in run.samples]
+        if len(set(ids)) > 1:
+            counts = span([len(names) for names in ids])
+            notes.append(
+                f"The cells of {task} hold different samples (n = {counts}), "
+                "so their scores do not compare until the run is finished."
+            )
+    return notes
