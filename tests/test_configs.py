@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness.settings import GROUPS, Settings
 from kvmerge import resolve
 from kvmerge.cells import parse_cells
+from kvmerge.errors import UserError
 from kvmerge.method import Method
 from kvmerge.models import DTYPES, ModelSpec
 from kvmerge.resolve import choices, config_dir, load_method, method_settings
@@ -84,7 +85,13 @@ def test_a_models_file_builds_its_spec(name: str) -> None:
     assert type(spec.stop) is list
 
 
-@pytest.mark.parametrize("name", choices("benchmark"))
+def test_the_custom_benchmark_says_what_it_needs() -> None:
+    needed = "benchmark.dataset=, benchmark.template=, benchmark.answers="
+    with pytest.raises(UserError, match=needed):
+        resolve.build(composed("benchmark=custom").benchmark)
+
+
+@pytest.mark.parametrize("name", [name for name in choices("benchmark") if name != "custom"])
 def test_a_benchmarks_file_builds_it_with_all_its_tasks(name: str) -> None:
     benchmark = instantiate(composed(f"benchmark={name}").benchmark, _convert_="all")
     assert benchmark.name == name
