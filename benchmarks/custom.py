@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.encoding import encode_truncating_middle
 from benchmarks.metric import Metric, find_metric, mark
-from benchmarks.rows import ANY, parse_rows, read_bytes, sha256, shown
+from benchmarks.rows import ANY, parse_csv, parse_rows, read_bytes, sha256, shown
 from benchmarks.source import load_rows
 from benchmarks.task import Encoded, PromptFormat, Sample, Task
 from kvmerge.errors import UserError
@@ -27,7 +27,7 @@ Place = tuple[str, Mapping[str, Any]]
 
 
 class Custom:
-    """The benchmark: one task, its rows read by the `datasets` library.
+    """The benchmark: one task, its rows from a file, or from the hub by the `datasets` library.
 
     Fields are named in the template and in `answers`; `a.b` is the field `b` of the field `a`. A list
     of texts fills its place joined by newlines, and lists in it joined by spaces.
@@ -144,12 +144,13 @@ class Custom:
     def _rows(self) -> Iterator[Place]:
         if self.file is None:
             rows = load_rows(self.dataset, self.subset, split=self.split, revision=self.revision)
-        elif self.file.suffix in (".jsonl", ".json"):
-            # Line by line, so that a message names the line (docs/decisions.md).
-            yield from parse_rows(read_bytes(self.file), str(self.file), ANY, id_field=None)
-            return
-        else:
+        elif self.file.suffix == ".parquet":
             rows = load_rows(self.file)
+        else:  # line by line, so that a message names the line (docs/decisions.md)
+            data, place = read_bytes(self.file), str(self.file)
+            is_csv = self.file.suffix == ".csv"
+            yield from parse_csv(data, place) if is_csv else parse_rows(data, place, ANY, id_field=None)
+            return
         for number, row in enumerate(rows, start=1):
             yield f"{self.dataset}, row {number}", row
 
@@ -169,10 +170,10 @@ class _Template:
                 f"{path} cannot be read as a template: {error}. It is UTF-8 text with {{field}}s; "
                 "braces that are meant are doubled."
             ) from error
-        if not any(field for _, field in self.parts):
-            raise UserError(f"{path} names no {{field}}: every prompt would be the same.")
         if any(field == "" for _, field in self.parts):
             raise UserError(f"{path} holds {{}}: name a field, or double braces that are meant.")
+        if not any(field for _, field in self.parts):
+            raise UserError(f"{path} names no {{field}}: every prompt would be the same.")
 
     def fill(self, row: Mapping[str, Any], place: str) -> str:
         """Return the prompt of a row. Raises UserError naming a field that it lacks."""
