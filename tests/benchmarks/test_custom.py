@@ -57,7 +57,7 @@ def test_nested_answers_in_the_manner_of_squad(tmp_path):
     assert sample.answers == ("1804", "in 1804")
     task = benchmark.tasks[0]
     assert benchmark.score(sample, task, "1804") == {"score": 1.0}
-    assert (benchmark.name, task.metric, task.max_new_tokens, task.chat) == ("q", "qa_f1", 8, True)
+    assert (benchmark.name, task.metric.name, task.max_new_tokens, task.chat) == ("q", "qa_f1", 8, True)
 
 
 def test_lists_of_lists_in_the_manner_of_hotpotqa(tmp_path):

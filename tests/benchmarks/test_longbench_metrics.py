@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from benchmarks import longbench
 from benchmarks.longbench.metrics import METRICS, code_sim, rouge_l, rouge_zh
-from benchmarks.metric import mark
 from benchmarks.task import Task
 
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -108,15 +107,15 @@ def test_scores_stay_in_range(name, prediction, answer, labels):
 
 
 def test_score_is_the_best_over_answers_and_zero_without():
-    task = Task("t", "qa_f1", 8)
-    assert mark(task, "red blue", ["green", "red", "blue sky red"])["score"] == 0.8
-    assert mark(task, "red", [])["score"] == 0
+    task = Task("t", BY_NAME["qa_f1"], 8)
+    assert task.mark("red blue", ["green", "red", "blue sky red"])["score"] == 0.8
+    assert task.mark("red", [])["score"] == 0
 
 
 def test_first_line_rule():
-    plain, first = Task("t", "qa_f1", 8), Task("t", "qa_f1", 8, first_line=True)
-    assert mark(plain, "\nred\nblue", ["red"])["score"] == pytest.approx(2 / 3)
-    assert mark(first, "\nred\nblue", ["red"])["score"] == 1
+    plain, first = Task("t", BY_NAME["qa_f1"], 8), Task("t", BY_NAME["qa_f1"], 8, first_line=True)
+    assert plain.mark("\nred\nblue", ["red"])["score"] == pytest.approx(2 / 3)
+    assert first.mark("\nred\nblue", ["red"])["score"] == 1
 
 
 CODE = (

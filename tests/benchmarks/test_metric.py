@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks import metric as module
-from benchmarks.metric import Metric, best_of, find_metric, mark, metrics
+from benchmarks import metrics as listed
+from benchmarks.metric import Metric, best_of
+from benchmarks.metrics import METRICS, find_metric
 from benchmarks.task import Task
 from harness.report.run import load_run
 from kvmerge.errors import UserError
@@ -24,10 +26,10 @@ def test_the_metric_of_the_documentation_marks_predictions_and_is_averaged(tmp_p
     names = dict(vars(module))
     exec(example, names)
     added: Metric = names["FIRST_WORD"]
-    monkeypatch.setattr(module, "metrics", lambda: {**metrics(), added.name: added})
-    task = Task("t", "first_word", 8)
-    assert mark(task, "Paris is it", ["London", "Paris"]) == {"score": 1.0}
-    assert mark(task, "", [""]) == {"score": 0.0}
+    monkeypatch.setattr(listed, "METRICS", {**METRICS, added.name: added})
+    task = Task("t", added, 8)
+    assert task.mark("Paris is it", ["London", "Paris"]) == {"score": 1.0}
+    assert task.mark("", [""]) == {"score": 0.0}
     lines = [record("0", 1.0), record("1", 0.0)]
     run = load_run(write_run(tmp_path, {"t": "first_word"}, {"full@1": {"t": lines}}))
     assert run.scores["t", "full@1"].value == 50
@@ -45,7 +47,7 @@ def test_a_run_whose_metric_is_unknown_is_refused_naming_the_task(tmp_path):
 
 
 def test_every_metric_is_listed_under_its_own_name_and_scores_its_parts():
-    for name, one in metrics().items():
+    for name, one in METRICS.items():
         assert one.name == name
         means = np.full((3, len(one.parts)), 0.5)
         assert one.score(means).shape == (3,)
