@@ -1,6 +1,6 @@
 """Run one cell, or a whole comparison: `python run.py --help`."""
 
-from harness.cli import main
+from harness.start import main
 
 if __name__ == "__main__":
     main()
