@@ -1,8 +1,7 @@
 """Where a benchmark's rows come from: a folder, or files of the Hugging Face hub kept in its cache.
 
 All benchmarks read through here, so that each of them works from a folder and offline, says before
-a download what comes from where and how big it is, resumes one that broke off, and never uses a
-file whose SHA-256 is wrong.
+a download what comes from where and how big it is, and never uses a file whose SHA-256 is wrong.
 """
 
 from __future__ import annotations
@@ -339,8 +338,8 @@ def no_downloads() -> Iterator[None]:
 def fetch(file: HubFile) -> Path:
     """Return the path of a file in the hub's cache, downloaded only if it is not there.
 
-    A download is announced (what, from where, how big) and resumes where an earlier one broke off.
-    The SHA-256 is checked, once for each state of the file; a wrong file is deleted.
+    A download is announced: what, from where, how big. The SHA-256 is checked, once for each state of
+    the file; a wrong file is deleted.
 
     Raises UserError if the file can be had neither from the cache nor from the hub, or is wrong, and
     NeedsDownload inside `no_downloads`.
@@ -407,12 +406,8 @@ def _download(file: HubFile) -> Path:
 
     url = hf_hub_url(file.repo, file.filename, repo_type="dataset", revision=file.revision)
     try:
-        metadata = get_hf_file_metadata(url)
-        if metadata.etag is not None:
-            size = shown_size(metadata.size)
-            logger.info("Fetching %s, %s, from %s", file, size, url)
-            _receive(file, url, metadata.etag, metadata.size)
-        # Finds the content in the cache and files it under the revision.
+        size = shown_size(get_hf_file_metadata(url).size)
+        logger.info("Fetching %s, %s, from %s", file, size, url)
         return Path(
             hf_hub_download(file.repo, file.filename, repo_type="dataset", revision=file.revision)
         )
@@ -421,40 +416,6 @@ def _download(file: HubFile) -> Path:
         raise UserError(
             f"cannot fetch {file} from {url}: {_reason(file, error)} {file.instead}"
         ) from error
-
-
-def _receive(file: HubFile, url: str, etag: str, size: int | None) -> None:
-    """Download the content to its place in the hub's cache, going on from what an earlier try left.
-
-    `hf_hub_download` starts from the beginning each time (since huggingface_hub 1.18).
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
-
-    folder = repo_folder_name(repo_id=file.repo, repo_type="dataset")
-    cache = Path(constants.HF_HUB_CACHE)
-    blob = cache / folder / "blobs" / etag
-    partial = blob.with_name(f"{etag}.partial")
-    lock = cache / ".locks" / folder / f"{etag}.partial.lock"
-    for path in (blob, lock):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):  # two runs must not append to one file
-        if blob.exists():
-            return
-        with partial.open("ab") as content:
-            if size is not None and content.tell() > size:
-                content.seek(0)
-                content.truncate()
-            http_get(
-                url,
-                content,
-                resume_size=content.tell(),
-                headers=build_hf_headers(),
-                expected_size=size,
-                displayed_filename=file.filename,
-            )
-        partial.replace(blob)
 
 
 def _reason(file: HubFile, error: Exception) -> str:
@@ -472,4 +433,4 @@ def _reason(file: HubFile, error: Exception) -> str:
         return f"the dataset has no such revision. {page}/commits/main lists them."
     if isinstance(error, errors.EntryNotFoundError):
         return f"the revision has no such file. {page}/tree/{file.revision} lists them."
-    return f"{first_line(error).rstrip('.')}. What has arrived is kept; the same command resumes."
+    return f"{first_line(error).rstrip('.')}. The same command fetches it again."
