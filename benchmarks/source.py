@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.rows import read_bytes
 from kvmerge.errors import UserError, first_line, unknown
+from kvmerge.hub import Repository, explain
 
 logger = logging.getLogger(__name__)
 
@@ -413,24 +414,8 @@ def _download(file: HubFile) -> Path:
         )
     except Exception as error:
         # A broken download arrives as an OSError, or as the HTTP client's own error.
-        raise UserError(
-            f"cannot fetch {file} from {url}: {_reason(file, error)} {file.instead}"
-        ) from error
-
-
-def _reason(file: HubFile, error: Exception) -> str:
-    """Return why a download failed and what helps, in a sentence or two."""
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/datasets/{file.repo}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the hub is switched off (HF_HUB_OFFLINE) and the file is not in its cache."
-    if isinstance(error, errors.GatedRepoError):
-        return f"the dataset is gated. Accept its terms at {page}, then run: hf auth login."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such dataset, or it is private. If you may see it, run: hf auth login."
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the dataset has no such revision. {page}/commits/main lists them."
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"the revision has no such file. {page}/tree/{file.revision} lists them."
-    return f"{first_line(error).rstrip('.')}. The same command fetches it again."
+        repository = Repository("dataset", file.repo, file.revision, file.instead)
+        why = explain(error, repository) or (
+            f"{first_line(error).rstrip('.')}. Run the same command again. {file.instead}"
+        )
+        raise UserError(f"cannot fetch {file} from {url}: {why}") from error

@@ -19,6 +19,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what led to it, the first cause last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that does not exist: what exists, and the nearest to it."""
     names = sorted(known)
