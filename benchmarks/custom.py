@@ -13,8 +13,9 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.encoding import encode_truncating_middle
-from benchmarks.metric import Metric, find_metric, mark
-from benchmarks.rows import ANY, parse_rows, read_bytes, sha256, shown
+from benchmarks.metric import Metric
+from benchmarks.metrics import find_metric
+from benchmarks.rows import ANY, parse_csv, parse_rows, read_bytes, sha256, shown
 from benchmarks.source import load_rows
 from benchmarks.task import Encoded, PromptFormat, Sample, Task
 from kvmerge.errors import UserError
@@ -27,7 +28,7 @@ Place = tuple[str, Mapping[str, Any]]
 
 
 class Custom:
-    """The benchmark: one task, its rows read by the `datasets` library.
+    """The benchmark: one task, its rows from a file, or from the hub by the `datasets` library.
 
     Fields are named in the template and in `answers`; `a.b` is the field `b` of the field `a`. A list
     of texts fills its place joined by newlines, and lists in it joined by spaces.
@@ -36,7 +37,7 @@ class Custom:
         dataset: a JSONL, CSV or parquet file, or the id of a dataset on the hub.
         template: text file of the prompt with `{field}`s; braces that are meant are doubled.
         answers: field of the gold answers: a text, a number, or a list of them.
-        metric: how answers are judged (`benchmarks.metric`).
+        metric: how answers are judged (`benchmarks.metrics`).
         max_new_tokens: longest answer.
         split: of the hub's dataset, e.g. `test`; a file has none.
         subset: of the hub's dataset, where it has several.
@@ -84,13 +85,14 @@ class Custom:
                 "file: give benchmark.split= as well, e.g. benchmark.split=test."
             )
         self.classes = None if classes is None else tuple(str(label) for label in classes)
-        _check_metric(find_metric(metric), self.classes)
+        judged = find_metric(metric)
+        _check_metric(judged, self.classes)
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise UserError(f"benchmark.max_new_tokens={max_new_tokens!r} must be 1 or more.")
         self.template = _Template(Path(str(template)).expanduser())
         own = self.file.stem if self.file else self.dataset.replace("/", "-")
         self.name = str(name or own)
-        self.tasks: Sequence[Task] = (Task(self.name, metric, max_new_tokens, chat=bool(chat)),)
+        self.tasks: Sequence[Task] = (Task(self.name, judged, max_new_tokens, chat=bool(chat)),)
 
     def samples(self, task: Task) -> list[Sample]:
         """Return all rows, in the order of the dataset.
@@ -108,7 +110,7 @@ class Custom:
 
     def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
         """Return the marks of one prediction."""
-        return mark(task, prediction, sample.answers, sample.all_classes)
+        return task.mark(prediction, sample.answers, sample.all_classes)
 
     def notes(self) -> list[str]:
         """Say what was run: nobody else's numbers are of this."""
@@ -122,7 +124,7 @@ class Custom:
 
     @functools.cached_property
     def _samples(self) -> tuple[Sample, ...]:
-        metric = find_metric(self.tasks[0].metric)
+        metric = self.tasks[0].metric
         samples = []
         seen: dict[str, str] = {}
         for number, (place, row) in enumerate(self._rows()):
@@ -144,12 +146,13 @@ class Custom:
     def _rows(self) -> Iterator[Place]:
         if self.file is None:
             rows = load_rows(self.dataset, self.subset, split=self.split, revision=self.revision)
-        elif self.file.suffix in (".jsonl", ".json"):
-            # Line by line, so that a message names the line (docs/decisions.md).
-            yield from parse_rows(read_bytes(self.file), str(self.file), ANY, id_field=None)
-            return
-        else:
+        elif self.file.suffix == ".parquet":
             rows = load_rows(self.file)
+        else:  # line by line, so that a message names the line (docs/decisions.md)
+            data, place = read_bytes(self.file), str(self.file)
+            is_csv = self.file.suffix == ".csv"
+            yield from parse_csv(data, place) if is_csv else parse_rows(data, place, ANY, id_field=None)
+            return
         for number, row in enumerate(rows, start=1):
             yield f"{self.dataset}, row {number}", row
 
@@ -169,10 +172,10 @@ class _Template:
                 f"{path} cannot be read as a template: {error}. It is UTF-8 text with {{field}}s; "
                 "braces that are meant are doubled."
             ) from error
-        if not any(field for _, field in self.parts):
-            raise UserError(f"{path} names no {{field}}: every prompt would be the same.")
         if any(field == "" for _, field in self.parts):
             raise UserError(f"{path} holds {{}}: name a field, or double braces that are meant.")
+        if not any(field for _, field in self.parts):
+            raise UserError(f"{path} names no {{field}}: every prompt would be the same.")
 
     def fill(self, row: Mapping[str, Any], place: str) -> str:
         """Return the prompt of a row. Raises UserError naming a field that it lacks."""

@@ -1,11 +1,11 @@
 """Metrics: how one answer is marked, and how a task's score comes from the marks of its samples.
 
-Each metric is one `Metric`, defined beside the function that it is made of and listed by `metrics`.
+Each metric is one `Metric`, defined beside the function that it is made of; `benchmarks.metrics` lists
+them all.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rows import shown
-from kvmerge.errors import UserError, unknown
+from kvmerge.errors import UserError
 
 if TYPE_CHECKING:
-    from benchmarks.task import Task
+    pass
 
 Array = NDArray[np.float64]
 Marks = Mapping[str, float]
@@ -85,18 +85,6 @@ def best_of(
     return sample
 
 
-def mark(
-    task: Task, prediction: str, answers: Iterable[str], all_classes: Sequence[str] | None = None
-) -> Marks:
-    """Return the marks of one prediction by its task's metric and first-line rule.
-
-    Raises UserError for a metric that does not exist, and what the metric raises.
-    """
-    if task.first_line:
-        prediction = prediction.lstrip("\n").split("\n")[0]
-    return find_metric(task.metric).sample(prediction, answers, all_classes)
-
-
 UNSCORED = Metric(
     "unscored",
     lambda prediction, answers, all_classes=None: {"score": math.nan},
@@ -105,33 +93,3 @@ UNSCORED = Metric(
     averaged=False,
 )
 """Answers are withheld: nothing is scored."""
-
-
-@functools.cache
-def metrics() -> Mapping[str, Metric]:
-    """Return every metric by its name."""
-    # Imported here, because each of these imports this module.
-    from benchmarks import perplexity
-    from benchmarks.longbench import metrics as longbench
-    from benchmarks.needle import metrics as needle
-    from benchmarks.zero_scrolls import metrics as zero_scrolls
-
-    listed = (
-        *longbench.METRICS,
-        *zero_scrolls.METRICS,
-        *needle.METRICS,
-        perplexity.PERPLEXITY,
-        UNSCORED,
-    )
-    return {metric.name: metric for metric in listed}
-
-
-def find_metric(name: str) -> Metric:
-    """Return the metric called `name`.
-
-    Raises:
-        UserError: listing the metrics, if there is none.
-    """
-    if name not in metrics():
-        raise unknown("metric", name, metrics())
-    return metrics()[name]

@@ -80,7 +80,7 @@ class Perplexity:
         self.prompt_tokens = prompt_tokens
         self.count = samples
         self.tasks: Sequence[Task] = (
-            Task("continuation", PERPLEXITY.name, max_new_tokens=scored_tokens, chat=False),
+            Task("continuation", PERPLEXITY, max_new_tokens=scored_tokens, chat=False),
         )
 
     def samples(self, task: Task) -> list[Sample]:

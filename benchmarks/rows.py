@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -78,6 +80,37 @@ def parse_rows(
         rows.append((place, row))
     if not rows:
         raise UserError(f"{source} holds no rows; expected one JSON object a line.")
+    return rows
+
+
+def parse_csv(data: bytes, source: str) -> list[tuple[str, dict[str, Any]]]:
+    """Parse a CSV file (UTF-8, the first line names the columns) into pairs of place and row.
+
+    Every value is the text that stands there. Raises UserError with the place of a row that has more
+    or fewer values than there are columns, and for what is not UTF-8 or names a column twice.
+    """
+    limit = csv.field_size_limit(max(len(data), 1))  # 131,072 characters by default
+    try:
+        lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        columns = next(lines, [])
+        if not columns or len(set(columns)) < len(columns):
+            raise UserError(f"{source}: its first line must name the columns, each once: {columns}.")
+        rows = []
+        for values in lines:
+            place = f"{source}, line {lines.line_num}"
+            if values and len(values) != len(columns):
+                raise UserError(
+                    f"{place}: {len(values)} values for {len(columns)} columns; commas inside a value "
+                    "need double quotes around it."
+                )
+            if values:
+                rows.append((place, dict(zip(columns, values, strict=True))))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+    except csv.Error as error:
+        raise UserError(f"{source}, line {lines.line_num}: not valid CSV ({error}).") from error
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 

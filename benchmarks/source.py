@@ -7,7 +7,6 @@ a download what comes from where and how big it is, and never uses a file whose 
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import hashlib
 import json
@@ -231,8 +230,8 @@ def load_rows(
     """Return rows as the `datasets` library reads them, one at a time.
 
     Args:
-        dataset: a file (`.csv`, whose values are taken as texts, or parquet), or the id of a dataset on
-            the hub. Files are streamed; the hub's datasets are kept in the library's cache.
+        dataset: a parquet file, which is streamed, or the id of a dataset on the hub, which is kept in
+            the library's cache.
         subset: of a hub's dataset.
         split: of a hub's dataset.
         revision: of a hub's dataset.
@@ -245,11 +244,7 @@ def load_rows(
     try:
         if isinstance(dataset, Path):
             rows = datasets.load_dataset(
-                "csv" if dataset.suffix == ".csv" else "parquet",
-                data_files=str(dataset),
-                split="train",
-                streaming=True,
-                **_csv_options(dataset, datasets) if dataset.suffix == ".csv" else {},
+                "parquet", data_files=str(dataset), split="train", streaming=True
             )
         else:
             rows = datasets.load_dataset(
@@ -268,20 +263,6 @@ def load_rows(
             raise NeedsDownload(f"{dataset} is not in the cache of datasets yet.") from error
         why = first_line(error.__cause__ or error).rstrip(".")
         raise UserError(f"cannot read {dataset}: {why}.") from error
-
-
-def _csv_options(path: Path, datasets: Any) -> dict[str, Any]:
-    """Return how a CSV file is read with every value as the text that stands there."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        header = next(csv.reader(lines), [])
-    if not header or len(set(header)) < len(header):
-        raise UserError(f"{path}: its first line must name its columns, each once: {header}.")
-    text = datasets.Value("string")
-    return {
-        "features": datasets.Features(dict.fromkeys(header, text)),
-        "keep_default_na": False,
-        "encoding": "utf-8-sig",
-    }
 
 
 def _member(archive: zipfile.ZipFile, wanted: str, path: Path) -> zipfile.ZipInfo:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from benchmarks.metric import Marks, Metric
 from kvmerge.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ class Task:
     """One task of a benchmark, as its official configuration states it."""
 
     name: str
-    metric: str
-    """What the benchmark scores it by; results name it."""
+    metric: Metric
+    """What the benchmark scores it by; results give its name."""
     max_new_tokens: int
     """Longest answer; where a continuation is scored instead, its length."""
     chat: bool = True
@@ -33,6 +34,17 @@ class Task:
     """Whether decoding also ends at a newline."""
     min_new_tokens: int = 0
     """Tokens before which no answer ends."""
+
+    def mark(
+        self, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None = None
+    ) -> Marks:
+        """Return the marks of one prediction, by the first-line rule and the metric.
+
+        Raises what the metric raises.
+        """
+        if self.first_line:
+            prediction = prediction.lstrip("\n").split("\n")[0]
+        return self.metric.sample(prediction, answers, all_classes)
 
 
 @dataclass(frozen=True)

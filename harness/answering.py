@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines.full import Full
-from benchmarks.metric import find_metric
 from benchmarks.task import Encoded, Sample, Task
 from harness.batching import BatchSize, is_out_of_memory
 from harness.records import Record
@@ -180,7 +179,7 @@ class Answerer:
         """The score and its parts: the benchmark's, or those of the continuation's probability."""
         if encoded.continuation is None or result.nll is None:
             return self.settings.benchmark.score(job.sample, job.task, prediction)
-        return find_metric(job.task.metric).sample(result.nll, len(encoded.continuation))
+        return job.task.metric.sample(result.nll, len(encoded.continuation))
 
 
 def stop_rule(

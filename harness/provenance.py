@@ -142,7 +142,7 @@ def run_info(
     tasks = dict(earlier.get("tasks", {}))
     for task in settings.benchmark.tasks:
         tasks[task.name] = {
-            "metric": task.metric,
+            "metric": task.metric.name,
             "max_new_tokens": task.max_new_tokens,
             "samples": counts[task.name],
         }

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.longbench.tasks import find_task, template
-from benchmarks.metric import mark
 
 
 def prompt(row: Mapping[str, Any]) -> str:
@@ -30,4 +29,4 @@ def score(
     line alone. Raises UserError for an unknown dataset, otherwise what the official scorer raises
     (`benchmarks.longbench.metrics`).
     """
-    return mark(find_task(dataset), prediction, answers, all_classes)["score"]
+    return find_task(dataset).mark(prediction, tuple(answers), all_classes)["score"]

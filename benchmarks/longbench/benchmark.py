@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.longbench.metrics import CODE_SIM
 from benchmarks.longbench.profiles import find_profile
 from benchmarks.longbench.tasks import TASKS, template
-from benchmarks.metric import find_metric, mark
 from benchmarks.rows import TEXT, TEXTS, TEXTS_OR_NULL, Kind, parse_rows, sha256
 from benchmarks.source import Archive, HubFile, Source, folder_or_hub
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
@@ -96,7 +96,7 @@ class LongBench:
         labels = rows[-1][1]["all_classes"]
         for place, row in rows:
             self.check_dataset(row, task, place)
-            find_metric(task.metric).check_answers(row["answers"], labels, place)
+            task.metric.check_answers(row["answers"], labels, place)
         return [
             Sample(
                 id=row["_id"],
@@ -118,12 +118,12 @@ class LongBench:
 
     def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
         """Return the official score of one prediction, 0 to 1."""
-        return mark(task, prediction, sample.answers, sample.all_classes)
+        return task.mark(prediction, sample.answers, sample.all_classes)
 
     def notes(self) -> list[str]:
         """Return what moves scores: another profile, the code metric, data of another revision."""
         notes = list(self.profile.notes)
-        if any(task.metric == "code_sim" for task in self.tasks):
+        if any(task.metric is CODE_SIM for task in self.tasks):
             notes.append("code_sim is fuzzywuzzy's ratio on difflib, as without python-Levenshtein.")
         return [*notes, *self.pinned.notes(self.revision)]
 

@@ -208,20 +208,30 @@ def _classification(
     return best_of(compare, without=0.0)(prediction, answers)
 
 
+QA_F1, QA_F1_ZH, ROUGE_L, ROUGE_ZH, COUNT, RETRIEVAL, RETRIEVAL_ZH, CODE_SIM = (
+    Metric(compare.__name__, best_of(compare, without=0.0))
+    for compare in (
+        qa_f1,
+        qa_f1_zh,
+        rouge_l,
+        rouge_zh,
+        count,
+        retrieval,
+        retrieval_zh,
+        code_sim,
+    )
+)
+CLASSIFICATION = Metric("classification", _classification)
+
 METRICS = (
-    *(
-        Metric(compare.__name__, best_of(compare, without=0.0))
-        for compare in (
-            qa_f1,
-            qa_f1_zh,
-            rouge_l,
-            rouge_zh,
-            count,
-            retrieval,
-            retrieval_zh,
-            code_sim,
-        )
-    ),
-    Metric("classification", _classification),
+    QA_F1,
+    QA_F1_ZH,
+    ROUGE_L,
+    ROUGE_ZH,
+    CLASSIFICATION,
+    COUNT,
+    RETRIEVAL,
+    RETRIEVAL_ZH,
+    CODE_SIM,
 )
 """The best over the gold answers, 0 if there are none; each raises what its function raises."""

@@ -9,6 +9,17 @@ import functools
 from importlib.resources import files
 from typing import Any
 
+from benchmarks.longbench.metrics import (
+    CLASSIFICATION,
+    CODE_SIM,
+    COUNT,
+    QA_F1,
+    QA_F1_ZH,
+    RETRIEVAL,
+    RETRIEVAL_ZH,
+    ROUGE_L,
+    ROUGE_ZH,
+)
 from benchmarks.task import Task
 from kvmerge.errors import unknown
 
@@ -16,27 +27,27 @@ _FEW_SHOT: dict[str, Any] = {"chat": False, "first_line": True}
 
 # Few-shot and code prompts are continued as plain text. samsum alone also stops at a newline.
 TASKS: tuple[Task, ...] = (
-    Task("narrativeqa", "qa_f1", 128),
-    Task("qasper", "qa_f1", 128),
-    Task("multifieldqa_en", "qa_f1", 64),
-    Task("multifieldqa_zh", "qa_f1_zh", 64),
-    Task("hotpotqa", "qa_f1", 32),
-    Task("2wikimqa", "qa_f1", 32),
-    Task("musique", "qa_f1", 32),
-    Task("dureader", "rouge_zh", 128),
-    Task("gov_report", "rouge_l", 512),
-    Task("qmsum", "rouge_l", 512),
-    Task("multi_news", "rouge_l", 512),
-    Task("vcsum", "rouge_zh", 512),
-    Task("trec", "classification", 64, **_FEW_SHOT),
-    Task("triviaqa", "qa_f1", 32, **_FEW_SHOT),
-    Task("samsum", "rouge_l", 128, **_FEW_SHOT, stop_at_newline=True, min_new_tokens=1),
-    Task("lsht", "classification", 64, **_FEW_SHOT),
-    Task("passage_count", "count", 32),
-    Task("passage_retrieval_en", "retrieval", 32),
-    Task("passage_retrieval_zh", "retrieval_zh", 32),
-    Task("lcc", "code_sim", 64, chat=False),
-    Task("repobench-p", "code_sim", 64, chat=False),
+    Task("narrativeqa", QA_F1, 128),
+    Task("qasper", QA_F1, 128),
+    Task("multifieldqa_en", QA_F1, 64),
+    Task("multifieldqa_zh", QA_F1_ZH, 64),
+    Task("hotpotqa", QA_F1, 32),
+    Task("2wikimqa", QA_F1, 32),
+    Task("musique", QA_F1, 32),
+    Task("dureader", ROUGE_ZH, 128),
+    Task("gov_report", ROUGE_L, 512),
+    Task("qmsum", ROUGE_L, 512),
+    Task("multi_news", ROUGE_L, 512),
+    Task("vcsum", ROUGE_ZH, 512),
+    Task("trec", CLASSIFICATION, 64, **_FEW_SHOT),
+    Task("triviaqa", QA_F1, 32, **_FEW_SHOT),
+    Task("samsum", ROUGE_L, 128, **_FEW_SHOT, stop_at_newline=True, min_new_tokens=1),
+    Task("lsht", CLASSIFICATION, 64, **_FEW_SHOT),
+    Task("passage_count", COUNT, 32),
+    Task("passage_retrieval_en", RETRIEVAL, 32),
+    Task("passage_retrieval_zh", RETRIEVAL_ZH, 32),
+    Task("lcc", CODE_SIM, 64, chat=False),
+    Task("repobench-p", CODE_SIM, 64, chat=False),
 )
 """All tasks in the official order: name, metric, most new tokens, departures from plain QA."""
 

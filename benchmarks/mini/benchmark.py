@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.encoding import encode_truncating_middle
-from benchmarks.metric import mark
 from benchmarks.mini import prompt
 from benchmarks.mini.build import ROOM, build, expected_sha256
 from benchmarks.mini.tasks import TASKS
@@ -85,7 +84,7 @@ class Mini:
 
     def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
         """Return the score of one prediction by LongBench's metric, 0 to 1."""
-        return mark(task, prediction, sample.answers, sample.all_classes)
+        return task.mark(prediction, sample.answers, sample.all_classes)
 
     def fingerprint(self) -> dict[str, str]:
         """Return the SHA-256 of each chosen task's file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from importlib.resources import files
@@ -21,6 +22,7 @@ ROOM = {"short": 950, "long": 2850}
 """What context and input should fill, as `text.size` counts: about 1,000 and 3,000 tokens."""
 
 
+@functools.cache
 def expected_sha256(length: str) -> dict[str, str]:
     """Return the SHA-256 that each task's file has where the locked packages are installed."""
     text = (files(__package__) / "sha256.json").read_text(encoding="utf-8")

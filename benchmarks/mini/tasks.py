@@ -15,6 +15,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
+from benchmarks.longbench.metrics import CLASSIFICATION, CODE_SIM, COUNT, QA_F1, RETRIEVAL, ROUGE_L
 from benchmarks.mini.words import (
     ADJECTIVES,
     BUILDINGS,
@@ -137,14 +138,14 @@ _ONE_LINE: dict[str, Any] = {"chat": False, "stop_at_newline": True, "min_new_to
 _LINE: dict[str, Any] = {**_ONE_LINE, "first_line": True}
 
 MAKERS: dict[Task, Maker] = {
-    Task("passkey", "count", 24): passkey,
-    Task("key_value", "rouge_l", 24, **_LINE): key_value,
-    Task("passage_retrieval", "retrieval", 12, **_LINE): passage_retrieval,
-    Task("passage_qa", "qa_f1", 16, **_LINE): passage_qa,
-    Task("classification", "classification", 8, **_LINE): classification,
-    Task("quotation", "rouge_l", 24, **_LINE): quotation,
+    Task("passkey", COUNT, 24): passkey,
+    Task("key_value", ROUGE_L, 24, **_LINE): key_value,
+    Task("passage_retrieval", RETRIEVAL, 12, **_LINE): passage_retrieval,
+    Task("passage_qa", QA_F1, 16, **_LINE): passage_qa,
+    Task("classification", CLASSIFICATION, 8, **_LINE): classification,
+    Task("quotation", ROUGE_L, 24, **_LINE): quotation,
     # No first-line rule: code_sim finds the line itself.
-    Task("code_completion", "code_sim", 24, **_ONE_LINE): code_completion,
+    Task("code_completion", CODE_SIM, 24, **_ONE_LINE): code_completion,
 }
 
 TASKS = tuple(MAKERS)

@@ -8,7 +8,6 @@ depend on its wording, so the task to report is `number`: seven random digits, f
 
 from __future__ import annotations
 
-from benchmarks.metric import mark
 from benchmarks.needle.tasks import find_task
 
 
@@ -17,4 +16,4 @@ def score(task: str, prediction: str, answer: str) -> float:
 
     `sandwich_rouge1` is held against the whole needle. Raises UserError for an unknown task.
     """
-    return mark(find_task(task), prediction, [answer])["score"]
+    return find_task(task).mark(prediction, [answer])["score"]

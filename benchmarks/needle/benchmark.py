@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.encoding import encode_wrapped, tokens
-from benchmarks.metric import mark
 from benchmarks.needle.haystack import book_ids, hide
 from benchmarks.needle.tasks import TASKS, fact, template
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
@@ -97,7 +96,7 @@ class Needle:
 
     def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
         """Return the score of one prediction, 0 to 1."""
-        return mark(task, prediction, sample.answers)
+        return task.mark(prediction, sample.answers)
 
     def notes(self) -> list[str]:
         """Say what the needle is hidden in, and what the scores of the sandwich do not mean."""

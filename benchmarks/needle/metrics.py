@@ -40,4 +40,7 @@ def _rouge() -> RougeScorer:
     return RougeScorer(["rouge1"], use_stemmer=True)
 
 
-METRICS = tuple(Metric(compare.__name__, best_of(compare)) for compare in (number, recall, rouge1_f))
+NUMBER, RECALL, ROUGE1_F = (
+    Metric(compare.__name__, best_of(compare)) for compare in (number, recall, rouge1_f)
+)
+METRICS = (NUMBER, RECALL, ROUGE1_F)

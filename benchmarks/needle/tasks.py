@@ -8,15 +8,16 @@ from importlib.resources import files
 from random import Random
 from typing import Any
 
+from benchmarks.needle.metrics import NUMBER, RECALL, ROUGE1_F
 from benchmarks.task import Task
 from kvmerge.errors import unknown
 
 _DECODING: dict[str, Any] = {"max_new_tokens": 30, "stop_at_newline": True}
 
 TASKS: tuple[Task, ...] = (
-    Task("number", "number", **_DECODING),
-    Task("sandwich_recall", "recall", **_DECODING),
-    Task("sandwich_rouge1", "rouge1_f", **_DECODING),
+    Task("number", NUMBER, **_DECODING),
+    Task("sandwich_recall", RECALL, **_DECODING),
+    Task("sandwich_rouge1", ROUGE1_F, **_DECODING),
 )
 """The three tasks; the two of the sandwich have the same prompts and differ in their score."""
 

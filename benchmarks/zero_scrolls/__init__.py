@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.metric import mark
 from benchmarks.zero_scrolls.tasks import find_task
 
 
@@ -26,4 +25,4 @@ def score(task: str, prediction: str, references: Iterable[str]) -> float:
     score is made of their averages instead. Raises UserError for an unknown task, otherwise what
     the metric raises (`benchmarks.zero_scrolls.metrics`).
     """
-    return mark(find_task(task), prediction, tuple(references))["score"]
+    return find_task(task).mark(prediction, tuple(references))["score"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.metric import find_metric, mark
+from benchmarks.metric import UNSCORED
 from benchmarks.rows import TEXT, Kind, parse_rows, sha256
 from benchmarks.source import Archive, HubFile, Source, folder_or_hub
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
@@ -140,7 +140,7 @@ class ZeroScrolls:
         self.tasks: Sequence[Task] = tuple(
             replace(
                 task,
-                metric=task.metric if split == "validation" else "unscored",
+                metric=task.metric if split == "validation" else UNSCORED,
                 max_new_tokens=_answer_length(task, max_new_tokens),
                 chat=chat != "none",
             )
@@ -167,7 +167,7 @@ class ZeroScrolls:
         for place, row in parse_rows(data, source, fields, id_field=None):
             _check_indices(row, place)
             if self.split == "validation":
-                find_metric(task.metric).check_answers([row["output"]], None, place)
+                task.metric.check_answers([row["output"]], None, place)
             before, kept = first.setdefault(row["id"], (place, row))
             if kept["input"] != row["input"]:
                 raise UserError(
@@ -208,7 +208,7 @@ class ZeroScrolls:
 
         For summaries also `rouge1`, `rouge2` and `rougel`, which their task's score is made of.
         """
-        return mark(task, prediction, sample.answers)
+        return task.mark(prediction, sample.answers)
 
     def notes(self) -> list[str]:
         """Say how far the scores can be compared with published ones."""

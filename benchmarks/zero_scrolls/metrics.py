@@ -112,11 +112,11 @@ def _geometric_mean(means: Array) -> Array:
     return 100 * np.cbrt(np.prod(means, axis=-1))
 
 
-METRICS = (
-    Metric("rouge_gm", rouge_gm, parts=("rouge1", "rouge2", "rougel"), score=_geometric_mean),
-    *(
-        Metric(compare.__name__, best_of(compare))
-        for compare in (f1, accuracy, exp_similarity, concordance_index)
-    ),
+ROUGE_GM = Metric("rouge_gm", rouge_gm, parts=("rouge1", "rouge2", "rougel"), score=_geometric_mean)
+F1, ACCURACY, EXP_SIMILARITY, CONCORDANCE_INDEX = (
+    Metric(compare.__name__, best_of(compare))
+    for compare in (f1, accuracy, exp_similarity, concordance_index)
 )
+
+METRICS = (ROUGE_GM, F1, ACCURACY, EXP_SIMILARITY, CONCORDANCE_INDEX)
 """Each raises ValueError without references."""

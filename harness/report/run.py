@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.metric import Metric, find_metric
+from benchmarks.metric import Metric
+from benchmarks.metrics import find_metric
 from harness.records import Record, prediction_path
 from harness.report.bootstrap import Samples, Scored, average, gather, score_task
 from harness.report.columns import COLUMNS, figures

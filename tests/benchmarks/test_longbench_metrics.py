@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import subprocess
 import sys
 from difflib import SequenceMatcher
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from benchmarks import longbench
 from benchmarks.longbench.metrics import METRICS, code_sim, rouge_l, rouge_zh
-from benchmarks.metric import mark
 from benchmarks.task import Task
 
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -107,12 +107,50 @@ def test_scores_stay_in_range(name, prediction, answer, labels):
 
 
 def test_score_is_the_best_over_answers_and_zero_without():
-    task = Task("t", "qa_f1", 8)
-    assert mark(task, "red blue", ["green", "red", "blue sky red"])["score"] == 0.8
-    assert mark(task, "red", [])["score"] == 0
+    task = Task("t", BY_NAME["qa_f1"], 8)
+    assert task.mark("red blue", ["green", "red", "blue sky red"])["score"] == 0.8
+    assert task.mark("red", [])["score"] == 0
 
 
 def test_first_line_rule():
-    plain, first = Task("t", "qa_f1", 8), Task("t", "qa_f1", 8, first_line=True)
-    assert mark(plain, "\nred\nblue", ["red"])["score"] == pytest.approx(2 / 3)
-    assert mark(first, "\nred\nblue", ["red"])["score"] == 1
+    plain, first = Task("t", BY_NAME["qa_f1"], 8), Task("t", BY_NAME["qa_f1"], 8, first_line=True)
+    assert plain.mark("\nred\nblue", ["red"])["score"] == pytest.approx(2 / 3)
+    assert first.mark("\nred\nblue", ["red"])["score"] == 1
+
+
+CODE = (
+    "import json, sys, warnings\n"
+    "warnings.simplefilter('error')\n"
+    "import Levenshtein\n"
+    "from benchmarks.longbench.metrics import code_sim\n"
+    "pairs = json.load(sys.stdin)\n"
+    "scores = [code_sim(prediction, answer) for prediction, answer in pairs]\n"
+    "from fuzzywuzzy import StringMatcher\n"
+    "others = [round(100 * StringMatcher.StringMatcher(None, p, a).ratio()) / 100 for p, a in pairs]\n"
+    "json.dump([scores, others], sys.stdout)\n"
+)
+
+
+def test_code_similarity_is_difflibs_with_python_levenshtein_installed_too(tmp_path):
+    """In a second environment, which has the package whose matcher gives other scores."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    target = ["--target", str(tmp_path), "python-Levenshtein==0.27.1"]
+    done = subprocess.run([*install, *target], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        pytest.skip(f"the package registry does not give python-Levenshtein: {done.stderr[-200:]}")
+    vectors = [v for v in RECORDED["metrics"] if v["metric"] == "code_sim"]
+    pairs = [[v["prediction"], v["answer"]] for v in vectors]
+    pairs.append(["def read(path):", "return open(path)"])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", CODE],
+        input=json.dumps(pairs),
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    scores, others = json.loads(ran.stdout)
+    assert scores == [code_sim(prediction, answer) for prediction, answer in pairs]
+    assert scores != others, "the other matcher must differ, or this shows nothing"

@@ -72,7 +72,7 @@ def test_rows_have_the_longbench_layout(task, length):
         }  # fmt: skip
         assert (row["dataset"], row["language"]) == (task.name, "en")
         assert row["length"] == len(row["context"].split())
-        assert (row["all_classes"] is not None) == (task.metric == "classification")
+        assert (row["all_classes"] is not None) == (task.metric.name == "classification")
 
 
 @pytest.mark.parametrize("length", LENGTHS)

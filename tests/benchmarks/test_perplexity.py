@@ -53,7 +53,7 @@ def test_the_first_tokens_are_the_prompt_and_the_next_are_scored(book):
         assert encoded.continuation == [*map(ord, sample.prompt[19:28])]
         assert sample.tokens == 20
         assert sample.answers == ()
-    assert task.metric == "perplexity"
+    assert task.metric.name == "perplexity"
     assert task.max_new_tokens == 9
 
 

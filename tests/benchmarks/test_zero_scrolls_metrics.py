@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from benchmarks import zero_scrolls
-from benchmarks.metric import find_metric
+from benchmarks.metrics import find_metric
 from benchmarks.zero_scrolls.metrics import METRICS, concordance_index, exp_similarity, rouge_gm
 from benchmarks.zero_scrolls.tasks import TASKS
 from harness.report.bootstrap import gather, score_task

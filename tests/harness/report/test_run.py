@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from benchmarks.metric import find_metric
+from benchmarks.metrics import find_metric
 from harness.records import prediction_path
 from harness.report.bootstrap import RESAMPLES, aggregate, score_task
 from harness.report.run import averages, differences, load_run
