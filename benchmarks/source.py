@@ -261,8 +261,30 @@ def load_rows(
         # Each reader has errors of its own, wrapped or not.
         if _held_back.get() and not isinstance(dataset, Path):
             raise NeedsDownload(f"{dataset} is not in the cache of datasets yet.") from error
-        why = first_line(error.__cause__ or error).rstrip(".")
-        raise UserError(f"cannot read {dataset}: {why}.") from error
+        why = None if isinstance(dataset, Path) else _refusal(error, dataset, revision)
+        why = why or f"{first_line(error.__cause__ or error).rstrip('.')}."
+        raise UserError(f"cannot read {dataset}: {why}") from error
+
+
+def _refusal(error: Exception, dataset: str, revision: str | None) -> str | None:
+    """Return why the hub did not give a dataset and what to do, None if the hub is not the cause.
+
+    `datasets` drops the hub's own error, so the hub is asked once more, as `datasets` asks first.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if isinstance(error, (FileNotFoundError, ConnectionError)):
+        try:
+            get_hf_file_metadata(
+                hf_hub_url(dataset, "README.md", repo_type="dataset", revision=revision)
+            )
+        except EntryNotFoundError:
+            pass  # not every dataset has one
+        except Exception as refusal:
+            error = refusal
+    instead = "Without the hub: give a JSONL, CSV or parquet file with benchmark.dataset=FILE."
+    return explain(error, Repository("dataset", dataset, revision, instead))
 
 
 def _member(archive: zipfile.ZipFile, wanted: str, path: Path) -> zipfile.ZipInfo:

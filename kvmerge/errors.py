@@ -21,10 +21,8 @@ def first_line(error: BaseException) -> str:
 
 def causes(error: BaseException) -> list[BaseException]:
     """Return an error and what led to it, the first cause last."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    return chain
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return [error, *(causes(before) if before else [])]
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:

@@ -19,7 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import source
-from benchmarks.source import Archive, Files, Folder, HubFile, Parquet, cached, fetch, shown_size
+from benchmarks.source import (
+    Archive,
+    Files,
+    Folder,
+    HubFile,
+    Parquet,
+    cached,
+    fetch,
+    load_rows,
+    shown_size,
+)
 from kvmerge.errors import UserError
 from tests import hub_server
 
@@ -406,3 +416,58 @@ def test_what_is_no_parquet_is_an_error(hub):
 def test_a_name_without_a_file(kind):
     with pytest.raises(UserError, match=r"unknown file of the hub 'u'\..* Available: t"):
         kind({"t": FILE}).read("u")
+
+
+# Datasets of the hub
+
+
+@pytest.fixture
+def datasets_hub(hub, tmp_path, monkeypatch):
+    """The hub, asked by the `datasets` library too."""
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (403, "GatedRepo", r"owner/name is gated\. Accept its terms at http.*/datasets/owner/name, "),
+        (401, "RepoNotFound", r"shows no dataset owner/name .*private.*hf auth login"),
+        (404, "RevisionNotFound", r"owner/name has no revision 'v2'.*/commits/main"),
+    ],
+)
+def test_a_dataset_that_the_hub_refuses_says_why(datasets_hub, status, code, words):
+    datasets_hub.refuse = (status, code)
+    with pytest.raises(
+        UserError, match=rf"^cannot read owner/name: .*{words}.*benchmark\.dataset=FILE"
+    ):
+        next(load_rows("owner/name", split="test", revision="v2"))
+
+
+def test_a_dataset_that_is_not_cached_says_that_the_hub_is_off(datasets_hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^cannot read owner/name: .*HF_HUB_OFFLINE forbids.*=FILE"):
+        next(load_rows("owner/name", split="test"))
+    assert datasets_hub.requests == []
+
+
+def test_a_dataset_of_an_unreachable_hub(datasets_hub, monkeypatch, tmp_path):
+    with hub_server.serve() as gone:
+        pass
+    hub_server.use(gone, tmp_path / "cache", monkeypatch)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", gone.url)
+    with pytest.raises(UserError, match=r"did not send it .*refused.*Run the same command again"):
+        next(load_rows("owner/name", split="test"))
+
+
+def test_what_datasets_itself_refuses_keeps_its_words(datasets_hub, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError('Unknown split "tset". Should be one of ["test"].\nsecond line')
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(
+        UserError, match=r'^cannot read owner/name: Unknown split "tset"\. .* \["test"\]\.$'
+    ):
+        next(load_rows("owner/name", split="tset"))
+    assert datasets_hub.requests == []

@@ -31,6 +31,8 @@ def test_causes_go_back_to_the_first():
     second.__context__ = first
     third.__cause__ = second
     assert causes(third) == [third, second, first]
+    second.__suppress_context__ = True  # as `from None` does
+    assert causes(third) == [third, second]
 
 
 def test_the_package_gives_its_public_names():
