@@ -46,8 +46,16 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: if the weights cannot be found, read or held, saying what to do.
     """
-    quantization = _quantization(spec)
-    failures = (OSError, ValueError, HTTPError, SafetensorError, torch.OutOfMemoryError)
+    # Given only where the user asks for it: None would erase what the checkpoint says of itself.
+    quantization = {"quantization_config": _quantization(spec)} if spec.quantize else {}
+    failures = (
+        OSError,
+        ValueError,
+        ImportError,  # a quantized checkpoint needs a package of its own
+        HTTPError,
+        SafetensorError,
+        torch.OutOfMemoryError,
+    )
     with _checkpoint(spec) as location:
         revision = spec.revision if isinstance(location, str) else None
         try:
@@ -61,13 +69,14 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
                 local_files_only=cached,
                 dtype=DTYPES[spec.dtype],
                 device_map=spec.device_map or {"": spec.torch_device()},
-                quantization_config=quantization,
                 output_loading_info=True,
+                **quantization,
             )
         except failures as error:
             raise UserError(f"model {spec.name}: {_reason(error, spec, location)}") from error
     model, report = loaded
-    _check_complete(spec, report["missing_keys"])
+    _check_complete(spec, "lacks weights of the model", report["missing_keys"])
+    _check_complete(spec, "holds weights that the model has no place for", report["unexpected_keys"])
     _check_on_accelerators(spec, getattr(model, "hf_device_map", None) or {})
     if spec.pack_weights:
         pack_linear_layers(model)
@@ -94,10 +103,8 @@ def _checkpoint(spec: ModelSpec) -> Iterator[Path | str]:
         yield Path(scratch)
 
 
-def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
+def _quantization(spec: ModelSpec) -> BitsAndBytesConfig:
     """What bitsandbytes is told. Raises `UserError` where it or a GPU is missing."""
-    if spec.quantize is None:
-        return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.quantize={spec.quantize} needs the package bitsandbytes: "
@@ -119,6 +126,11 @@ def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
 
 def _reason(error: Exception, spec: ModelSpec, location: Path | str) -> str:
     """Why a model could not be loaded, and what to do."""
+    if isinstance(error, ImportError):
+        return (
+            f"{location} is quantized. {first_line(error).rstrip('.')}. Or take a checkpoint that is "
+            "not quantized."
+        )
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "its weights do not fit into the memory of the device. Hold them in fewer bits "
@@ -146,14 +158,14 @@ def _reason(error: Exception, spec: ModelSpec, location: Path | str) -> str:
     )
 
 
-def _check_complete(spec: ModelSpec, missing: set[str]) -> None:
-    """Refuse a checkpoint without some of its tensors, which transformers fills at random."""
-    if missing:
-        names = sorted(missing)
+def _check_complete(spec: ModelSpec, what: str, keys: set[str]) -> None:
+    """Refuse a checkpoint of which some tensors were filled at random, or were passed over."""
+    if keys:
+        names = sorted(keys)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(
-            f"model {spec.name}: {spec.source()} lacks weights of the model: "
-            f"{', '.join(names[:3])}{more}. Its files are incomplete, or made for another architecture."
+            f"model {spec.name}: {spec.source()} {what}: {', '.join(names[:3])}{more}. "
+            "Its files are incomplete, or made for another architecture."
         )
 
 

@@ -1,5 +1,8 @@
 """Model files: what they may say, where weights come from, and which tokens end an answer."""
 
+import importlib.util
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,7 @@ from accelerate import dispatch_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from kvmerge import models
 from kvmerge.budget import Budget
@@ -161,6 +165,58 @@ def test_missing_tensors_are_refused_not_drawn_at_random(tmp_path):
     del weights["model.layers.1.self_attn.q_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model toy: .* lacks weights .*layers\.1\.self_attn\.q_proj"):
+        load(local(folder))
+
+
+def test_weights_that_the_model_has_no_place_for_are_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "more")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.adapter.weight"] = torch.ones(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no place for: model\.layers\.0\.mlp\.adapter\.weight"):
+        load(local(folder))
+
+
+def marked_quantized(checkpoint, folder, **config):
+    """A copy of a checkpoint whose configuration says that its weights are quantized."""
+    shutil.copytree(checkpoint, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    return folder
+
+
+def test_a_quantized_checkpoint_is_read_as_transformers_reads_it(checkpoint, tmp_path):
+    config = {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folder = marked_quantized(checkpoint, tmp_path / "fp8", quant_method="fp8", **config)
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if "_proj" in name:
+            scale = weight.abs().max() / 448
+            weights[name] = (weight / scale).to(torch.float8_e4m3fn)
+            blocks = [-(-size // 128) for size in weight.shape]
+            weights[f"{name}_scale_inv"] = torch.full(blocks, float(scale))
+        else:
+            weights[name] = weight
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(20).unsqueeze(0)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    ours = load(local(folder, pack_weights=False))[0](ids).logits
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("config", "package"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "optimum"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "gptqmodel"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+    ],
+)
+def test_a_quantized_checkpoint_names_the_package_that_it_needs(checkpoint, tmp_path, config, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    folder = marked_quantized(checkpoint, tmp_path / "quantized", **config)
+    with pytest.raises(UserError, match=rf"is quantized\. .*{package}.*not quantized"):
         load(local(folder))
 
 
