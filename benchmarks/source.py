@@ -1,8 +1,7 @@
 """Where a benchmark's rows come from: a folder, or files of the Hugging Face hub kept in its cache.
 
 All benchmarks read through here, so that each of them works from a folder and offline, says before
-a download what comes from where and how big it is, resumes one that broke off, and never uses a
-file whose SHA-256 is wrong.
+a download what comes from where and how big it is, and never uses a file whose SHA-256 is wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.rows import read_bytes
 from kvmerge.errors import UserError, first_line, unknown
+from kvmerge.hub import Repository, explain
 
 logger = logging.getLogger(__name__)
 
@@ -261,8 +261,30 @@ def load_rows(
         # Each reader has errors of its own, wrapped or not.
         if _held_back.get() and not isinstance(dataset, Path):
             raise NeedsDownload(f"{dataset} is not in the cache of datasets yet.") from error
-        why = first_line(error.__cause__ or error).rstrip(".")
-        raise UserError(f"cannot read {dataset}: {why}.") from error
+        why = None if isinstance(dataset, Path) else _refusal(error, dataset, revision)
+        why = why or f"{first_line(error.__cause__ or error).rstrip('.')}."
+        raise UserError(f"cannot read {dataset}: {why}") from error
+
+
+def _refusal(error: Exception, dataset: str, revision: str | None) -> str | None:
+    """Return why the hub did not give a dataset and what to do, None if the hub is not the cause.
+
+    `datasets` drops the hub's own error, so the hub is asked once more, as `datasets` asks first.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if isinstance(error, (FileNotFoundError, ConnectionError)):
+        try:
+            get_hf_file_metadata(
+                hf_hub_url(dataset, "README.md", repo_type="dataset", revision=revision)
+            )
+        except EntryNotFoundError:
+            pass  # not every dataset has one
+        except Exception as refusal:
+            error = refusal
+    instead = "Without the hub: give a JSONL, CSV or parquet file with benchmark.dataset=FILE."
+    return explain(error, Repository("dataset", dataset, revision, instead))
 
 
 def _member(archive: zipfile.ZipFile, wanted: str, path: Path) -> zipfile.ZipInfo:
@@ -320,8 +342,8 @@ def no_downloads() -> Iterator[None]:
 def fetch(file: HubFile) -> Path:
     """Return the path of a file in the hub's cache, downloaded only if it is not there.
 
-    A download is announced (what, from where, how big) and resumes where an earlier one broke off.
-    The SHA-256 is checked, once for each state of the file; a wrong file is deleted.
+    A download is announced: what, from where, how big. The SHA-256 is checked, once for each state of
+    the file; a wrong file is deleted.
 
     Raises UserError if the file can be had neither from the cache nor from the hub, or is wrong, and
     NeedsDownload inside `no_downloads`.
@@ -388,69 +410,15 @@ def _download(file: HubFile) -> Path:
 
     url = hf_hub_url(file.repo, file.filename, repo_type="dataset", revision=file.revision)
     try:
-        metadata = get_hf_file_metadata(url)
-        if metadata.etag is not None:
-            size = shown_size(metadata.size)
-            logger.info("Fetching %s, %s, from %s", file, size, url)
-            _receive(file, url, metadata.etag, metadata.size)
-        # Finds the content in the cache and files it under the revision.
+        size = shown_size(get_hf_file_metadata(url).size)
+        logger.info("Fetching %s, %s, from %s", file, size, url)
         return Path(
             hf_hub_download(file.repo, file.filename, repo_type="dataset", revision=file.revision)
         )
     except Exception as error:
         # A broken download arrives as an OSError, or as the HTTP client's own error.
-        raise UserError(
-            f"cannot fetch {file} from {url}: {_reason(file, error)} {file.instead}"
-        ) from error
-
-
-def _receive(file: HubFile, url: str, etag: str, size: int | None) -> None:
-    """Download the content to its place in the hub's cache, going on from what an earlier try left.
-
-    `hf_hub_download` starts from the beginning each time (since huggingface_hub 1.18).
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
-
-    folder = repo_folder_name(repo_id=file.repo, repo_type="dataset")
-    cache = Path(constants.HF_HUB_CACHE)
-    blob = cache / folder / "blobs" / etag
-    partial = blob.with_name(f"{etag}.partial")
-    lock = cache / ".locks" / folder / f"{etag}.partial.lock"
-    for path in (blob, lock):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):  # two runs must not append to one file
-        if blob.exists():
-            return
-        with partial.open("ab") as content:
-            if size is not None and content.tell() > size:
-                content.seek(0)
-                content.truncate()
-            http_get(
-                url,
-                content,
-                resume_size=content.tell(),
-                headers=build_hf_headers(),
-                expected_size=size,
-                displayed_filename=file.filename,
-            )
-        partial.replace(blob)
-
-
-def _reason(file: HubFile, error: Exception) -> str:
-    """Return why a download failed and what helps, in a sentence or two."""
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/datasets/{file.repo}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the hub is switched off (HF_HUB_OFFLINE) and the file is not in its cache."
-    if isinstance(error, errors.GatedRepoError):
-        return f"the dataset is gated. Accept its terms at {page}, then run: hf auth login."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such dataset, or it is private. If you may see it, run: hf auth login."
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the dataset has no such revision. {page}/commits/main lists them."
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"the revision has no such file. {page}/tree/{file.revision} lists them."
-    return f"{first_line(error).rstrip('.')}. What has arrived is kept; the same command resumes."
+        repository = Repository("dataset", file.repo, file.revision, file.instead)
+        why = explain(error, repository) or (
+            f"{first_line(error).rstrip('.')}. Run the same command again. {file.instead}"
+        )
+        raise UserError(f"cannot fetch {file} from {url}: {why}") from error

@@ -19,6 +19,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what led to it, the first cause last."""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return [error, *(causes(before) if before else [])]
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that does not exist: what exists, and the nearest to it."""
     names = sorted(known)

@@ -1,7 +1,7 @@
 """The benchmarks' files on the Hugging Face hub: list them, fetch them beforehand, verify them.
 
     python scripts/data.py list                  # what each benchmark reads, and whether it is here
-    python scripts/data.py fetch longbench       # download into the hub's cache; resumes
+    python scripts/data.py fetch longbench       # download into the hub's cache
     python scripts/data.py verify [longbench]    # hash the files again and check every row
 
 A benchmark is a file of `configs/benchmark/`. What it reads from the hub stands in `FILES` of the
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what each benchmark reads, and whether it is in the cache")
     for command, count, text in (
-        ("fetch", "+", "download what benchmarks read; goes on where a download broke off"),
+        ("fetch", "+", "download what benchmarks read, as far as it is not in the cache"),
         ("verify", "*", "hash the cached files again and check every row; all benchmarks by default"),
     ):
         commands.add_parser(command, help=text).add_argument(

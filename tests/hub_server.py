@@ -26,7 +26,6 @@ class Request(NamedTuple):
 
     method: str
     path: str
-    range: str | None
     token: str | None
 
 
@@ -43,8 +42,6 @@ class Hub:
     """All requests so far."""
     elsewhere: str | None = None
     """Address of this server under another host name, which large files are redirected to."""
-    ignore_range: bool = False
-    """Whether the whole file is sent whatever part was asked for."""
     reset_after: int | None = None
     """Bytes of the body after which the connection is reset."""
     close_after: int | None = None
@@ -57,14 +54,6 @@ class Hub:
     def put(self, repo: str, revision: str, path: str, content: bytes) -> None:
         """Store a file at a commit."""
         self.files[f"{repo}/{revision}/{path}"] = content
-
-    def ranges(self) -> list[str | None]:
-        """Return the Range header of each download so far."""
-        return [
-            asked.range
-            for asked in self.requests
-            if asked.method == "GET" and "/resolve/" in asked.path and not self.redirects(asked.path)
-        ]
 
     def redirects(self, path: str) -> bool:
         """Return whether the answer names another host, as the hub's does for large files."""
@@ -115,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         hub = self.hub
         asked = self.headers.get("Range")
-        hub.requests.append(Request(self.command, self.path, asked, self.headers.get("Authorization")))
+        hub.requests.append(Request(self.command, self.path, self.headers.get("Authorization")))
         found = hub.find(self.path)
         if hub.refuse or found is None:
             status, code = hub.refuse or (404, "EntryNotFound")
@@ -125,15 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         commit, content = found
-        if hub.ignore_range:
-            asked = None
         sent = content if hub.serve_instead is None or not body else hub.serve_instead
         start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
-        if start >= len(sent) and asked:
-            self.send_response(416)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
         body = body and not hub.redirects(self.path)
         if hub.redirects(self.path):
             self.send_response(302)

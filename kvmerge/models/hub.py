@@ -1,32 +1,17 @@
-"""The Hugging Face hub: a download is announced before it starts, and a failure says what to do.
-
-transformers reports most failures as one OSError with several causes in a chain; what went wrong
-decides what the user can do about it, so the causes are told apart here.
-"""
+"""A checkpoint on the Hugging Face hub: what of it is in the cache, and a download announced first."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HTTPError,  # of the HTTP client, whose package is not the same in all versions
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from kvmerge.errors import first_line
 from kvmerge.models.checkpoints import INDEX, weight_files
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0
 """Seconds to wait for the list of a repository's files."""
@@ -34,7 +19,6 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _SINGLE = "model.safetensors"
 _SMALL = ("config.json", "generation_config.json", "tokenizer.json")
 """What a model needs beside its weights: which tokens end an answer is in the second."""
-_LOCAL = "or give the folder of a local copy with model.path=DIR."
 
 
 def prepare(repository: str, revision: str | None) -> bool:
@@ -52,7 +36,7 @@ def prepare(repository: str, revision: str | None) -> bool:
         reached.
 
     Raises:
-        OSError: what the hub's client raises (see `explain`).
+        OSError: what the hub's client raises (see `kvmerge.hub.explain`).
         HTTPError: likewise.
     """
     if _COMMIT.fullmatch(revision or "") and _is_cached(repository, revision):
@@ -73,7 +57,7 @@ def prepare(repository: str, revision: str | None) -> bool:
         for file in info.siblings or ()
         if _is_loaded(file.rfilename) and _cached_file(repository, file.rfilename, info.sha) is None
     }
-    log.info(
+    logger.info(
         "downloading %s from %s/%s at %s (%s, kept in %s)",
         repository,
         constants.ENDPOINT,
@@ -83,60 +67,6 @@ def prepare(repository: str, revision: str | None) -> bool:
         constants.HF_HUB_CACHE,
     )
     return False
-
-
-def explain(error: BaseException, repository: str, revision: str | None) -> str | None:
-    """Say what went wrong at the hub and what to do; None if the error came from elsewhere.
-
-    Args:
-        error: what loading raised; its causes are looked at too.
-    """
-    page = f"{constants.ENDPOINT}/{repository}"
-    causes = list(_chain(error))
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(GatedRepoError):
-        return (
-            f"{repository} is gated. Accept its licence at {page}, then run `hf auth login` with a "
-            f"token of that account (or set HF_TOKEN), {_LOCAL}"
-        )
-    if caused_by(RevisionNotFoundError):
-        return (
-            f"{repository} has no revision {revision!r}. model.revision=null takes the newest; "
-            f"the commits are listed at {page}/commits/main."
-        )
-    if caused_by(RepositoryNotFoundError):
-        return (
-            f"the hub shows no model {repository} to this account ({page}). Correct the name; if "
-            f"it is private, run `hf auth login`, {_LOCAL}"
-        )
-    if caused_by(OfflineModeIsEnabled) or (
-        caused_by(LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
-    ):
-        return (
-            f"{repository} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids "
-            f"to download it. Unset HF_HUB_OFFLINE once, {_LOCAL}"
-        )
-    if caused_by(EntryNotFoundError) and not caused_by(LocalEntryNotFoundError):
-        return f"{repository} at {page} lacks a file of a checkpoint: {first_line(error)}"
-    if caused_by(SafetensorError):
-        folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-        return f"a weight file of {repository} is damaged. Delete {folder} to download it again."
-    if caused_by(LocalEntryNotFoundError, HTTPError):
-        return (
-            f"{repository} is not whole in the cache {constants.HF_HUB_CACHE}, and "
-            f"{constants.ENDPOINT} did not send it ({first_line(causes[-1])}). Run again where the "
-            f"hub can be reached, {_LOCAL}"
-        )
-    return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_loaded(file: str) -> bool:
@@ -150,8 +80,8 @@ def _is_loaded(file: str) -> bool:
 
 
 def _cached_file(repository: str, file: str, revision: str | None) -> Path | None:
-    found = try_to_load_from_cache(repository, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(repository, file, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _is_cached(repository: str, revision: str | None) -> bool:

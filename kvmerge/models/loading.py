@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from kvmerge.errors import UserError, first_line
+from kvmerge.errors import UserError, causes, first_line
+from kvmerge.hub import Repository, explain
 from kvmerge.kernels.packed_linear import pack_linear_layers
 from kvmerge.models.checkpoints import (
     check_folder,
@@ -33,8 +34,10 @@ from kvmerge.models.checkpoints import (
     damaged_files,
     save_random,
 )
-from kvmerge.models.hub import explain, prepare
+from kvmerge.models.hub import prepare
 from kvmerge.models.spec import DTYPES, ModelSpec
+
+_INSTEAD = "Without the hub: give the folder of a local copy with model.path=DIR."
 
 
 def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -135,7 +138,13 @@ def _reason(error: Exception, spec: ModelSpec, location: Path | str) -> str:
             "model.device=cpu."
         )
     if isinstance(location, str):
-        hint = explain(error, location, spec.revision)
+        repository = Repository("model", location, spec.revision, _INSTEAD)
+        if any(isinstance(cause, SafetensorError) for cause in causes(error)):
+            return (
+                f"a weight file of {location} is damaged. Delete {repository.cache} to download it "
+                "again."
+            )
+        hint = explain(error, repository)
         if hint is not None:
             return hint
     elif damaged := damaged_files(location):

@@ -19,7 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import source
-from benchmarks.source import Archive, Files, Folder, HubFile, Parquet, cached, fetch, shown_size
+from benchmarks.source import (
+    Archive,
+    Files,
+    Folder,
+    HubFile,
+    Parquet,
+    cached,
+    fetch,
+    load_rows,
+    shown_size,
+)
 from kvmerge.errors import UserError
 from tests import hub_server
 
@@ -35,8 +45,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.
     with hub_server.serve() as hub:
         hub.put(FILE.repo, COMMIT, FILE.filename, CONTENT)
         hub_server.use(hub, tmp_path / "cache", monkeypatch)
-        # The library holds back what it has received until it is this much.
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
         monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
         yield hub
 
@@ -99,7 +107,9 @@ def test_offline_the_cache_is_enough(hub, monkeypatch):
 
 def test_offline_without_cache(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE.*not in its cache.*benchmark\.data_dir=DIR"):
+    with pytest.raises(
+        UserError, match=r"not whole in the cache.*HF_HUB_OFFLINE.*benchmark\.data_dir=DIR"
+    ):
         fetch(FILE)
     assert hub.requests == []
 
@@ -109,12 +119,7 @@ def test_large_files_come_from_another_host_which_never_sees_the_token(hub, monk
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
     hub.elsewhere = hub.url.replace("127.0.0.1", "localhost")
-    hub.reset_after = 4000
-    with pytest.raises(UserError):
-        fetch(FILE)
-    hub.reset_after = None
     assert fetch(FILE).read_bytes() == CONTENT
-    assert hub.ranges() == [None, "bytes=4000-"]
     sent = {(asked.path.startswith("/elsewhere"), asked.token) for asked in hub.requests}
     assert sent == {(False, token and f"Bearer {token}"), (True, None)}
 
@@ -122,50 +127,33 @@ def test_large_files_come_from_another_host_which_never_sees_the_token(hub, monk
 # Networks
 
 
-def test_a_dropped_download_is_resumed_by_the_next_run(hub, tmp_path):
+def test_a_dropped_download_is_an_error_and_the_next_run_gets_the_whole_file(hub, tmp_path):
     hub.reset_after = 4000
-    with pytest.raises(UserError, match=r"cannot fetch folder/data\.bin.*the same command resumes"):
+    with pytest.raises(
+        UserError, match=r"cannot fetch folder/data\.bin.*Run the same command again.*data_dir=DIR"
+    ):
         fetch(FILE)
     assert finished_files(tmp_path) == []
+    assert cached(FILE) is None
     hub.reset_after = None
-    hub.requests.clear()
     assert fetch(FILE).read_bytes() == CONTENT
-    assert hub.ranges() == ["bytes=4000-"]
 
 
-def test_a_server_that_cannot_resume_sends_the_whole_file_again(hub):
-    hub.reset_after = 4000
-    with pytest.raises(UserError):
-        fetch(FILE)
-    hub.reset_after = None
-    hub.ignore_range = True
-    assert fetch(FILE).read_bytes() == CONTENT
-    assert hub.ranges()[-1] == "bytes=4000-"
-
-
-def test_a_connection_closed_early_is_resumed_at_once(hub):
+def test_a_connection_closed_early_is_opened_again(hub):
     hub.close_after = 4000
     assert fetch(FILE).read_bytes() == CONTENT
-    assert hub.ranges() == [None, "bytes=4000-"]
+    assert [asked.method for asked in hub.requests].count("GET") == 2
 
 
-def test_a_truncated_file_is_an_error_and_completed_by_the_next_run(hub, tmp_path):
+def test_a_truncated_file_is_an_error_and_the_next_run_gets_the_whole_one(hub, tmp_path):
     hub.serve_instead = CONTENT[:5000]
-    with pytest.raises(UserError, match="should be of size 10240 but has size 5000"):
+    with pytest.raises(
+        UserError, match=r"should be of size 10240 but has size 5000.*Run the same command again"
+    ):
         fetch(FILE)
     assert finished_files(tmp_path) == []
+    assert cached(FILE) is None
     hub.serve_instead = None
-    assert fetch(FILE).read_bytes() == CONTENT
-    assert hub.ranges()[-1] == "bytes=5000-"
-
-
-def test_a_partial_file_that_is_too_long_starts_again(hub, tmp_path):
-    hub.reset_after = 4000
-    with pytest.raises(UserError):
-        fetch(FILE)
-    hub.reset_after = None
-    (partial,) = (tmp_path / "cache").rglob("*.partial")
-    partial.write_bytes(b"x" * 20_000)
     assert fetch(FILE).read_bytes() == CONTENT
 
 
@@ -229,9 +217,9 @@ def test_a_file_is_hashed_once(hub, monkeypatch):
             "GatedRepo",
             r"is gated\. Accept its terms at http.*/datasets/owner/name, .*hf auth login",
         ),
-        (401, "RepoNotFound", r"no such dataset, or it is private.*hf auth login"),
-        (404, "RevisionNotFound", "has no such revision"),
-        (404, "EntryNotFound", "has no such file"),
+        (401, "RepoNotFound", r"shows no dataset owner/name .*private.*hf auth login"),
+        (404, "RevisionNotFound", rf"has no revision '{COMMIT}'.*/commits/main"),
+        (404, "EntryNotFound", rf"lacks a file that is needed.*/tree/{COMMIT} lists"),
         (500, "", "500"),
     ],
 )
@@ -245,7 +233,7 @@ def test_no_server(hub, monkeypatch, tmp_path):
     with hub_server.serve() as gone:
         pass
     hub_server.use(gone, tmp_path / "cache", monkeypatch)
-    with pytest.raises(UserError, match=rf"from {gone.url}/.*refused.*the same command resumes"):
+    with pytest.raises(UserError, match=rf"from {gone.url}/.*refused.*Run the same command again"):
         fetch(FILE)
 
 
@@ -258,7 +246,7 @@ def test_impossible_names(hub, file):
 
 def test_what_to_do_instead_is_the_file_s_own(hub):
     file = replace(FILE, filename="other", instead="Give a text.")
-    with pytest.raises(UserError, match=r"has no such file\. .*Give a text\."):
+    with pytest.raises(UserError, match=r"lacks a file.* Give a text\."):
         fetch(file)
 
 
@@ -428,3 +416,58 @@ def test_what_is_no_parquet_is_an_error(hub):
 def test_a_name_without_a_file(kind):
     with pytest.raises(UserError, match=r"unknown file of the hub 'u'\..* Available: t"):
         kind({"t": FILE}).read("u")
+
+
+# Datasets of the hub
+
+
+@pytest.fixture
+def datasets_hub(hub, tmp_path, monkeypatch):
+    """The hub, asked by the `datasets` library too."""
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (403, "GatedRepo", r"owner/name is gated\. Accept its terms at http.*/datasets/owner/name, "),
+        (401, "RepoNotFound", r"shows no dataset owner/name .*private.*hf auth login"),
+        (404, "RevisionNotFound", r"owner/name has no revision 'v2'.*/commits/main"),
+    ],
+)
+def test_a_dataset_that_the_hub_refuses_says_why(datasets_hub, status, code, words):
+    datasets_hub.refuse = (status, code)
+    with pytest.raises(
+        UserError, match=rf"^cannot read owner/name: .*{words}.*benchmark\.dataset=FILE"
+    ):
+        next(load_rows("owner/name", split="test", revision="v2"))
+
+
+def test_a_dataset_that_is_not_cached_says_that_the_hub_is_off(datasets_hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^cannot read owner/name: .*HF_HUB_OFFLINE forbids.*=FILE"):
+        next(load_rows("owner/name", split="test"))
+    assert datasets_hub.requests == []
+
+
+def test_a_dataset_of_an_unreachable_hub(datasets_hub, monkeypatch, tmp_path):
+    with hub_server.serve() as gone:
+        pass
+    hub_server.use(gone, tmp_path / "cache", monkeypatch)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", gone.url)
+    with pytest.raises(UserError, match=r"did not send it .*refused.*Run the same command again"):
+        next(load_rows("owner/name", split="test"))
+
+
+def test_what_datasets_itself_refuses_keeps_its_words(datasets_hub, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError('Unknown split "tset". Should be one of ["test"].\nsecond line')
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(
+        UserError, match=r'^cannot read owner/name: Unknown split "tset"\. .* \["test"\]\.$'
+    ):
+        next(load_rows("owner/name", split="tset"))
+    assert datasets_hub.requests == []

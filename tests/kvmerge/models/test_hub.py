@@ -1,23 +1,17 @@
-"""The hub: announced downloads, and a failure told apart by its cause. No request is made here."""
+"""Announced downloads, and what the cache holds. No request is made here."""
 
 import json
 import logging
-import re
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HTTPError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 
 from kvmerge.models import hub
 from kvmerge.models.checkpoints import INDEX
@@ -175,76 +169,3 @@ def test_a_refusal_counts_even_with_a_cached_configuration(fake):
     fake.cached = {"config.json"}
     with pytest.raises(RevisionNotFoundError):
         hub.prepare("a/b", "f00")
-
-
-# --- explaining
-
-
-PAGE = "https://huggingface.co/a/b"
-
-
-@pytest.fixture(autouse=True)
-def _online(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
-
-
-@pytest.mark.parametrize(
-    ("cause", "message"),
-    [
-        (
-            answered(GatedRepoError),
-            rf"a/b is gated\. Accept its licence at {PAGE}, then run `hf auth login`.*HF_TOKEN.*"
-            r"model\.path=DIR",
-        ),
-        (
-            answered(RepositoryNotFoundError),
-            rf"shows no model a/b to this account \({PAGE}\)\..*`hf auth login`.*model\.path=DIR",
-        ),
-        (
-            answered(RevisionNotFoundError),
-            rf"a/b has no revision 'f00'\. model\.revision=null.*{PAGE}/commits/main",
-        ),
-        (
-            LocalEntryNotFoundError("not found"),
-            r"a/b is not whole in the cache .*did not send it \(not found\).*model\.path=DIR",
-        ),
-        (HTTPError("no route"), r"not whole in the cache .*\(no route\)\. Run again"),
-        (answered(HfHubHTTPError, "503 busy"), r"not whole in the cache .*\(503 busy\)"),
-        (SafetensorError("header"), r"weight file of a/b is damaged\. Delete /.*/models--a--b to"),
-        (OfflineModeIsEnabled("offline"), r"HF_HUB_OFFLINE forbids.*Unset HF_HUB_OFFLINE once"),
-        (
-            answered(RemoteEntryNotFoundError, "404 config.json"),
-            rf"a/b at {PAGE} lacks a file of a checkpoint: 404 config.json",
-        ),
-    ],
-)
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_each_failure_says_what_to_do(cause, message, wrapped):
-    error = cause
-    if wrapped:  # as transformers reports it
-        error = OSError(str(cause))
-        error.__cause__ = cause
-    found = hub.explain(error, "a/b", "f00")
-    assert found is not None
-    assert re.search(message, found), found
-
-
-def test_a_file_missing_offline_is_the_setting_s_fault(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    found = hub.explain(LocalEntryNotFoundError("not found"), "a/b", None)
-    assert found is not None
-    assert "HF_HUB_OFFLINE forbids" in found
-
-
-@pytest.mark.parametrize("error", [ValueError("bad config"), OSError("no space left")])
-def test_other_failures_are_not_the_hub_s(error):
-    assert hub.explain(error, "a/b", None) is None
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [(ValueError("one\ntwo"), "one"), (ValueError("\n one\n"), "one"), (ValueError(), "ValueError")],
-)
-def test_the_first_line_of_a_message(error, line):
-    assert hub.first_line(error) == line

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -258,6 +259,22 @@ def test_a_hub_id_is_prepared_and_its_failure_explained(monkeypatch):
     with pytest.raises(UserError, match=r"model toy: a/b is not whole in the cache.*model\.path=DIR"):
         load(spec(revision="f00"))
     assert asked == [("a/b", "f00")]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_damaged_weight_file_in_the_hubs_cache_names_the_folder_to_delete(monkeypatch, wrapped):
+    error: Exception = SafetensorError("header")
+    if wrapped:  # as transformers reports it
+        cause, error = error, OSError("header")
+        error.__cause__ = cause
+
+    def damaged(*_, **__):
+        raise error
+
+    monkeypatch.setattr(loading, "prepare", lambda *_: True)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", damaged)
+    with pytest.raises(UserError, match=r"weight file of a/b is damaged\. Delete /.*/models--a--b to"):
+        load(spec())
 
 
 def test_what_the_hub_is_not_to_blame_for_keeps_its_reason(monkeypatch):
