@@ -97,7 +97,7 @@ def _by_cell(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
 
 
 def _below(run: Run) -> list[_Figure]:
-    """What stands below the scores: the figures that have a label for the terminal."""
+    """Return what stands below the scores: the figures that have a label for the terminal."""
     by_cell = {cell: run.over_tasks(cell) for cell in run.cells}
     return [
         _Figure(
