@@ -144,7 +144,6 @@ def test_lines_hold_the_contracts_fields_and_what_was_measured(finished: Path) -
         sizes = entries * LAYERS * KV_HEADS * 8 if cell.startswith("kvmerger") else 0
         assert line["size_bytes"] == sizes
         assert 1 <= line["generated_tokens"] <= longbench.find_task(task).max_new_tokens
-        assert 0 <= line["score"] <= 1
 
 
 def test_prompt_and_score_are_the_benchmarks_own(finished: Path, tiny: Tiny) -> None:
