@@ -135,7 +135,7 @@ def average(scores: Sequence[Scored]) -> Scored:
 def aggregate(
     name: str, scores: Mapping[str, Scored], over: Mapping[str, Sequence[str]]
 ) -> Scored | None:
-    """Average of averages: `over` names the members of each aggregate, members may be aggregates.
+    """Average averages: `over` names the members of each aggregate, which may be aggregates.
 
     None where a member has no score.
     """

@@ -162,7 +162,7 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 
 
 def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
-    """Average score against achieved budget, one line a method, full as a band."""
+    """Draw the average score against achieved budget, one line a method, full as a band."""
     averaged = {cell: scored.estimate() for cell, scored in averages(run).items()}
     points = {cell: shown for cell, shown in averaged.items() if parse_name(cell).variant != "full"}
     if not points:
@@ -216,7 +216,7 @@ def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 
 
 def heat_maps(run: Run) -> list[Plot]:
-    """Score by depth and length, a panel a cell: one figure for each task that is grouped by both."""
+    """Draw scores by depth and length, a panel a cell: a figure for each task grouped by both."""
     if not {"depth", "length"} <= group_values(run).keys():
         return []
     by_task: dict[str, list[GroupScore]] = {}

@@ -57,7 +57,7 @@ class _Figure:
 
 
 def _figures(run: Run) -> list[_Figure]:
-    """Score of each task, then average, achieved budget and KL; those that no cell has are left out."""
+    """Return each task's score, then average, budget and KL, without those that no cell has."""
     scores = [
         _Figure(
             task_label(run, task),

@@ -73,7 +73,7 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 @contextmanager
 def _checkpoint(spec: ModelSpec) -> Iterator[Path | str]:
-    """Return where the weights are while they are loaded: a folder, or a hub id."""
+    """Yield where the weights are while they are loaded: a folder, or a hub id."""
     if spec.path is not None:
         folder = spec.folder()
         if folder is not None:
