@@ -12,10 +12,10 @@ PEER_READY := $(VENV)-peer/.ready
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report test lint unit regression bench bench-gpu docs lock clean
+.PHONY: help setup reproduce report test lint unit regression regression-accept bench bench-gpu docs lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make the virtual environment from the lock files
 
@@ -53,6 +53,9 @@ unit: $(READY) $(VENV)/.triton  ## unit, golden and contract tests
 
 regression: $(READY)  ## a small subset end to end, compared with the committed records
 	$(BIN)/python -m tests.regression.mini check
+
+regression-accept: $(READY)  ## record anew what the regression compares, after a change meant to move it
+	$(BIN)/python -m tests.regression.mini record
 
 bench: $(READY) $(if $(PEER),$(PEER_READY))  ## measure speed and memory (an hour or two); PEER=1: beside kvpress too
 	$(BIN)/python -m scripts.bench $(if $(PEER),--peer $(VENV)-peer/bin/python)

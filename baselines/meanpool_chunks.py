@@ -54,7 +54,7 @@ class MeanpoolChunks(Method):
 
 
 def chunk_sets(protected: Tensor, n_keep: int) -> Tensor:
-    """Number protected tokens and chunks of the others in the order of their first members.
+    """Assign set ids to protected tokens and chunks of the others, in the order of first members.
 
     Chunks differ in size by at most one token, the larger ones first; they may span protected tokens.
 

@@ -113,7 +113,7 @@ class Custom:
         return task.mark(prediction, sample.answers, sample.all_classes)
 
     def notes(self) -> list[str]:
-        """Say what was run: nobody else's numbers are of this."""
+        """Return what was run: nobody else's numbers are of this."""
         where = f"split {self.split} of {self.dataset}" if self.file is None else str(self.file)
         return [f"Rows of {where}, prompt of {self.template.path}, answers in {self.answers!r}."]
 

@@ -107,7 +107,7 @@ def _package_dir(package: str) -> Path:
 
 @functools.cache
 def _sources(folder: str) -> tuple[tuple[str, str], ...]:
-    """Path and text of the Python files below `folder`, tests left out."""
+    """Return path and text of the Python files below `folder`, tests left out."""
     package, _, inside = folder.partition("/")
     root = _package_dir(package)
     files = {path.relative_to(root).as_posix(): path for path in (root / inside).rglob("*.py")}

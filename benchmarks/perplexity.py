@@ -126,7 +126,7 @@ class Perplexity:
         raise TypeError("perplexity has no predictions to score")
 
     def notes(self) -> list[str]:
-        """Say what the text is, and what the perplexity counts."""
+        """Return what the text is, and what the perplexity counts."""
         return [
             f"Perplexity of the {self.tasks[0].max_new_tokens} tokens after a prompt of "
             f"{self.prompt_tokens}, over {self.count} passages of {self._text.place}. The first of "

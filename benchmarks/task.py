@@ -97,7 +97,7 @@ class Benchmark(Protocol):
     """The tasks chosen for this run, in the benchmark's own order."""
 
     def samples(self, task: Task) -> list[Sample]:
-        """All rows of a task, validated.
+        """Return all rows of a task, validated.
 
         Raises `UserError` (kvmerge.errors) naming the file and line of a bad row.
         """
@@ -110,7 +110,7 @@ class Benchmark(Protocol):
         ...
 
     def score(self, sample: Sample, task: Task, prediction: str) -> Mapping[str, float]:
-        """The official scoring of one prediction.
+        """Score one prediction by the official rule.
 
         `score`, 0 to 1, and beside it the parts that the task's score is made of, if it is not the
         mean of the samples' scores (`harness.report.bootstrap`). Never called for a continuation.
@@ -118,11 +118,11 @@ class Benchmark(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What a reader of the results must know, one sentence each; usually nothing."""
+        """Return what a reader of the results must know, one sentence each; usually nothing."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of each data file in use, by task name (for provenance and safe resuming)."""
+        """Return the SHA-256 of each data file in use, by task name: for provenance, safe resuming."""
         ...
 
 

@@ -176,7 +176,7 @@ class Answerer:
     def _marks(
         self, job: Job, encoded: Encoded, prediction: str, result: RowResult
     ) -> Mapping[str, float]:
-        """The score and its parts: the benchmark's, or those of the continuation's probability."""
+        """Return the score and its parts: the benchmark's, or those of a continuation's probability."""
         if encoded.continuation is None or result.nll is None:
             return self.settings.benchmark.score(job.sample, job.task, prediction)
         return job.task.metric.sample(result.nll, len(encoded.continuation))
@@ -185,7 +185,7 @@ class Answerer:
 def stop_rule(
     settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> Stop:
-    """When answers of a task end: the model's end tokens, and for some tasks a newline."""
+    """Return when answers of a task end: the model's end tokens, and for some tasks a newline."""
     ids = stop_token_ids(model, tokenizer, settings.model)
     if task.stop_at_newline:
         ids |= {tokenizer.encode("\n", add_special_tokens=False)[-1]}
@@ -193,5 +193,5 @@ def stop_rule(
 
 
 def prompt_hash(ids: list[int]) -> str:
-    """Short digest of the tokens fed to prefill."""
+    """Return a short digest of the tokens fed to prefill."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvmerge.errors import UserError
 from kvmerge.models import attention_sizes
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 64
 """Rows decoded together under `auto`; beyond it a step takes longer for each row."""
@@ -40,7 +40,7 @@ class BatchSize:
         self._entry = entry_bytes(model)
 
     def take(self, entries: Sequence[int]) -> int:
-        """Say how many of the next samples to run together, at least one.
+        """Return how many of the next samples to run together, at least one.
 
         Args:
             entries: entries that each sample's rows may hold in the end, per KV head and layer.
@@ -65,26 +65,26 @@ class BatchSize:
                 + " and run the same command again: it resumes."
             )
         self.most = used // 2
-        log.warning("out of memory with %d samples at once; going on with %d", used, self.most)
+        logger.warning("out of memory with %d samples at once; going on with %d", used, self.most)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    """Return whether an error says that memory ran out, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def entry_bytes(model: PreTrainedModel) -> int:
-    """Bytes of one entry, key and value, over all layers and KV heads."""
+    """Return the bytes of one entry, key and value, over all layers and KV heads."""
     _, kv_heads, head_dim = attention_sizes(model.config)
     return int(2 * model.config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free where caches live."""
+    """Return the bytes of memory that are free where caches live."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

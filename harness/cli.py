@@ -54,7 +54,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def main() -> None:
-    """Entry point of `run.py` and of the `kvmerge` command."""
+    """Run the command line, as `run.py` and the `kvmerge` command do."""
     _show_log()
     started: list[bool] = []  # tells an error of the configuration from one of the run
 

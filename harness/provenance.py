@@ -41,7 +41,7 @@ _PACKAGES = (
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions of what the results depend on; None where absent."""
+    """Return the installed versions of what the results depend on; None where absent."""
     found: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -52,7 +52,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that can change a prediction, but not which samples, tasks and cells are run.
+    """Return everything that can change a prediction, but not which samples, tasks and cells are run.
 
     Args:
         data: SHA-256 of each task's file.
@@ -171,7 +171,7 @@ def run_info(
 
 
 def hardware() -> dict[str, Any]:
-    """The machine in words."""
+    """Describe the machine in words."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": processor(),
@@ -185,7 +185,7 @@ def hardware() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout and whether it has changes; None where this is no checkout."""
+    """Return the commit of the checkout and whether it has changes; None where this is no checkout."""
 
     def git(*arguments: str) -> str | None:
         try:

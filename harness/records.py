@@ -25,7 +25,7 @@ from kvmerge.errors import UserError
 if TYPE_CHECKING:
     from datasets import Features
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Record:
             raise ValueError(f"extra holds {hidden}, which are fields of Record")
 
     def to_json(self) -> str:
-        """Give the record as one line of JSON, without newline; not-finite numbers become null."""
+        """Return the record as one line of JSON, without newline; not-finite numbers become null."""
         row = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         row = {name: _null_if_not_finite(value) for name, value in (row | dict(self.extra)).items()}
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
@@ -125,7 +125,7 @@ def _null_if_not_finite(value: Any) -> Any:
 
 
 def prediction_path(output_dir: Path, task: str, cell_name: str) -> Path:
-    """Where the lines of one task and cell live.
+    """Return where the lines of one task and cell live.
 
     Raises `UserError` where a name would leave its folder.
     """
@@ -152,7 +152,7 @@ def append_record(path: Path, record: Record) -> None:
         with path.open("a+b", buffering=0) as file:
             end = _sound_end(file)
             if end < file.seek(0, os.SEEK_END):
-                log.warning("%s ends in a half-written line; it is cut off", path)
+                logger.warning("%s ends in a half-written line; it is cut off", path)
                 file.truncate(end)
             try:
                 written = 0
@@ -182,14 +182,14 @@ def read_records(path: Path) -> list[Record]:
         return []
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
-        log.warning("%s ends in a half-written line; it is ignored", path)
+        logger.warning("%s ends in a half-written line; it is ignored", path)
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(Record.from_json(line.decode()))
         except ValueError as error:
             if number == len(lines) and not rest:
-                log.warning("%s, line %d is half-written; it is ignored", path, number)
+                logger.warning("%s, line %d is half-written; it is ignored", path, number)
                 break
             raise UserError(
                 f"{path}, line {number} is not a record: {error}. "

@@ -126,19 +126,19 @@ class Settings:
         return self.output_dir / "shards" / f"{self.shard}-of-{self.num_shards}"
 
     def row(self, cell: Cell, seed: int) -> Row:
-        """What the engine runs for a cell and a seed."""
+        """Return what the engine runs for a cell and a seed."""
         return Row(cell.method, cell.budget, seed)
 
     def seeds(self, cell: Cell) -> list[int]:
-        """Seeds that a cell runs with: one, unless its method draws."""
+        """Return the seeds that a cell runs with: one, unless its method draws."""
         return [self.seed + run for run in range(self.num_seeds if cell.method.stochastic else 1)]
 
     def samples(self, task: Task) -> list[Sample]:
-        """The samples of a task that this run takes."""
+        """Return the samples of a task that this run takes."""
         return self.of_run(self.benchmark.samples(task))
 
     def of_run(self, samples: list[Sample]) -> list[Sample]:
-        """Those of a task's samples that this run takes: the limit first, then the shard."""
+        """Choose those of a task's samples that this run takes: the limit first, then the shard."""
         return samples[: self.limit][self.shard :: self.num_shards]
 
 

@@ -75,7 +75,7 @@ class Cell:
         return self.method_name == "full"
 
     def settings(self) -> dict[str, Any]:
-        """All settings, for provenance and safe resuming."""
+        """Return all settings, for provenance and safe resuming."""
         return method_settings(self.method_name) | dict(self.options)
 
 

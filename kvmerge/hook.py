@@ -86,7 +86,7 @@ def forward(
     positions: Tensor,
     logits_to_keep: int = 0,
 ) -> Tensor:
-    """One forward pass of a hooked model, cache-free on transformers' side.
+    """Run one forward pass of a hooked model, cache-free on transformers' side.
 
     Args:
         input_ids: `(batch, n)`.

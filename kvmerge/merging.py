@@ -333,7 +333,7 @@ def merge_values(
 
 
 def weighted_sum(states: Tensor, set_ids: Tensor, weights: Tensor) -> Tensor:
-    """Sum of each set's states by weight: `(batch, kv_heads, sets, head_dim)`, dtype of `states`."""
+    """Sum each set's states by weight: `(batch, kv_heads, sets, head_dim)`, dtype of `states`."""
     n_sets = int(set_ids.max()) + 1
     terms = weights.unsqueeze(-1) * states.to(_exact_dtype(states))
     index = torch.where(set_ids < 0, n_sets, set_ids).unsqueeze(-1).expand_as(terms)

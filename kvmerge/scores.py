@@ -133,7 +133,7 @@ def attention_blocks(
     scale: float | None = None,
     visible: Visible | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The attention map from row `begin` on, a block of rows at a time, so that it never exists whole.
+    """Yield the attention map from row `begin` on, in blocks of rows, so that it never exists whole.
 
     Yields:
         the first row of the block; its rows, as `attention_rows` gives them.

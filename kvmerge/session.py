@@ -367,7 +367,7 @@ def session_for(
 def seeded_generator(
     seed: int, sample_id: str, layer_idx: int, step: int | None = None
 ) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments, on any machine.
+    """Return a CPU generator that depends on nothing but its arguments, on any machine.
 
     `step` is None for the prefill, and counts the decode steps of methods that draw there.
     """

@@ -66,8 +66,20 @@ def assert_refused(output: Output, *parts: str) -> None:
 # as a person starts it
 
 
-def test_a_run_shows_its_table_and_names_its_files(tmp_path: Path, given: list[str]) -> None:
-    output = process(tmp_path, *given, "cells=[full@1,kvmerger@0.5]")
+def test_as_a_process_a_mistake_prints_one_message_and_gives_status_2(tmp_path: Path) -> None:
+    output = process(tmp_path, "method=kvmergr")
+    assert_refused(output, "error: unknown method 'kvmergr'. Did you mean 'kvmerger'?")
+    assert len(output.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# what is shown
+
+
+def test_a_run_shows_its_table_and_names_its_files(
+    command: Command, given: list[str], tmp_path: Path
+) -> None:
+    output = command(*given, "cells=[full@1,kvmerger@0.5]")
     assert output.status == 0, output.err
     assert "Traceback" not in output.err
     for part in ("kvmerger", "@0.5", "trec", "average", "achieved budget", "KL to full"):
@@ -83,18 +95,12 @@ def test_a_run_shows_its_table_and_names_its_files(tmp_path: Path, given: list[s
     }
     assert all(Path(name).exists() for name in named)
     assert len(read_lines(tmp_path / "out")) == 2
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", Path.cwd()}
+    assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_mistake_prints_one_message_and_gives_status_2(tmp_path: Path) -> None:
-    output = process(tmp_path, "method=kvmergr")
-    assert_refused(output, "error: unknown method 'kvmergr'. Did you mean 'kvmerger'?")
-    assert len(output.err.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_help_names_the_commands_the_choices_and_the_settings(tmp_path: Path) -> None:
-    output = process(tmp_path, "--help")
+def test_help_names_the_commands_the_choices_and_the_settings(command: Command) -> None:
+    output = command("--help")
     assert output.status == 0
     for part in (
         "python run.py method=kvmerger budget=0.35",
@@ -109,7 +115,7 @@ def test_help_names_the_commands_the_choices_and_the_settings(tmp_path: Path) ->
     ):
         assert part in output.out
     assert "_base" not in output.out
-    assert list(tmp_path.iterdir()) == []
+    assert list(Path.cwd().iterdir()) == []
 
 
 # mistakes

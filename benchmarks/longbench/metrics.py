@@ -53,7 +53,7 @@ def _without(text: str, unwanted: frozenset[str]) -> str:
 
 
 def token_f1(prediction: Iterable[str], answer: Iterable[str]) -> float:
-    """F1 of two bags of tokens; 0 without a common token, so also when both are empty."""
+    """Return the F1 of two bags of tokens; 0 without a common token, so also when both are empty."""
     predicted, wanted = Counter(prediction), Counter(answer)
     common = (predicted & wanted).total()
     if common == 0:
@@ -64,12 +64,12 @@ def token_f1(prediction: Iterable[str], answer: Iterable[str]) -> float:
 
 
 def qa_f1(prediction: str, answer: str) -> float:
-    """Token F1 of the normalised words."""
+    """Return the token F1 of the normalised words."""
     return token_f1(normalize(prediction).split(), normalize(answer).split())
 
 
 def qa_f1_zh(prediction: str, answer: str) -> float:
-    """Token F1 of the words that jieba finds, each normalised, empty ones dropped."""
+    """Return the token F1 of the words that jieba finds, each normalised, empty ones dropped."""
     return token_f1(_normal_words_zh(prediction), _normal_words_zh(answer))
 
 
@@ -93,7 +93,7 @@ GetScores = Callable[..., dict[str, dict[str, float]]]
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """ROUGE-L F of the PyPI package `rouge`, which differs from Google's `rouge_score`.
+    """Return the ROUGE-L F of the PyPI package `rouge`, which differs from Google's `rouge_score`.
 
     Whatever makes that package raise scores 0: a text without a sentence (empty, or dots alone),
     and sentences too long for its recursion, one call a word (so a sentence of 1,000 words scores
@@ -103,7 +103,7 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 def rouge_zh(prediction: str, answer: str) -> float:
-    """`rouge_l` of the words that jieba finds, joined by single spaces."""
+    """Return `rouge_l` of the words that jieba finds, joined by single spaces."""
     rouge = Rouge(metrics=["rouge-l"])
 
     def one_call_deeper(*texts: list[str], avg: bool) -> dict[str, dict[str, float]]:
@@ -142,7 +142,7 @@ def _rouge_l(get_scores: GetScores, prediction: str, answer: str) -> float:
 
 
 def classification(prediction: str, answer: str, all_classes: Sequence[str] | None = None) -> float:
-    """1 / (class names found in the prediction) if the gold one is among them, else 0.
+    """Return 1 / (class names found in the prediction) if the gold one is among them, else 0.
 
     A found name that is a proper part of the gold name is dropped first, but the official loop
     deletes from the list it walks, so the name after a dropped one is never looked at. That is
@@ -161,23 +161,23 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str] | No
 
 
 def count(prediction: str, answer: str) -> float:
-    """Share of the numbers in the prediction that equal the gold number, as text; 0 if none."""
+    """Return the share of the prediction's numbers that equal the gold number, as text; 0 if none."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
 def retrieval(prediction: str, answer: str) -> float:
-    """`count` with the number in the gold's `Paragraph N`. Raises IndexError if it has none."""
+    """Return `count` with the number in the gold's `Paragraph N`. Raises IndexError if it has none."""
     return count(prediction, re.findall(r"Paragraph (\d+)", answer)[0])
 
 
 def retrieval_zh(prediction: str, answer: str) -> float:
-    """`count` with the number in the gold's `段落N`. Raises IndexError if it has none."""
+    """Return `count` with the number in the gold's `段落N`. Raises IndexError if it has none."""
     return count(prediction, re.findall(r"段落(\d+)", answer)[0])
 
 
 def code_sim(prediction: str, answer: str) -> float:
-    """Similarity, in whole percents, of the gold line and the first line that looks like code.
+    """Return the similarity, in whole percents, of the gold line and the first that looks like code.
 
     Leading newlines are cut, then lines holding a backtick, `#` or `//` are passed over. A blank
     line after one of those counts as the answer, as in the official scorer.

@@ -91,7 +91,7 @@ class Mini:
         return {task.name: sha256(self._read(task)[0]) for task in self.tasks}
 
     def notes(self) -> list[str]:
-        """Say which tasks' data differ from what the locked packages give: do not compare those."""
+        """Return which tasks' data differ from what the locked packages give: do not compare those."""
         expected = expected_sha256(self.length)
         other = [name for name, digest in self.fingerprint().items() if digest != expected[name]]
         if not other:

@@ -185,7 +185,7 @@ def _question(rng: Random, label: str) -> str:
 
 @functools.cache
 def _repeated_lines(room: int) -> list[tuple[Sequence[str], str]]:
-    """Lines to ask for, each with the lines before it that fill the room."""
+    """Return lines to ask for, each with the lines before it that fill the room."""
     found: list[tuple[Sequence[str], str]] = []
     for lines in code(*FOLDERS):
         sizes = [size(f"{line}\n") for line in lines]
@@ -202,7 +202,7 @@ def _repeated_lines(room: int) -> list[tuple[Sequence[str], str]]:
 
 
 def _is_answer(line: str) -> bool:
-    """Whether a line says enough, is short enough and is one that code_sim reads."""
+    """Return whether a line says enough, is short enough and is one that code_sim reads."""
     text = line.strip()
     return (
         text.isascii()
@@ -213,6 +213,6 @@ def _is_answer(line: str) -> bool:
 
 
 def _follows_again(before: Sequence[str], line: str) -> bool:
-    """Whether `line`, early in `before`, follows the same line as it does now."""
+    """Return whether `line`, early in `before`, follows the same line as it does now."""
     early = _early(before)
     return any(pair == (before[-1], line) for pair in pairwise(early))

@@ -99,7 +99,7 @@ class Needle:
         return task.mark(prediction, sample.answers)
 
     def notes(self) -> list[str]:
-        """Say what the needle is hidden in, and what the scores of the sandwich do not mean."""
+        """Return what the needle is hidden in, and what the scores of the sandwich do not mean."""
         notes = [
             f"The needle is hidden in {self._text.place}; the recipe takes Paul Graham's essays.",
             *self._text.notes,

@@ -211,7 +211,7 @@ class ZeroScrolls:
         return task.mark(prediction, sample.answers)
 
     def notes(self) -> list[str]:
-        """Say how far the scores can be compared with published ones."""
+        """Return how far the scores can be compared with published ones."""
         names = [task.name for task in self.tasks]
         notes = [_ABOUT[self.split]]
         if len(names) < len(TASKS):

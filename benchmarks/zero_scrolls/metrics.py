@@ -30,7 +30,7 @@ PERCENTAGE = re.compile(r"(\d+\.?\d*)%")
 def rouge_gm(
     prediction: str, references: Sequence[str], all_classes: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F of Google's `rouge_score`, and their geometric mean.
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L F of Google's `rouge_score`, and their geometric mean.
 
     Each part is the best over the references by itself. No stemming. The official scorer first puts
     each sentence on a line of its own, which these three parts do not see. A text without a word
@@ -51,12 +51,12 @@ def _rouge() -> RougeScorer:
 
 
 def f1(prediction: str, reference: str) -> float:
-    """Token F1 of the normalised words, transliterated to ASCII after normalisation."""
+    """Return the token F1 of the normalised words, transliterated to ASCII after normalisation."""
     return token_f1(*(unidecode(normalize(text)).split() for text in (prediction, reference)))
 
 
 def accuracy(prediction: str, reference: str) -> float:
-    """1 if the first of the letters A to D that stands alone is the reference's, else 0.
+    """Return 1 if the first of the letters A to D that stands alone is the reference's, else 0.
 
     Capitals only. A prediction that opens with the article `A` has chosen A. Raises AssertionError,
     as the official scorer does, if the reference has no such letter.
@@ -68,7 +68,7 @@ def accuracy(prediction: str, reference: str) -> float:
 
 
 def exp_similarity(prediction: str, reference: str) -> float:
-    """Half for each 10 points between the first percentages; 0 if the prediction has none.
+    """Return 1, halved for each 10 points between the first percentages; 0 if the prediction has none.
 
     A number without its percent sign is none. Raises ValueError if the reference has none.
     """
@@ -82,7 +82,7 @@ def exp_similarity(prediction: str, reference: str) -> float:
 
 
 def concordance_index(prediction: str, reference: str) -> float:
-    """Share of the pairs of numbers that stand in the same order in both lists.
+    """Return the share of the pairs of numbers that stand in the same order in both lists.
 
     A list is read from whatever digits, commas and spaces a text holds. One that is not a
     rearrangement of the reference (missing, repeated or further numbers) scores 0; a random one

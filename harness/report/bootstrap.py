@@ -61,7 +61,7 @@ def gather(records: Iterable[Record], metric: Metric) -> Samples:
 
 
 def resampled_scores(task: str, samples: Samples, metric: Metric) -> Array:
-    """Scores of `RESAMPLES` bootstrap samples, drawn with replacement over samples.
+    """Return the scores of `RESAMPLES` bootstrap samples, drawn with replacement over samples.
 
     The draw is seeded by the task's name and the ids, never by the cell. Empty for n < 2.
     """
@@ -103,11 +103,11 @@ class Scored:
     replicates: Array
 
     def estimate(self) -> Estimate:
-        """Give the score with its 95% interval."""
+        """Return the score with its 95% interval."""
         return estimate(self.value, self.replicates)
 
     def minus(self, other: Scored) -> Scored:
-        """Give the difference; paired if both come from the same task and sample ids."""
+        """Return the difference; paired if both come from the same task and sample ids."""
         paired = self.replicates.size and other.replicates.size
         replicates = self.replicates - other.replicates if paired else np.empty(0)
         return Scored(self.value - other.value, replicates)
@@ -122,7 +122,7 @@ def score_task(task: str, samples: Samples, metric: Metric) -> Scored:
 
 
 def average(scores: Sequence[Scored]) -> Scored:
-    """Plain mean of scores that were resampled independently, e.g. the tasks of a benchmark.
+    """Return the plain mean of scores that were resampled independently, e.g. a benchmark's tasks.
 
     The mean of the replicates is no interval where one task has none, so it is then left empty.
     """
@@ -135,7 +135,7 @@ def average(scores: Sequence[Scored]) -> Scored:
 def aggregate(
     name: str, scores: Mapping[str, Scored], over: Mapping[str, Sequence[str]]
 ) -> Scored | None:
-    """Average of averages: `over` names the members of each aggregate, members may be aggregates.
+    """Average averages: `over` names the members of each aggregate, which may be aggregates.
 
     None where a member has no score.
     """

@@ -82,7 +82,7 @@ def outside(found: Iterable[Gate]) -> set[str]:
 
 
 def summary_lines(found: Sequence[Gate]) -> list[tuple[Verdict, str]]:
-    """Say in a line each what is outside, what is inside, and what is not comparable and why."""
+    """Return in a line each what is outside, what is inside, and what is not comparable and why."""
     lines = []
     off = [gate for gate in found if gate.verdict is Verdict.OUTSIDE]
     within = [gate for gate in found if gate.verdict is Verdict.INSIDE]
@@ -128,7 +128,7 @@ def _judge(run: Run, band: Reference) -> Gate:
 
 
 def _obstacle(run: Run, band: Reference, samples: int) -> str:
-    """Say what keeps a score from being compared with a band; empty if nothing does."""
+    """Return what keeps a score from being compared with a band; empty if nothing does."""
     if not samples:
         return "no full cell was run"
     if profile_of(run) != PROFILE:
@@ -154,7 +154,7 @@ def _orientation(run: Run, published: Reference) -> Gate:
 
 
 def _full_score(run: Run, task: str) -> tuple[float | None, int]:
-    """Give the full cell's score of a task, without its bootstrap, and the samples it is over."""
+    """Return the full cell's score of a task, without its bootstrap, and the samples it is over."""
     samples = run.samples.get((task, run.full_cell or ""))
     if samples is None or not samples.ids:
         return None, 0

@@ -143,7 +143,7 @@ def _slugs(runs: Sequence[Run]) -> list[str]:
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Give every leaf of run.json with its dotted path; lists stay whole."""
+    """Yield every leaf of run.json with its dotted path; lists stay whole."""
     if isinstance(value, Mapping) and value:
         for key, child in value.items():
             yield from _flatten(child, f"{name}.{key}" if name else str(key))

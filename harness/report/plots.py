@@ -79,7 +79,7 @@ class Look:
 
 
 def looks(runs: Iterable[Run]) -> dict[str, Look]:
-    """Give each method one look for a whole report, in order of first appearance."""
+    """Choose for each method one look for a whole report, in order of first appearance."""
     names = dict.fromkeys(parse_name(cell).variant for run in runs for cell in run.cells)
     others = [name for name in names if name != "full"]
     return {"full": Look(_FULL, "_")} | {
@@ -102,7 +102,7 @@ def draw_all(run: Run, by_method: Mapping[str, Look]) -> list[Plot]:
 
 
 def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
-    """Bars per task, one a cell: colour is the method, the paler the smaller its budget."""
+    """Draw bars per task, one a cell: colour is the method, the paler the smaller its budget."""
     tasks = [task for task in run.tasks if any((task, cell) in run.scores for cell in run.cells)]
     if not tasks:
         return None
@@ -162,7 +162,7 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 
 
 def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
-    """Average score against achieved budget, one line a method, full as a band."""
+    """Draw the average score against achieved budget, one line a method, full as a band."""
     averaged = {cell: scored.estimate() for cell, scored in averages(run).items()}
     points = {cell: shown for cell, shown in averaged.items() if parse_name(cell).variant != "full"}
     if not points:
@@ -186,7 +186,7 @@ def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 
 
 def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
-    """KL(full || cell) against achieved budget, mean over tasks; None where nothing has it."""
+    """Draw KL(full || cell) against achieved budget, mean over tasks; None where nothing has it."""
     cells = [cell for cell in run.cells if parse_name(cell).variant != "full"]
     divergence = {
         key: values["kl_to_full"]
@@ -216,7 +216,7 @@ def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
 
 
 def heat_maps(run: Run) -> list[Plot]:
-    """Score by depth and length, a panel a cell: one figure for each task that is grouped by both."""
+    """Draw scores by depth and length, a panel a cell: a figure for each task grouped by both."""
     if not {"depth", "length"} <= group_values(run).keys():
         return []
     by_task: dict[str, list[GroupScore]] = {}
@@ -284,7 +284,7 @@ def _number_squares(axis: Axes, grid: np.ndarray) -> None:
 
 
 def perplexity_by_budget(run: Run, by_method: Mapping[str, Look]) -> list[Plot]:
-    """A task's perplexity against achieved budget, one line a method, full as a dashed line."""
+    """Draw a task's perplexity against achieved budget, one line a method, full as a dashed line."""
     return [
         _perplexity(run, task, by_method) for task, name in run.tasks.items() if name == "perplexity"
     ]
@@ -311,7 +311,7 @@ def _perplexity(run: Run, task: str, by_method: Mapping[str, Look]) -> Plot:
 
 
 def _lines(axis: Axes, run: Run, points: dict[str, Estimate], by_method: Mapping[str, Look]) -> None:
-    """One line a method; methods are moved apart a little where their budgets coincide."""
+    """Draw one line a method; methods are moved apart a little where their budgets coincide."""
     achieved = {cell: 100 * run.over_tasks(cell)["budget_achieved_mean"] for cell in points}
     methods = list(dict.fromkeys(parse_name(cell).variant for cell in points))
     span = max(achieved.values()) - min(achieved.values())
@@ -338,7 +338,7 @@ def _lines(axis: Axes, run: Run, points: dict[str, Estimate], by_method: Mapping
 
 
 def _bars(shown: Sequence[Estimate]) -> np.ndarray:
-    """Lengths below and above the values, `(2, n)`; 0 where there is no interval."""
+    """Return the lengths below and above the values, `(2, n)`; 0 where there is no interval."""
     lengths = np.array([[e.value - e.low for e in shown], [e.high - e.value for e in shown]])
     # A percentile interval need not hold the value of the sample it was drawn from.
     return np.clip(np.nan_to_num(lengths), 0, None)

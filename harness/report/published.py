@@ -59,7 +59,7 @@ class Reference:
         return float(self.published) if self.published else None
 
     def fits(self, model: str) -> bool:
-        """Whether a model is the one named, or a version of it where the source states none.
+        """Return whether a model is the one named, or a version of it where the source states none.
 
         `mistral-7b-instruct` fits `mistral-7b-instruct-v0.1` and `-v0.2`.
         """
@@ -132,7 +132,7 @@ def _reference(row: Mapping[str, str]) -> Reference:
 
 
 def for_benchmark(references: Iterable[Reference], benchmark: str, model: str) -> list[Reference]:
-    """Those of a benchmark: that fit this model if there are any, otherwise for every model.
+    """Return those of a benchmark: that fit this model if there are any, otherwise for every model.
 
     What was read in an official repository comes first.
     """

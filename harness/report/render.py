@@ -89,7 +89,7 @@ def _columns(table: Table) -> range:
 
 
 def is_numeric(table: Table, column: int) -> bool:
-    """Whether a column holds numbers, to be aligned right; blank cells do not count."""
+    """Return whether a column holds numbers, to be aligned right; blank cells do not count."""
     filled = [row[column] for row in table.rows if row[column]]
     return all(_NUMBER.match(text) for text in filled)
 

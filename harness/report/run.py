@@ -235,7 +235,7 @@ def _merge(parts: Iterable[Results], task: str, cell: str) -> list[Record]:
 
 
 def averages(run: Run) -> dict[str, Scored]:
-    """Plain mean over the tasks scored 0 to 100, from unrounded task scores, by cell.
+    """Return the plain mean over the tasks scored 0 to 100, from unrounded task scores, by cell.
 
     A cell that lacks a task has no average: over fewer tasks it would be another number.
     """
@@ -260,7 +260,7 @@ class Difference:
 
 
 def differences(run: Run, to: str) -> list[Difference]:
-    """Differences of every other cell to the cell `to`: bootstrap paired by sample id.
+    """Return the differences of every other cell to the cell `to`: bootstrap paired by sample id.
 
     Each resample of a task takes the same samples in both cells. The average is the mean of the
     tasks' differences, where the cell has every averaged task in common with `to`.

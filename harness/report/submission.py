@@ -25,7 +25,7 @@ from kvmerge.cells import file_name
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 BENCHMARK = "zero_scrolls_test"
 """Name of the benchmark on its test split."""
@@ -63,9 +63,9 @@ def report_submissions(run: Run) -> None:
         return
     written, missing = write_submissions(run)
     for path in written:
-        log.info("submission: %s", path)
+        logger.info("submission: %s", path)
     for message in missing:
-        log.warning(message)
+        logger.warning(message)
 
 
 def write_submissions(run: Run) -> tuple[list[Path], list[str]]:

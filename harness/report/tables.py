@@ -77,7 +77,7 @@ def _score_row(cell: str, task: str, scored: Scored, n: int | None = None) -> di
 
 
 def official_aggregates(run: Run, references: Iterable[Reference]) -> dict[str, dict[str, Scored]]:
-    """Aggregates that the benchmark's own repository defines, by name and cell.
+    """Return the aggregates that the benchmark's own repository defines, by name and cell.
 
     Only those named `average...` whose every member this run has.
     """
@@ -103,7 +103,7 @@ def _scores_of(run: Run, cell: str) -> dict[str, Scored]:
 
 
 def gate_table(run: Run, references: Iterable[Reference]) -> Table | None:
-    """The full cache against the published bands; None where nothing is published."""
+    """Put the full cache beside the published bands; None where nothing is published."""
     found = gates(run, references)
     if not found:
         return None
@@ -150,7 +150,7 @@ def _gate_row(gate: Gate) -> tuple[str, ...]:
 
 
 def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
-    """Tasks in rows, cells in columns, the averages last; each score with its interval.
+    """Put tasks in rows, cells in columns, the averages last; each score with its interval.
 
     A dagger marks the tasks whose full cache is outside its published band, and the averages that
     they go into.
@@ -202,7 +202,7 @@ def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
 
 
 def group_tables(run: Run) -> list[Table]:
-    """One table for each thing that samples are grouped by, and one for each two of them.
+    """Return one table for each thing that samples are grouped by, and one for each two of them.
 
     What has the same value everywhere is left out.
     """
@@ -211,7 +211,7 @@ def group_tables(run: Run) -> list[Table]:
 
 
 def _group_table(run: Run, by: tuple[str, ...]) -> Table:
-    """Tasks and groups in rows, cells in columns; blank where a group has no samples."""
+    """Put tasks and groups in rows, cells in columns; blank where a group has no samples."""
     found = scores_by(run, by)
     by_key = {(one.task, one.group, one.cell): one for one in found}
     tasks = dict.fromkeys(one.task for one in found)
@@ -244,7 +244,7 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
 
 
 def budget_table(run: Run) -> Table:
-    """Cells in rows: what was kept, what it weighs, how far the predictions move from full."""
+    """Put cells in rows: what was kept, what it weighs, how far the predictions move from full."""
     rows = []
     data = []
     for cell in run.cells:
@@ -270,7 +270,7 @@ def budget_table(run: Run) -> Table:
 
 
 def _figure_text(column: Column, values: Mapping[str, float]) -> str:
-    """A figure as the table shows it, its extremes in brackets; empty where there is none."""
+    """Return a figure as the table shows it, its extremes in brackets; empty where there is none."""
     text = column.text(values.get(column.name, np.nan))
     if text and column.brackets:
         low, high = (column.text(values[name]) for name in column.brackets)
@@ -279,7 +279,7 @@ def _figure_text(column: Column, values: Mapping[str, float]) -> str:
 
 
 def difference_table(run: Run) -> Table | None:
-    """Each cell's score minus the full cache's, paired by sample; None without a full cell."""
+    """Put each cell's score minus the full cache's, paired by sample; None without a full cell."""
     full = run.full_cell
     if full is None:
         return None
@@ -313,7 +313,7 @@ def difference_table(run: Run) -> Table | None:
 
 
 def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
-    """Published numbers beside ours, with provenance; None where nothing is published."""
+    """Put published numbers beside ours, with provenance; None where nothing is published."""
     references = list(references)
     marked = outside(gates(run, references))
     published = [
@@ -381,7 +381,7 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """All cells of several runs in one table, keyed by model and benchmark."""
+    """Put all cells of several runs in one table, keyed by model and benchmark."""
     overview = [column for column in TABLE if column.overview]
     ordered = sorted(runs, key=lambda run: (run.model, run.benchmark))
     rows = []

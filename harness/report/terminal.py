@@ -57,7 +57,7 @@ class _Figure:
 
 
 def _figures(run: Run) -> list[_Figure]:
-    """Score of each task, then average, achieved budget and KL; those that no cell has are left out."""
+    """Return each task's score, then average, budget and KL, without those that no cell has."""
     scores = [
         _Figure(
             task_label(run, task),
@@ -97,7 +97,7 @@ def _by_cell(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
 
 
 def _below(run: Run) -> list[_Figure]:
-    """What stands below the scores: the figures that have a label for the terminal."""
+    """Return what stands below the scores: the figures that have a label for the terminal."""
     by_cell = {cell: run.over_tasks(cell) for cell in run.cells}
     return [
         _Figure(

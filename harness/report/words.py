@@ -11,7 +11,7 @@ INTERVAL = f"95% percentile bootstrap interval over samples, {RESAMPLES:,} resam
 
 
 def sample_counts(run: Run, tasks: Iterable[str] | None = None) -> str:
-    """Say how many samples a task has, as `5` or `5 to 200`."""
+    """Return how many samples a task has, as `5` or `5 to 200`."""
     wanted = set(run.tasks if tasks is None else tasks)
     counts = {len(samples.ids) for (task, _), samples in run.samples.items() if task in wanted}
     return span(counts) if counts else "0"
@@ -24,7 +24,7 @@ def span(counts: Collection[int]) -> str:
 
 
 def setting(run: Run) -> str:
-    """One line that says what every number of a run was measured on."""
+    """Write one line that says what every number of a run was measured on."""
     seeds = sorted({record.seed for records in run.records.values() for record in records})
     parts = [
         f"{run.model} on {run.benchmark}",
@@ -43,7 +43,7 @@ def setting(run: Run) -> str:
 
 
 def count_tasks(count: int) -> str:
-    """Say `1 task`, `2 tasks`."""
+    """Return `1 task`, `2 tasks`."""
     return f"{count} task" if count == 1 else f"{count} tasks"
 
 

@@ -31,7 +31,7 @@ from transformers import (
 from kvmerge.errors import UserError
 from kvmerge.files import cache_dir
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 """Names the weight files of a checkpoint that has several."""
@@ -102,7 +102,7 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(index: Path) -> list[str]:
-    """The weight files that an index names. Raises `UserError` if it cannot be read."""
+    """Return the weight files that an index names. Raises `UserError` if it cannot be read."""
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -110,7 +110,7 @@ def weight_files(index: Path) -> list[str]:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Names of the safetensors files in a folder that cannot be opened, e.g. truncated ones."""
+    """Return the names of the safetensors files of a folder that cannot be opened (truncated ones)."""
     damaged = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -152,7 +152,7 @@ def save_random(folder: Path, random: Random, context: int) -> None:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and a BOS before every text as Llama's tokenizer has it."""
+    """Build a tokenizer: one token a byte, a BOS before every text as Llama's tokenizer has it."""
     special = ["<pad>", "<s>", "</s>"]
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
@@ -177,7 +177,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def converted(name: str, embedded: Embedded) -> Path:
-    """Directory of the converted copy, made on first use (about 25 s; 2 s afterwards).
+    """Return the directory of the converted copy, made on first use (about 25 s; 2 s afterwards).
 
     Raises:
         UserError: if the package is missing or another one, or its tokenizer is rebuilt wrongly.
@@ -198,7 +198,7 @@ def converted(name: str, embedded: Embedded) -> Path:
             f"{embedded.file} has sha256 {digest}, not {embedded.sha256}: the package "
             f"{embedded.package} is not {embedded.requirement}."
         )
-    log.info("converting %s to %s: once, about 25 seconds", embedded.requirement, target)
+    logger.info("converting %s to %s: once, about 25 seconds", embedded.requirement, target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=embedded.file)
     _check_tokenizer(tokenizer, embedded)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=embedded.file, dtype=torch.float32)

@@ -85,7 +85,7 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 @contextmanager
 def _checkpoint(spec: ModelSpec) -> Iterator[Path | str]:
-    """Where the weights are while they are loaded: a folder, or a hub id."""
+    """Yield where the weights are while they are loaded: a folder, or a hub id."""
     if spec.path is not None:
         folder = spec.folder()
         if folder is not None:
@@ -104,7 +104,7 @@ def _checkpoint(spec: ModelSpec) -> Iterator[Path | str]:
 
 
 def _quantization(spec: ModelSpec) -> BitsAndBytesConfig:
-    """What bitsandbytes is told. Raises `UserError` where it or a GPU is missing."""
+    """Return what bitsandbytes is told. Raises `UserError` where it or a GPU is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.quantize={spec.quantize} needs the package bitsandbytes: "
@@ -125,7 +125,7 @@ def _quantization(spec: ModelSpec) -> BitsAndBytesConfig:
 
 
 def _reason(error: Exception, spec: ModelSpec, location: Path | str) -> str:
-    """Why a model could not be loaded, and what to do."""
+    """Explain why a model could not be loaded, and what to do."""
     if isinstance(error, ImportError):
         return (
             f"{location} is quantized. {first_line(error).rstrip('.')}. Or take a checkpoint that is "
@@ -186,7 +186,7 @@ def _check_on_accelerators(spec: ModelSpec, device_map: dict[str, Any]) -> None:
 def stop_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec
 ) -> frozenset[int]:
-    """Ids of the tokens that end an answer: the generation config's, and those the spec adds."""
+    """Return the ids of tokens that end an answer: the generation config's, and those the spec adds."""
     ids: set[Any] = set(end_token_ids(model, tokenizer))
     for text in spec.stop:
         token = tokenizer.convert_tokens_to_ids(text)

@@ -101,7 +101,7 @@ class ModelSpec:
             )
 
     def torch_device(self) -> torch.device:
-        """The device to run on; of several, the kind."""
+        """Return the device to run on; of several, the kind."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -113,7 +113,7 @@ class ModelSpec:
         return device
 
     def folder(self) -> Path | None:
-        """The local checkpoint that `path` names; None if it is a hub id or not given.
+        """Return the local checkpoint that `path` names; None if it is a hub id or not given.
 
         Raises:
             UserError: for what cannot be a hub id and is no directory.
@@ -128,7 +128,7 @@ class ModelSpec:
         return None
 
     def source(self) -> str:
-        """What the weights are, for provenance: hub id with revision, path, digest, or seed."""
+        """Name what the weights are, for provenance: hub id with revision, path, digest, or seed."""
         if self.path is not None:
             local = Path(self.path).expanduser().is_dir()
             return self.path if local or not self.revision else f"{self.path}@{self.revision}"

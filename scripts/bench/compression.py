@@ -45,7 +45,7 @@ def compression(bench: Bench, length: int = 4096) -> Report:
 
 @torch.inference_mode()
 def _shares(bench: Bench, ids: torch.Tensor, cell: str) -> tuple[float, float]:
-    """Seconds inside the method, and of the whole prefill."""
+    """Return the seconds inside the method, and of the whole prefill."""
     watch = Stopwatch()
     with hooked(bench.model):
         session = session_for(bench.model, bench.rows([cell]), ["bench"], stages=watch)

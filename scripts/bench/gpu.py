@@ -126,7 +126,7 @@ def gpu(setup: Setup, repeats: int) -> list[Report]:
 
 
 def environment() -> str:
-    """Say what a GPU's figures depend on beside what every report names."""
+    """Return what a GPU's figures depend on beside what every report names."""
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     return f"Driver {_driver()}, CUDA {torch.version.cuda}, Triton {triton}."
 

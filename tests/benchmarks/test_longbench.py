@@ -56,12 +56,12 @@ def test_answer_lengths_are_the_official_file():
     )
 
 
-def test_no_template_file_without_a_task():
+def test_each_task_has_a_template_file_and_each_file_a_task():
     folder = Path(longbench.__file__).parent / "prompts"
     assert sorted(path.stem for path in folder.iterdir()) == sorted(NAMES)
 
 
-def test_task_rules():
+def test_each_task_has_its_official_metric_wrap_and_ending():
     assert {t.name for t in TASKS if t.first_line} == {"trec", "triviaqa", "samsum", "lsht"}
     plain = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
     assert {t.name for t in TASKS if not t.chat} == plain
@@ -132,7 +132,7 @@ def test_gold_answers_of_real_rows_score_full_marks():
 # Rows
 
 
-def test_samples_from_a_folder(tmp_path):
+def test_a_folders_rows_become_samples_that_can_be_scored(tmp_path):
     path = write(
         tmp_path,
         "trec",
@@ -183,7 +183,7 @@ def test_bad_rows_are_named(tmp_path, task, bad, words):
         LongBench(str(tmp_path), [task]).samples(find_task(task))
 
 
-def test_encode_wraps_by_task(tmp_path):
+def test_only_the_tasks_that_ask_for_it_are_wrapped(tmp_path):
     class Characters:
         def __call__(self, text, **_):
             return {"input_ids": [*map(ord, text)]}
@@ -212,12 +212,12 @@ def test_encode_wraps_by_task(tmp_path):
         ([], "benchmark.tasks is empty"),
     ],
 )
-def test_bad_task_names(tasks, words):
+def test_a_task_that_does_not_exist_is_refused(tasks, words):
     with pytest.raises(UserError, match=words):
         LongBench(None, tasks)
 
 
-def test_unknown_dataset():
+def test_an_unknown_task_has_no_prompt_and_no_score():
     with pytest.raises(UserError, match="unknown LongBench task 'nope'"):
         longbench.score("nope", "a", ["a"])
     with pytest.raises(UserError, match="unknown LongBench task 'nope'"):
@@ -252,7 +252,7 @@ def hub(monkeypatch, tmp_path):
     return files
 
 
-def test_archive_is_read_like_a_folder(hub, tmp_path):
+def test_an_archive_is_read_like_a_folder(hub, tmp_path):
     remote = LongBench(tasks=["qasper"])
     assert hub == []  # nothing is fetched before it is needed
     task = find_task("qasper")
@@ -262,7 +262,7 @@ def test_archive_is_read_like_a_folder(hub, tmp_path):
     assert set(hub) == set(FILES)
 
 
-def test_archive_without_the_task(hub):
+def test_an_archive_without_the_task_is_refused(hub):
     with pytest.raises(UserError, match=r"data\.zip holds no trec\.jsonl"):
         LongBench(tasks=["trec"]).samples(find_task("trec"))
 
@@ -295,6 +295,6 @@ def test_a_revision_of_a_folder_is_refused(tmp_path):
         LongBench(str(tmp_path), ["qasper"], revision="main")
 
 
-def test_official_row_counts():
+def test_the_official_rows_are_4750():
     assert list(ROWS) == NAMES
     assert sum(ROWS.values()) == 4750

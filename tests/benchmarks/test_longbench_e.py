@@ -51,7 +51,7 @@ def test_tasks_are_thirteen_of_longbench_unchanged() -> None:
     ("length", "expected"),
     [(0, "0-4k"), (3999, "0-4k"), (4000, "4-8k"), (7999, "4-8k"), (8000, "8k+"), (10**9, "8k+")],
 )
-def test_bucket_ends(length: int, expected: str) -> None:
+def test_a_length_at_the_end_of_a_bucket_begins_the_next(length: int, expected: str) -> None:
     assert bucket(length) == expected
 
 

@@ -31,7 +31,7 @@ def check(vector, function):
 
 
 @pytest.mark.parametrize("vector", RECORDED["metrics"], ids=lambda v: v["metric"])
-def test_metric_equals_official(vector):
+def test_a_metric_gives_what_the_official_one_gave(vector):
     metric = BY_NAME[vector["metric"]]
     check(
         vector,
@@ -42,7 +42,7 @@ def test_metric_equals_official(vector):
 
 
 @pytest.mark.parametrize("vector", RECORDED["scores"], ids=lambda v: v["dataset"])
-def test_score_equals_official(vector):
+def test_a_score_is_what_the_official_scorer_gave(vector):
     check(
         vector,
         lambda: longbench.score(
@@ -51,7 +51,7 @@ def test_score_equals_official(vector):
     )
 
 
-def test_every_metric_is_recorded():
+def test_every_metric_is_held_to_official_values():
     assert {vector["metric"] for vector in RECORDED["metrics"]} == set(BY_NAME)
 
 
@@ -112,7 +112,7 @@ def test_score_is_the_best_over_answers_and_zero_without():
     assert task.mark("red", [])["score"] == 0
 
 
-def test_first_line_rule():
+def test_where_the_rule_is_set_only_the_first_line_is_scored():
     plain, first = Task("t", BY_NAME["qa_f1"], 8), Task("t", BY_NAME["qa_f1"], 8, first_line=True)
     assert plain.mark("\nred\nblue", ["red"])["score"] == pytest.approx(2 / 3)
     assert first.mark("\nred\nblue", ["red"])["score"] == 1

@@ -129,7 +129,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_lengths_in_tokens_of_the_default_model(built, tokenizer, length):
+def test_prompts_are_as_long_as_stated_in_tokens_of_the_default_model(built, tokenizer, length):
     benchmark, counts = built[length], []
     for task in benchmark.tasks:
         for sample in benchmark.samples(task):

@@ -35,7 +35,7 @@ def write(folder: Path, task: str, lines: list[dict[str, Any]]) -> None:
     (folder / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_the_237_rows() -> None:
+def test_the_published_rows_are_237_in_the_order_of_longbench() -> None:
     assert list(ROWS) == [task.name for task in tasks.TASKS]
     assert sum(ROWS.values()) == 237
 
@@ -57,7 +57,7 @@ def test_rows_become_longbenchs_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["MiniLongBench_qasper", None])
-def test_whatever_the_dataset_field_holds(tmp_path: Path, dataset: str | None) -> None:
+def test_a_row_is_taken_whatever_its_dataset_field_holds(tmp_path: Path, dataset: str | None) -> None:
     write(tmp_path, "qasper", rows("qasper", 1, dataset=dataset))
     (sample,) = MiniLongBench(str(tmp_path), ["qasper"]).samples(find_task("qasper"))
     assert sample.prompt == longbench.prompt(rows("qasper", 1)[0])

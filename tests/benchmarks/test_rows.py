@@ -50,7 +50,7 @@ def test_blank_lines_and_crlf_ends_keep_the_line_numbers():
         (encode(row()), "_id 'a' is already that of line 1"),
     ],
 )
-def test_bad_row_is_named(bad, words):
+def test_a_bad_row_is_named(bad, words):
     with pytest.raises(UserError, match=f"^dir/t.jsonl, line 3: .*{words}"):
         parse(encode(row()) + b"\n\n" + bad)
 
@@ -66,15 +66,15 @@ def test_long_values_are_shortened_in_messages():
     assert len(str(caught.value)) < 200
 
 
-def test_no_rows():
+def test_a_file_without_rows_is_refused():
     with pytest.raises(UserError, match=r"dir/t\.jsonl holds no rows"):
         parse(b"\n\n")
 
 
-def test_unreadable_file_is_named(tmp_path):
+def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*nope\.jsonl: No such file"):
         read_bytes(tmp_path / "nope.jsonl")
 
 
-def test_sha256():
-    assert sha256(b"abc").startswith("ba7816bf8f01cfea")
+def test_a_digest_is_sha256_in_hex():
+    assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

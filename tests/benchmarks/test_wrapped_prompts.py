@@ -107,7 +107,7 @@ def test_every_model_has_its_prompt() -> None:
     assert sorted(GOLDEN) == sorted(NAMES)
 
 
-def test_the_wrapped_prompt(model: tuple[str, PreTrainedTokenizerBase]) -> None:
+def test_a_prompt_is_wrapped_as_recorded(model: tuple[str, PreTrainedTokenizerBase]) -> None:
     name, tokenizer = model
     ids = wrapped(tokenizer, settings(name)[1])
     assert tokenizer.decode(ids) == GOLDEN[name]
@@ -171,7 +171,7 @@ def test_the_longest_prompt_and_answer_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_THE_HUB)
-def test_the_official_tokenizer(name: str) -> None:
+def test_the_official_tokenizer_wraps_as_recorded(name: str) -> None:
     spec, fmt = settings(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

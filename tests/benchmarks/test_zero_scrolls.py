@@ -93,7 +93,7 @@ def test_files_are_an_archive_a_task_at_one_commit():
     assert all(len(digest) == 64 for digest in known)
 
 
-def test_find_task():
+def test_a_task_is_found_by_its_name_or_refused():
     assert find_task("musique") is TASKS[7]
     with pytest.raises(UserError, match=r"ZeroSCROLLS task 'music'.*musique"):
         find_task("music")
@@ -258,7 +258,7 @@ def test_a_sample_whose_query_does_not_fit_is_named(tmp_path):
         ("format_request", "<{}\n\nQuestion:\nWhen?>"),
     ],
 )
-def test_chat(tmp_path, chat, expected):
+def test_the_chat_choice_wraps_the_prompt_and_can_ask_for_a_bare_answer(tmp_path, chat, expected):
     (sample,) = samples(tmp_path, row(document="It was night."))
     benchmark = ZeroScrolls(str(tmp_path), ["qasper"], chat=chat)
     request = " Do not provide any explanation." if chat == "format_request" else ""
@@ -289,7 +289,7 @@ def test_tasks_keep_the_official_order(tmp_path):
     ("wanted", "expected"),
     [("api", [t.max_new_tokens for t in TASKS]), ("hf", [1024] * 10), (7, [7] * 10)],
 )
-def test_answer_lengths(wanted, expected):
+def test_answers_are_as_long_as_the_apis_the_hubs_or_a_number_says(wanted, expected):
     benchmark = ZeroScrolls(max_new_tokens=wanted)
     assert [task.max_new_tokens for task in benchmark.tasks] == expected
     assert [task.metric for task in benchmark.tasks] == [task.metric for task in TASKS]
@@ -310,12 +310,12 @@ def test_answer_lengths(wanted, expected):
         ({"data_dir": "/tmp", "revision": "main"}, "benchmark.revision=main.*Give one of the two"),
     ],
 )
-def test_choices_that_do_not_exist(options, words):
+def test_a_choice_that_does_not_exist_is_refused(options, words):
     with pytest.raises(UserError, match=words):
         ZeroScrolls(**options)
 
 
-def test_a_folder_that_lacks_tasks(tmp_path):
+def test_a_folder_that_lacks_tasks_is_told_which_it_has(tmp_path):
     write(tmp_path, row())
     with pytest.raises(UserError, match=r"has no .*gov_report\.jsonl.*benchmark.tasks=\[qasper\]"):
         ZeroScrolls(str(tmp_path))

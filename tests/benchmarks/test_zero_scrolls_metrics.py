@@ -92,7 +92,7 @@ def test_a_summary_without_words_scores_zero(prediction):
         ("the", ["a"], 0),
     ],
 )
-def test_f1(prediction, references, expected):
+def test_f1_is_that_of_normalised_words_in_ascii(prediction, references, expected):
     assert zero_scrolls.score("qasper", prediction, references) == pytest.approx(expected)
 
 
@@ -110,7 +110,7 @@ def test_f1(prediction, references, expected):
         ("", 0),
     ],
 )
-def test_accuracy(prediction, expected):
+def test_accuracy_takes_the_first_letter_that_stands_alone(prediction, expected):
     assert zero_scrolls.score("quality", prediction, ["(B) because"]) == expected
 
 
@@ -127,7 +127,7 @@ def test_accuracy(prediction, expected):
         ("sixty percent", 0),
     ],
 )
-def test_exp_similarity(prediction, expected):
+def test_exp_similarity_compares_the_first_percentages(prediction, expected):
     assert zero_scrolls.score("space_digest", prediction, ["60%"]) == pytest.approx(expected, abs=5e-7)
 
 
@@ -154,7 +154,7 @@ def test_exp_similarity_halves_each_ten_points(one, other):
         ("9" * 5000, 0),
     ],
 )
-def test_concordance_index(prediction, expected):
+def test_concordance_index_is_the_share_of_pairs_in_order(prediction, expected):
     assert zero_scrolls.score("book_sum_sort", prediction, ["3,1,2,4"]) == pytest.approx(expected)
 
 
@@ -214,7 +214,7 @@ def test_no_references_raise():
             zero_scrolls.score(task.name, "1", [])
 
 
-def test_unknown_task():
+def test_an_unknown_task_has_no_score():
     with pytest.raises(UserError, match=r"ZeroSCROLLS task 'qaspr'.*qasper"):
         zero_scrolls.score("qaspr", "x", ["x"])
 

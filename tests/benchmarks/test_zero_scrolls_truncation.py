@@ -132,7 +132,7 @@ def test_same_as_the_official_rule_without_special_tokens(length, limit):
         (31500, 32768, 1024, 31500),
     ],
 )
-def test_limit(max_length, context, answer, expected):
+def test_prompt_and_answer_share_the_models_context(max_length, context, answer, expected):
     assert input_limit(PromptFormat(max_length, context=context), answer) == expected
 
 

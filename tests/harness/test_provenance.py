@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +146,6 @@ def test_a_new_folder_is_resumable_and_one_without_run_json_is_not(tmp_path: Pat
         check_resumable(Results(tmp_path), current)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"null"])
-def test_a_run_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "run.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=f"cannot read {path}"):
-        assert Results(path.parent).info
-
-
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match="Not a directory"):
@@ -177,8 +171,8 @@ def test_run_json_says_what_made_the_predictions(tiny: Tiny) -> None:
     assert (info["seed"], info["num_seeds"]) == (0, 2)
     assert (info["shard"], info["num_shards"]) == (0, 1)
     assert (info["dtype"], info["notes"]) == ("float32", ["a note"])
-    assert info["packages"]["torch"]
-    assert info["hardware"]["cores"] >= 1
+    assert info["packages"]["torch"] == version("torch")
+    assert info["hardware"]["cores"] == os.cpu_count()
     assert info["config"]["limit"] == 1
     (run,) = info["runs"]
     assert run["seconds"] == 1.5
@@ -226,8 +220,7 @@ def test_the_code_digest_follows_source_and_prompts_alone(
 def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "_PACKAGES", ("torch", "no-such-package"))
     versions = package_versions()
-    assert versions["torch"]
-    assert versions["no-such-package"] is None
+    assert versions == {"torch": version("torch"), "no-such-package": None}
 
 
 def test_a_folder_that_is_no_checkout_has_no_commit(

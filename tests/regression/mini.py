@@ -1,7 +1,7 @@
 """A small fixed subset of the mini benchmark, end to end, compared with committed records.
 
-    python -m tests.regression.mini check     # exit 1 naming cell, sample and field of what moved
-    python -m tests.regression.mini record    # after a change that is meant to move something
+    make regression          # check: exit 1 naming cell, sample and field of what moved
+    make regression-accept   # record anew, after a change that is meant to move something
 
 What is compared: prompts exactly (by hash); entries kept exactly; merging sets and kept tokens exactly,
 by layer and KV head; logits at the last answer token within `LOGIT_TOLERANCE`; scores within
@@ -16,7 +16,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ NOISE = 1e-4
 DRAWS = 8
 """Draws of it that each choice must survive."""
 _TOP_LOGITS = 8
+_SHOWN = 50
+"""Differences that are printed in full."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,16 @@ class Difference:
     """Empty for what all cells share."""
     field: str
     recorded: object
-    found: object
+    measured: object
+    detail: str = ""
+    """Where in the field, or by how much."""
 
     def __str__(self) -> str:
         """Say which cell, sample and field moved, and from what to what."""
         cell = f"cell {self.cell}, " if self.cell else ""
+        what = f"{self.field} {self.detail}".rstrip()
         where = f"{cell}task {self.task}, sample {self.sample}"
-        return f"{where}: {self.field} was {self.recorded}, is {self.found}"
+        return f"{where}: {what} was {self.recorded}, is {self.measured}"
 
 
 @dataclass
@@ -82,12 +88,12 @@ class Selection:
 
     def __call__(self, row: int, layer_idx: int, layer: PrefillLayer, kept: Entries) -> None:
         """Digest the kept tokens and set sizes of one layer (see `kvmerge.session.Observer`)."""
-        found: list[str | None] = list(_digests(kept))
+        digests: list[str | None] = list(_digests(kept))
         if self.perturb and kept.positions.shape[-1] < layer.length:
             for draw in range(DRAWS):
                 again = _digests(self._perturbed(row, layer, kept, draw))
-                found = [a if a == b else None for a, b in zip(found, again, strict=True)]
-        self.digests[row].append(found)
+                digests = [a if a == b else None for a, b in zip(digests, again, strict=True)]
+        self.digests[row].append(digests)
 
     def _perturbed(self, row: int, layer: PrefillLayer, kept: Entries, draw: int) -> Entries:
         generator = torch.Generator().manual_seed(layer.layer_idx * DRAWS + draw)
@@ -106,7 +112,7 @@ class Selection:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check against the committed records, or write them anew."""
+    """Check against the committed records, or write them anew; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.regression.mini")
     parser.add_argument("action", choices=["check", "record"])
     options = parser.parse_args(argv)
@@ -114,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = settings.benchmark.notes()
     try:
         model, tokenizer = load(settings.model)
-        found = measure(settings, model, tokenizer, perturb=options.action == "record")
+        measured = measure(settings, model, tokenizer, perturb=options.action == "record")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -122,21 +128,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     if options.action == "record":
         RECORDS.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(RECORDS, _as_text(found))
-        print(f"{_coverage(found)}; written to {RECORDS}")
+        write_atomically(RECORDS, _as_text(measured))
+        print(f"{_coverage(measured)}; written to {RECORDS}")
         return 0
     recorded = json.loads(RECORDS.read_text(encoding="utf-8"))
-    differences = list(compare(recorded, found))
-    for difference in differences[:50]:
+    differences = list(compare(recorded, measured))
+    for line in summary(differences):
+        print(line)
+    for difference in differences[:_SHOWN]:
         print(f"moved: {difference}")
-    if len(differences) > 50:
-        print(f"… and {len(differences) - 50} more")
+    if len(differences) > _SHOWN:
+        print(f"… and {len(differences) - _SHOWN} more")
     print(f"regression: {_coverage(recorded)}; {len(differences)} moved")
-    return 1 if differences else 0
+    if not differences:
+        return 0
+    print("If the change is meant to move this, record it anew: make regression-accept")
+    return 1
+
+
+def summary(differences: Sequence[Difference]) -> Iterator[str]:
+    """Yield a line for each cell that moved, with each field counted; what moved most comes first."""
+    for cell, total in _most_first(difference.cell for difference in differences):
+        fields = _most_first(other.field for other in differences if other.cell == cell)
+        counts = ", ".join(f"{count} {name}" for name, count in fields)
+        yield f"summary: {f'cell {cell}' if cell else 'shared by all cells'}: {total} moved ({counts})"
+
+
+def _most_first(names: Iterable[str]) -> list[tuple[str, int]]:
+    return sorted(Counter(names).items(), key=lambda counted: (-counted[1], counted[0]))
 
 
 def regression_settings(*overrides: str) -> Settings:
-    """The settings of the comparison: the mini experiment's cells, one seed."""
+    """Compose the settings of the comparison: the mini experiment's cells, one seed."""
     fixed = ["experiment=mini", f"limit={SAMPLES}", "num_seeds=1"]
     return compose([*fixed, *overrides])
 
@@ -150,11 +173,11 @@ def measure(
 ) -> dict[str, Any]:
     """Run the subset and return what is to be compared, by task, sample and cell."""
     jobs = [(task, sample) for task in settings.benchmark.tasks for sample in settings.samples(task)]
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for task, sample in tqdm(jobs, unit="sample", desc="regression"):
         figures = _measure_sample(settings, model, tokenizer, task, sample, perturb)
-        found.setdefault(task.name, {})[sample.id] = figures
-    return found
+        measured.setdefault(task.name, {})[sample.id] = figures
+    return measured
 
 
 @torch.inference_mode()
@@ -197,10 +220,10 @@ def _measure_sample(
     }
 
 
-def compare(recorded: dict[str, Any], found: dict[str, Any]) -> Iterator[Difference]:
-    """What differs between two measurements, as `Difference`s."""
-    for task in sorted({*recorded, *found}):
-        samples = recorded.get(task, {}), found.get(task, {})
+def compare(recorded: dict[str, Any], measured: dict[str, Any]) -> Iterator[Difference]:
+    """Yield what differs between two measurements."""
+    for task in sorted({*recorded, *measured}):
+        samples = recorded.get(task, {}), measured.get(task, {})
         for sample in sorted({*samples[0], *samples[1]}):
             old, new = (side.get(sample) for side in samples)
             if old is None or new is None:
@@ -212,18 +235,19 @@ def compare(recorded: dict[str, Any], found: dict[str, Any]) -> Iterator[Differe
                     yield Difference(task, sample, "", key, old[key], new[key])
             for cell in sorted({*old["cells"], *new["cells"]}):
                 sides = old["cells"].get(cell), new["cells"].get(cell)
-                for name, before, now in _moved(*sides):
-                    yield Difference(task, sample, cell, name, before, now)
+                for moved in _moved(*sides):
+                    yield Difference(task, sample, cell, *moved)
 
 
 def _moved(
     old: dict[str, Any] | None, new: dict[str, Any] | None
-) -> Iterator[tuple[str, object, object]]:
+) -> Iterator[tuple[str, object, object, str]]:
+    """Yield field, recorded, measured and detail of what differs in a cell."""
     if old is None or new is None:
-        yield "presence", old is not None, new is not None
+        yield "presence", old is not None, new is not None, ""
         return
     if old["entries"] != new["entries"]:
-        yield "entries kept", old["entries"], new["entries"]
+        yield "entries kept", old["entries"], new["entries"], ""
     heads = [
         (layer, head)
         for layer, digests in enumerate(old["selection"])
@@ -233,30 +257,31 @@ def _moved(
     if heads:
         layer, head = heads[0]
         yield (
-            f"merging sets or kept tokens of layer {layer}, KV head {head} ({len(heads)} heads in all)",
+            "merging sets or kept tokens",
             old["selection"][layer][head],
             new["selection"][layer][head],
+            f"of layer {layer}, KV head {head} ({len(heads)} heads in all)",
         )
     furthest = max(abs(a - b) for a, b in zip(old["logits"], new["logits"], strict=True))
     if not furthest <= LOGIT_TOLERANCE:
-        yield f"logits (by up to {furthest:.3g})", old["logits"], new["logits"]
+        yield "logits", old["logits"], new["logits"], f"(by up to {furthest:.3g})"
     if not abs(old["score"] - new["score"]) <= SCORE_TOLERANCE:
-        yield "score", old["score"], new["score"]
+        yield "score", old["score"], new["score"], ""
 
 
 def _digests(kept: Entries) -> Iterator[str]:
-    """Digest of each KV head's positions and set sizes: contiguous sets follow from the two."""
+    """Yield a digest of each KV head's positions and set sizes: contiguous sets follow from the two."""
     sizes = kept.sizes if kept.sizes is not None else torch.ones_like(kept.positions)
     for positions, size in zip(kept.positions[0], sizes[0], strict=True):
         text = json.dumps([positions.tolist(), size.tolist()])
         yield hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _as_text(found: dict[str, Any]) -> str:
-    """JSON with a line for each cell, so that a change of the records reads as what moved."""
+def _as_text(measured: dict[str, Any]) -> str:
+    """Return JSON with a line for each cell, so that a change of the records reads as what moved."""
     compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     tasks = []
-    for task, samples in found.items():
+    for task, samples in measured.items():
         lines = []
         for sample, figures in samples.items():
             shared = {key: value for key, value in figures.items() if key != "cells"}
@@ -266,8 +291,8 @@ def _as_text(found: dict[str, Any]) -> str:
     return "{" + ",\n".join(tasks) + "}\n"
 
 
-def _coverage(found: dict[str, Any]) -> str:
-    samples = [sample for task in found.values() for sample in task.values()]
+def _coverage(measured: dict[str, Any]) -> str:
+    samples = [sample for task in measured.values() for sample in task.values()]
     cells = {name for sample in samples for name in sample["cells"]}
     heads = [
         digest
@@ -278,7 +303,7 @@ def _coverage(found: dict[str, Any]) -> str:
     ]
     fixed = sum(digest is not None for digest in heads)
     return (
-        f"{len(found)} tasks, {len(samples)} samples, {len(cells)} cells; "
+        f"{len(measured)} tasks, {len(samples)} samples, {len(cells)} cells; "
         f"selection compared in {fixed} of {len(heads)} (sample, cell, layer, head)"
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from harness.records import Record
@@ -213,12 +214,17 @@ def digests(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def test_two_reports_of_one_run_are_equal_byte_for_byte(reported: Path, tmp_path: Path) -> None:
-    for name in "ab":
-        write_report([load_run(reported)], tmp_path / name)
-    assert dict(digests(tmp_path / "a")) == dict(digests(tmp_path / "b"))
+    write_report([load_run(reported)], tmp_path / "again")
+    again = dict(digests(tmp_path / "again"))
+    assert {"report.html", "tables/scores.tex", "plots/scores_by_task.pdf"} <= again.keys()
+    assert again.items() <= dict(digests(reported)).items()
 
 
-def test_several_runs_get_a_section_each_and_a_common_table(tmp_path: Path) -> None:
+def test_several_runs_get_a_section_each_and_a_common_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rendering is slow, and what is in a picture is asked elsewhere.
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"drawn"))
     first = small_run(tmp_path / "one")
     second = small_run(tmp_path / "two", model="another")
     third = small_run(tmp_path / "three")

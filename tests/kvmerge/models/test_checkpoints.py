@@ -28,7 +28,7 @@ from tests.tiny import new_model, prompt
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": [1]}'])
-def test_an_index_that_cannot_be_read(tmp_path, text):
+def test_an_index_that_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is damaged"):
         weight_files(tmp_path / INDEX)
@@ -47,7 +47,7 @@ def test_a_folder_is_whole_when_it_holds_what_its_index_names(tmp_path):
     check_folder(tmp_path)
 
 
-def test_damaged_files(checkpoint, tmp_path):
+def test_a_file_that_is_cut_or_holds_something_else_is_damaged(checkpoint, tmp_path):
     whole = (checkpoint / "model.safetensors").read_bytes()
     for name, content in (("whole", whole), ("cut", whole[:-9]), ("empty", b""), ("text", b"oid sha")):
         (tmp_path / f"{name}.safetensors").write_bytes(content)
@@ -76,7 +76,7 @@ def random_model(tmp_path_factory):
         ({"head_dim": 7}, "head_dim even"),
     ],
 )
-def test_random_models_that_cannot_be(changes, message):
+def test_a_random_model_of_impossible_sizes_is_refused(changes, message):
     sizes = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32}
     with pytest.raises(UserError, match=message):
         Random(**(sizes | changes))
@@ -91,7 +91,7 @@ def test_a_random_model_has_the_shape_asked_for(random_model):
 
 
 @pytest.mark.parametrize("text", ["the bridge", "  two\n\nlines ", "Brücke 桥 🌉", ""])
-def test_its_tokenizer_has_a_token_a_byte(random_model, text):
+def test_a_random_models_tokenizer_has_a_token_a_byte(random_model, text):
     _, tokenizer = random_model
     ids = tokenizer.encode(text)
     assert len(ids) == 1 + len(text.encode())
@@ -99,7 +99,7 @@ def test_its_tokenizer_has_a_token_a_byte(random_model, text):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_its_answers_can_end(random_model):
+def test_a_random_models_answers_can_end(random_model):
     model, tokenizer = random_model
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
 
@@ -135,12 +135,12 @@ def test_a_missing_package_says_what_to_install(package):
         converted("toy", embedded(package="no_such_package"))
 
 
-def test_another_file_than_promised(package):
+def test_another_file_than_promised_is_refused(package):
     with pytest.raises(UserError, match=r"m\.gguf has sha256 .*, not 00.*is not toy-weights==1"):
         converted("toy", embedded(sha256="00"))
 
 
-def test_a_wrongly_rebuilt_tokenizer(package, monkeypatch):
+def test_a_wrongly_rebuilt_tokenizer_is_refused(package, monkeypatch):
     fake = SimpleNamespace(encode=lambda text: [1, 5], eos_token_id=2, pad_token_id=2)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: fake)
     probe = {"text": "hello", "ids": [5], "eos": 2, "pad": 2}

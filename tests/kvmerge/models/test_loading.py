@@ -58,7 +58,7 @@ def local(folder, **changes):
         ),
     ],
 )
-def test_specs_that_cannot_be(changes, message):
+def test_a_spec_that_cannot_be_is_refused_with_its_setting(changes, message):
     with pytest.raises(UserError, match=message):
         spec(**changes)
 
@@ -74,7 +74,7 @@ def test_source_names_the_weights(tmp_path):
     assert "seed=0" in drawn
 
 
-def test_device():
+def test_the_device_is_the_one_given_or_else_a_gpu_where_there_is_one():
     assert spec(device="cpu").torch_device() == torch.device("cpu")
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert spec().torch_device() == torch.device(expected)
@@ -84,7 +84,7 @@ def test_device():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_local_checkpoint(checkpoint, dtype):
+def test_a_local_checkpoint_is_loaded_for_answering_in_the_dtype_given(checkpoint, dtype):
     model, tokenizer = load(local(checkpoint, dtype=dtype))
     assert model.dtype == models.DTYPES[dtype]
     assert not model.training
@@ -124,7 +124,7 @@ def test_a_revision_of_the_hub_is_not_asked_of_a_folder(checkpoint, monkeypatch)
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/no-such-checkpoint", "a/b/c"])
-def test_a_folder_that_is_not_there(path):
+def test_a_folder_that_is_not_there_is_refused_without_a_request(path):
     """Such a path is never taken for a hub id: no request is made."""
     with pytest.raises(UserError, match=rf"model\.path={path} is not a directory"):
         load(spec(path=path))
@@ -140,7 +140,7 @@ def sharded(tmp_path):
     return folder
 
 
-def test_an_empty_folder(tmp_path):
+def test_a_folder_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no config\.json"):
         load(local(tmp_path))
 
@@ -389,7 +389,7 @@ def test_four_bits_are_nf4_and_compute_in_the_models_dtype(monkeypatch):
     assert settings.bnb_4bit_compute_dtype == torch.float16
 
 
-def test_eight_bits(monkeypatch):
+def test_eight_bits_are_asked_for_without_four(monkeypatch):
     settings = quantized(monkeypatch, "8bit")
     assert (settings.load_in_4bit, settings.load_in_8bit) == (False, True)
 
@@ -447,11 +447,11 @@ def ending(eos, tokenizer_eos=7, unk=3):
         ([2, 5], 7, ("<|eot|>",), {2, 5, 9}),
     ],
 )
-def test_stop_tokens(eos, tokenizer_eos, stop, ids):
+def test_an_answer_ends_at_the_configured_tokens_or_else_the_tokenizers(eos, tokenizer_eos, stop, ids):
     assert stop_token_ids(*ending(eos, tokenizer_eos), spec(stop=stop)) == ids
 
 
 @pytest.mark.parametrize("unk", [3, None])
-def test_a_stop_text_that_is_no_token(unk):
+def test_a_stop_text_that_is_no_token_is_refused(unk):
     with pytest.raises(UserError, match=r"model\.stop: '<\|end\|>' is not a token of toy"):
         stop_token_ids(*ending(2, unk=unk), spec(stop=("<|end|>",)))
