@@ -9,16 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rows import shown
 from kvmerge.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 Array = NDArray[np.float64]
 Marks = Mapping[str, float]

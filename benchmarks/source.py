@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import re
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -243,18 +244,19 @@ def load_rows(
     datasets.disable_progress_bars()
     try:
         if isinstance(dataset, Path):
-            rows = datasets.load_dataset(
-                "parquet", data_files=str(dataset), split="train", streaming=True
-            )
+            # Not load_dataset, which reports each use over the network, even of a local file.
+            with tempfile.TemporaryDirectory(prefix="kvmerge-") as locks:
+                yield from datasets.IterableDataset.from_parquet(str(dataset), cache_dir=locks)
         else:
-            rows = datasets.load_dataset(
+            if not _held_back.get():
+                logger.info("Reading %s of the hub; what its cache lacks is downloaded", dataset)
+            yield from datasets.load_dataset(
                 dataset,
                 subset,
                 split=split,
                 revision=revision,
                 download_config=datasets.DownloadConfig(local_files_only=_held_back.get()),
             )
-        yield from rows
     except UserError:
         raise
     except Exception as error:

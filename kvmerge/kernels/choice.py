@@ -3,8 +3,8 @@
 oneDNN's float32 product is twice as fast as torch's on some processors with AVX-512 and slower on
 others (docs/performance.md), and nothing that a processor says of itself tells which. So both are
 timed on the attention of one prompt, in turn, and the answer is kept in the cache folder under the
-processor's name, the number of threads and torch's version. It holds for prompts and heads of any size:
-which library is faster has not depended on them. Results of the two are equal up to float32 rounding.
+processor's name, the number of threads and torch's version. It is measured on heads of 64 dimensions
+and holds for all. Results of the two are equal up to float32 rounding.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def test_refusals_are_told_apart(hub, status, code, words):
         fetch(FILE)
 
 
-def test_no_server(hub, monkeypatch, tmp_path):
+def test_a_hub_that_does_not_answer_is_named(hub, monkeypatch, tmp_path):
     with hub_server.serve() as gone:
         pass
     hub_server.use(gone, tmp_path / "cache", monkeypatch)
@@ -238,7 +238,7 @@ def test_no_server(hub, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("file", [replace(FILE, repo="a b"), replace(FILE, filename="../x")])
-def test_impossible_names(hub, file):
+def test_a_name_that_no_dataset_can_have_is_refused_without_a_request(hub, file):
     with pytest.raises(UserError, match="there cannot be a"):
         fetch(file)
     assert hub.requests == []
@@ -404,6 +404,18 @@ def test_parquet_rows_come_through_as_json_lines(hub, tmp_path):
     data, place = Parquet({"t": HubFile("owner/name", "rows.parquet", COMMIT)}).read("t")
     assert [json.loads(line) for line in data.decode().split("\n")[:-1]] == rows
     assert place.endswith("rows.parquet")
+
+
+def test_parquet_is_read_without_a_request_or_a_trace_in_the_cache_of_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([{"a": "x"}]).to_parquet(path)
+    cache = tmp_path / "cache of datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setattr("datasets.load.increase_load_count", lambda name: pytest.fail(name))
+    assert list(source.load_rows(path)) == [{"a": "x"}]
+    assert not cache.exists()
 
 
 def test_what_is_no_parquet_is_an_error(hub):
