@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.records import Record
-from harness.report.bootstrap import Scored, score_task
+from harness.report.bootstrap import Scored
 from harness.report.run import Run
 
 Value = str | int
@@ -53,20 +53,14 @@ def scores_by(run: Run, names: Sequence[str]) -> list[GroupScore]:
     A group is what samples share that have the same value of every name; samples that lack one are
     left out.
     """
-    found = [
-        GroupScore(
-            task,
-            cell,
-            group,
-            len(ids),
-            score_task(task, run.samples[task, cell].only(ids), run.metrics[task]),
-        )
+    scores = [
+        GroupScore(task, cell, group, len(ids), run.score_of(task, cell, ids))
         for (task, cell), records in run.records.items()
         for group, ids in _members(records, names).items()
     ]
     tasks, cells = list(run.tasks), list(run.cells)
     return sorted(
-        found,
+        scores,
         key=lambda one: (tasks.index(one.task), [*map(_place, one.group)], cells.index(one.cell)),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ class Run:
     """Cell names (`method@budget`) in display order."""
     records: Mapping[tuple[str, str], list[Record]]
     """By task and cell; without those that have no record."""
+    _drawn: dict[tuple[str, str, tuple[str, ...]], Scored] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What was bootstrapped already."""
 
     @property
     def model(self) -> str:
@@ -82,9 +86,17 @@ class Run:
     def scores(self) -> dict[tuple[str, str], Scored]:
         """Score and bootstrap replicates of each task and cell."""
         return {
-            (task, cell): score_task(task, samples, self.metrics[task])
+            (task, cell): self.score_of(task, cell, samples.ids)
             for (task, cell), samples in self.samples.items()
         }
+
+    def score_of(self, task: str, cell: str, ids: Iterable[str]) -> Scored:
+        """Score some samples of a task and cell; the same ones are bootstrapped once."""
+        samples = self.samples[task, cell].only(ids)
+        key = task, cell, samples.ids
+        if key not in self._drawn:
+            self._drawn[key] = score_task(task, samples, self.metrics[task])
+        return self._drawn[key]
 
     @cached_property
     def figures(self) -> dict[tuple[str, str], dict[str, float]]:
@@ -260,33 +272,26 @@ class Difference:
 
 
 def differences(run: Run, to: str) -> list[Difference]:
-    """Return the differences of every other cell to the cell `to`: bootstrap paired by sample id.
+    """Return the differences of every other cell to the cell `to`, bootstrapped in pairs by sample id.
 
     Each resample of a task takes the same samples in both cells. The average is the mean of the
     tasks' differences, where the cell has every averaged task in common with `to`.
     """
-    found: list[Difference] = []
+    paired: list[Difference] = []
     for cell in run.cells:
         if cell == to:
             continue
         by_task: dict[str, Difference] = {}
-        for task, metric in run.metrics.items():
+        for task in run.tasks:
             if (task, cell) not in run.samples or (task, to) not in run.samples:
                 continue
-            ours, theirs = run.samples[task, cell], run.samples[task, to]
-            if ours.ids == theirs.ids:
-                scored = run.scores[task, cell].minus(run.scores[task, to])
-                common = ours.ids
-            else:
-                common = tuple(sorted(set(ours.ids) & set(theirs.ids)))
-                scored = score_task(task, ours.only(common), metric).minus(
-                    score_task(task, theirs.only(common), metric)
-                )
+            common = set(run.samples[task, cell].ids) & set(run.samples[task, to].ids)
             if common:
+                scored = run.score_of(task, cell, common).minus(run.score_of(task, to, common))
                 by_task[task] = Difference(task, cell, len(common), scored)
-        found += by_task.values()
+        paired += by_task.values()
         if run.averaged_tasks and by_task.keys() >= set(run.averaged_tasks):
             averaged = [by_task[task] for task in run.averaged_tasks]
             total = sum(difference.n for difference in averaged)
-            found.append(Difference("average", cell, total, average([d.scored for d in averaged])))
-    return found
+            paired.append(Difference("average", cell, total, average([d.scored for d in averaged])))
+    return paired

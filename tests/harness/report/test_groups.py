@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.metric import Metric
 from harness import runner
 from harness.records import Record
+from harness.report import bootstrap
 from harness.report.groups import GroupScore, Value, group_values, scores_by
 from harness.report.page import write_report
 from harness.report.run import Run, load_run
-from harness.report.tables import Table, group_tables
+from harness.report.tables import Table, difference_table, group_tables, score_table
 from tests.synthetic_run import record, write_run
 from tests.tiny_run import compose
 
@@ -162,6 +164,22 @@ def test_groups_by_hand(samples: list[tuple[int, int, float]]) -> None:
     assert list(found) == list(filled)
     for group, values in filled.items():
         assert found[group] == (len(values), pytest.approx(100 * np.mean(values)))
+
+
+def test_a_report_bootstraps_no_samples_twice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, bytes]] = []
+    resampled_scores = bootstrap.resampled_scores
+
+    def counted(task: str, samples: bootstrap.Samples, metric: Metric) -> bootstrap.Array:
+        drawn.append((task, "\n".join(samples.ids).encode() + samples.parts.tobytes()))
+        return resampled_scores(task, samples, metric)
+
+    monkeypatch.setattr(bootstrap, "resampled_scores", counted)
+    score_table(run)
+    difference_table(run)
+    group_tables(run)
+    scores_by(run, ("kind", "length"))
+    assert len(drawn) == len(set(drawn)) > len(run.scores)
 
 
 # Tables
