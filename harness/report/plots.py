@@ -95,7 +95,7 @@ def draw_all(run: Run, by_method: Mapping[str, Look]) -> list[Plot]:
             scores_by_task(run, by_method),
             average_by_budget(run, by_method),
             kl_by_budget(run, by_method),
-            *perplexity_by_budget(run, by_method),
+            *unaveraged_by_budget(run, by_method),
             *heat_maps(run),
         ]
     return [plot for plot in drawn if plot is not None]
@@ -283,31 +283,39 @@ def _number_squares(axis: Axes, grid: np.ndarray) -> None:
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=ink)
 
 
-def perplexity_by_budget(run: Run, by_method: Mapping[str, Look]) -> list[Plot]:
-    """Draw a task's perplexity against achieved budget, one line a method, full as a dashed line."""
+def unaveraged_by_budget(run: Run, by_method: Mapping[str, Look]) -> list[Plot]:
+    """Draw each task that has no place in the average, such as a perplexity, against achieved budget.
+
+    One line a method, full as a dashed line.
+    """
     return [
-        _perplexity(run, task, by_method) for task, name in run.tasks.items() if name == "perplexity"
+        _task_by_budget(run, task, by_method)
+        for task, metric in run.metrics.items()
+        if not metric.averaged and metric.parts
     ]
 
 
-def _perplexity(run: Run, task: str, by_method: Mapping[str, Look]) -> Plot:
+def _task_by_budget(run: Run, task: str, by_method: Mapping[str, Look]) -> Plot:
     shown = {
         cell: run.scores[task, cell].estimate() for cell in run.cells if (task, cell) in run.scores
     }
     points = {cell: at for cell, at in shown.items() if cell != run.full_cell}
-    title = f"Perplexity of {task} against budget"
+    metric = run.metrics[task]
+    name, better = metric.name, "higher" if metric.higher_is_better else "lower"
+    title = f"{name.capitalize()} of {task} against budget"
     figure, (axis,) = _figure(title, run, n_rows=1, width=6.4, row_height=3.6)
     if points:
         _lines(axis, run, points, by_method)
     if run.full_cell in shown:
         full = shown[run.full_cell].value
         axis.axhline(full, color=_FULL, linewidth=1.2, linestyle=(0, (5, 2)), label="full")
-    axis.set_ylabel("perplexity (lower is better)")
+    axis.set_ylabel(f"{name} ({better} is better)")
     _legend(figure, [[handle] for handle in axis.get_legend_handles_labels()[0]])
     caption = (
-        f"Perplexity of {task}, lower is better: {setting(run)}. Bars: {INTERVAL}, each cell alone."
+        f"{name.capitalize()} of {task}, {better} is better: {setting(run)}. Bars: {INTERVAL}, each "
+        "cell alone."
     )
-    return _render(figure, f"perplexity_{task}", title, " ".join((caption, *gaps(run))))
+    return _render(figure, f"{name}_{task}", title, " ".join((caption, *gaps(run))))
 
 
 def _lines(axis: Axes, run: Run, points: dict[str, Estimate], by_method: Mapping[str, Look]) -> None:
