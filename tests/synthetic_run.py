@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.records import Record, append_record, prediction_path
+from harness.records import Record, prediction_path
 
 SETTINGS: dict[str, Any] = {
     "model": "toy-1m",
@@ -54,6 +54,10 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(run | info))
     for cell, by_task in cells.items():
         for task, records in by_task.items():
-            for line in records:
-                append_record(prediction_path(folder, task, cell), line)
+            lines = "".join(record.to_json() + "\n" for record in records)
+            if lines:
+                path = prediction_path(folder, task, cell)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(lines)
     return folder

@@ -33,11 +33,8 @@ from harness.report.tables import (
     runs_table,
     score_table,
 )
-from harness.report.terminal import print_comparison
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
-
-__all__ = ["main", "print_comparison", "write_report"]
 
 _OUT = Path("results/report")
 

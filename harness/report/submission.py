@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_submissions(run: Run) -> None:
     """Write the submissions of a test run's complete cells, and log them and what others lack.
 
-    Does nothing for a run of another benchmark.
+    Do nothing for a run of another benchmark.
     """
     if run.benchmark != BENCHMARK:
         return
@@ -71,7 +71,7 @@ def report_submissions(run: Run) -> None:
 def write_submissions(run: Run) -> tuple[list[Path], list[str]]:
     """Write `submissions/<cell>.csv` in the run's output_dir for each complete cell.
 
-    Returns the paths, and for each other cell what is wrong with it. Raises UserError if the run is
+    Return the paths, and for each other cell what is wrong with it. Raises `UserError` if the run is
     not of the test split.
     """
     if run.benchmark != BENCHMARK:
@@ -95,14 +95,14 @@ def write_submissions(run: Run) -> tuple[list[Path], list[str]]:
 def submission(run: Run, cell: str) -> str:
     """Return a cell's submission as CSV; of a cell with several seeds, its first seed's answers.
 
-    Raises UserError naming the tasks that are missing or incomplete, or a prediction that would not
+    Raises `UserError` naming the tasks that are missing or incomplete, or a prediction that would not
     be read back as it was written.
     """
-    of_task = {task.name: run.records.get((task.name, cell), []) for task in TASKS}
-    seed = min((record.seed for records in of_task.values() for record in records), default=0)
+    by_task = {task.name: run.records.get((task.name, cell), []) for task in TASKS}
+    seed = min((record.seed for records in by_task.values() for record in records), default=0)
     rows: list[tuple[str, str, str]] = []
     lacking = []
-    for task, records in of_task.items():
+    for task, records in by_task.items():
         answers = [(task, r.id, r.prediction) for r in records if r.seed == seed]
         wanted = run.info["tasks"].get(task, {}).get("samples")
         if wanted is None:
@@ -131,9 +131,9 @@ def _check(content: str, rows: Sequence[tuple[str, str, str]], cell: str) -> Non
         keep_default_na=False,
         na_values=[_NOT_A_VALUE],
     )
-    for row, found in zip(rows, table.itertuples(index=False, name=None), strict=True):
-        if found != row:
+    for row, read in zip(rows, table.itertuples(index=False, name=None), strict=True):
+        if read != row:
             raise UserError(
                 f"{cell} cannot be submitted: task {row[0]}, sample {row[1]!r} has the prediction "
-                f"{row[2]!r}, which the official checker reads as {found[2]!r}."
+                f"{row[2]!r}, which the official checker reads as {read[2]!r}."
             )

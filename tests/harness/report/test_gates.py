@@ -214,7 +214,7 @@ def test_the_console_says_it_before_the_scores(mixed: Run) -> None:
     assert "inside its published band on passage_count, lsht" in second
 
 
-def test_the_report_opens_with_the_gate(mixed: Run) -> None:
+def test_the_report_opens_with_the_gate(mixed: Run, undrawn: None) -> None:
     page = write_report([mixed]).read_text()
     assert page.index("Gate: does the full cache") < page.index("Scores by task")
     frame = pd.read_csv(mixed.output_dir / "tables" / "gate.csv").set_index("task")

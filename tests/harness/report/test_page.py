@@ -5,17 +5,18 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks.metrics import find_metric
 from harness.records import Record
-from harness.report.page import main, print_comparison, write_report
-from harness.report.plots import draw_all, looks
+from harness.report.page import main, write_report
+from harness.report.plots import draw_all, looks, unaveraged_by_budget
 from harness.report.published import load_references
 from harness.report.render import latex, markdown
 from harness.report.run import load_run
@@ -26,6 +27,7 @@ from harness.report.tables import (
     reference_table,
     score_table,
 )
+from harness.report.terminal import print_comparison
 from tests.synthetic_run import record, write_run
 
 TASKS = {"qa_x": "qa_f1", "code": "code_sim", "text": "perplexity"}
@@ -200,7 +202,7 @@ def test_the_page_is_self_contained(reported: Path) -> None:
     assert "2.13.0" in page.texts
 
 
-def test_the_page_escapes_what_a_run_says(tmp_path: Path) -> None:
+def test_the_page_escapes_what_a_run_says(tmp_path: Path, undrawn: None) -> None:
     small_run(tmp_path, model="<script>alert(1)</script>")
     page = write_report([load_run(tmp_path)]).read_text()
     assert "<script>" not in page
@@ -220,11 +222,7 @@ def test_two_reports_of_one_run_are_equal_byte_for_byte(reported: Path, tmp_path
     assert again.items() <= dict(digests(reported)).items()
 
 
-def test_several_runs_get_a_section_each_and_a_common_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Rendering is slow, and what is in a picture is asked elsewhere.
-    monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"drawn"))
+def test_several_runs_get_a_section_each_and_a_common_table(tmp_path: Path, undrawn: None) -> None:
     first = small_run(tmp_path / "one")
     second = small_run(tmp_path / "two", model="another")
     third = small_run(tmp_path / "three")
@@ -386,7 +384,23 @@ def test_a_perplexity_is_drawn_against_the_budget_and_has_no_average(tmp_path: P
     assert "Scores 0 to 100" not in text
     plots = {plot.name: plot for plot in draw_all(load_run(run), looks([load_run(run)]))}
     assert "average_by_budget" not in plots
-    assert "lower is better" in plots["perplexity_t"].caption
+    assert plots["perplexity_t"].title == "Perplexity of t against budget"
+    assert plots["perplexity_t"].caption.startswith("Perplexity of t, lower is better: toy-1m on toy")
+
+
+def test_any_metric_without_an_average_is_drawn_by_its_own_name(tmp_path: Path) -> None:
+    cells = {"full@1": {"t": [record("0", 0.5)]}, "h2o@0.5": {"t": [record("0", 0.25)]}}
+    run = load_run(write_run(tmp_path, {"t": "qa_f1"}, cells))
+    run.__dict__["metrics"] = {"t": replace(find_metric("qa_f1"), name="bits", averaged=False)}
+    (plot,) = unaveraged_by_budget(run, looks([run]))
+    assert (plot.name, plot.title) == ("bits_t", "Bits of t against budget")
+    assert plot.caption.startswith("Bits of t, higher is better: ")
+
+
+def test_answers_that_are_withheld_have_no_picture(tmp_path: Path) -> None:
+    cells = {"full@1": {"t": [record("0", 0.5)]}, "h2o@0.5": {"t": [record("0", 0.25)]}}
+    run = load_run(write_run(tmp_path, {"t": "unscored"}, cells))
+    assert unaveraged_by_budget(run, looks([run])) == []
 
 
 TABLE = Table(

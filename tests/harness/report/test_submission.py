@@ -145,7 +145,7 @@ def test_reporting_leaves_other_benchmarks_alone(tmp_path):
     assert not (tmp_path / "submissions").exists()
 
 
-def test_the_report_writes_submissions_and_says_what_is_missing(tmp_path, caplog):
+def test_the_report_writes_submissions_and_says_what_is_missing(tmp_path, caplog, undrawn):
     folder = complete_run(tmp_path, ["full@1", "h2o@0.5"])
     (folder / "predictions" / "gov_report" / "h2o@0.5.jsonl").unlink()
     with caplog.at_level(logging.INFO, logger="harness"):

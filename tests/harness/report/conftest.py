@@ -1,0 +1,19 @@
+"""What the tests of reports share."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.report import page
+from harness.report.plots import Plot
+from harness.report.words import setting
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put one empty picture with a true caption where drawing is not the point: it takes seconds."""
+    monkeypatch.setattr(
+        page,
+        "draw_all",
+        lambda run, by_method: [Plot("scores_by_task", "Scores by task", setting(run), b"", b"")],
+    )
