@@ -242,6 +242,7 @@ def load_rows(
     import datasets  # late: it takes half a second
 
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no request but for what is read
     try:
         if isinstance(dataset, Path):
             # Not load_dataset, which reports each use over the network, even of a local file.

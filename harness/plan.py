@@ -41,18 +41,20 @@ def print_plan(settings: Settings, console: Console) -> None:
         )
     total_prompt = total_answer = longest = 0
     for task in settings.benchmark.tasks:
-        of_task = [job for job in jobs if job.task == task]
+        task_jobs = [job for job in jobs if job.task == task]
         prompts = [
             job.sample.tokens
             or min(round(len(job.sample.prompt) / _CHARACTERS_PER_TOKEN), settings.model.max_length)
-            for job in of_task
+            for job in task_jobs
         ]
-        answers = sum(len(job.missing) for job in of_task)
+        answers = sum(len(job.missing) for job in task_jobs)
         mean = round(sum(prompts) / len(prompts)) if prompts else 0
-        table.add_row(task.name, str(len(of_task)), str(answers), f"{mean:,}", str(task.max_new_tokens))
+        table.add_row(
+            task.name, str(len(task_jobs)), str(answers), f"{mean:,}", str(task.max_new_tokens)
+        )
         total_prompt += sum(prompts)
         longest = max(longest, *prompts, 0)
-        total_answer += task.max_new_tokens * len(of_task)
+        total_answer += task.max_new_tokens * len(task_jobs)
     console.print(table)
     console.print("cells: " + ", ".join(cell.name for cell in settings.cells), highlight=False)
     console.print(f"output_dir: {settings.output_dir}", soft_wrap=True, highlight=False)

@@ -49,9 +49,9 @@ def run(
     answerer = Answerer(settings, *load(settings.model))
     work = sum(len(job.missing) for job in jobs)
     with tqdm(total=len(jobs), unit="sample", desc=f"{work} answers", smoothing=0.05) as bar:
-        for task, of_task in groupby(jobs, key=lambda job: job.task):
+        for task, task_jobs in groupby(jobs, key=lambda job: job.task):
             bar.set_postfix_str(task.name)
-            for lines in answerer.answer(list(of_task)):
+            for lines in answerer.answer(list(task_jobs)):
                 for cell, record in lines:
                     results.add(task.name, cell.name, record)
                 bar.update()
@@ -93,7 +93,7 @@ def pending(settings: Settings, results: Results) -> tuple[list[Job], dict[str, 
             done |= {(cell.name, record.seed, record.id) for record in records}
         samples = settings.benchmark.samples(task)
         counts[task.name] = len(samples)
-        for sample in settings.of_run(samples):
+        for sample in settings.take(samples):
             missing = tuple(
                 (cell, seed)
                 for cell in settings.cells

@@ -135,9 +135,9 @@ class Settings:
 
     def samples(self, task: Task) -> list[Sample]:
         """Return the samples of a task that this run takes."""
-        return self.of_run(self.benchmark.samples(task))
+        return self.take(self.benchmark.samples(task))
 
-    def of_run(self, samples: list[Sample]) -> list[Sample]:
+    def take(self, samples: list[Sample]) -> list[Sample]:
         """Choose those of a task's samples that this run takes: the limit first, then the shard."""
         return samples[: self.limit][self.shard :: self.num_shards]
 

@@ -105,11 +105,11 @@ class Run:
 
     def over_tasks(self, cell: str) -> dict[str, float]:
         """Return every figure of a cell over the tasks that it has records of; {} if there are none."""
-        of_tasks = [self.figures[task, cell] for task in self.tasks if (task, cell) in self.figures]
-        if not of_tasks:
+        by_task = [self.figures[task, cell] for task in self.tasks if (task, cell) in self.figures]
+        if not by_task:
             return {}
         return {
-            column.name: column.over_tasks([values[column.name] for values in of_tasks])
+            column.name: column.over_tasks([values[column.name] for values in by_task])
             for column in COLUMNS
         }
 
