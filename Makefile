@@ -8,9 +8,6 @@ READY  := $(VENV)/.ready
 KVPRESS    ?= 0.5.5
 PEER_READY := $(VENV)-peer/.ready
 
-# Threads that wait must not spin where another process is busy (docs/reliability.md).
-export OMP_WAIT_POLICY ?= passive
-
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce report test lint unit regression regression-accept bench bench-gpu docs lock clean
 

@@ -1,8 +1,8 @@
 """Where a command begins: what must be settled before torch is imported, which takes seconds.
 
-OpenMP reads its environment once, when torch loads it. Threads that wait at a barrier spin by default,
-and with another busy process on the machine they spin away the time that the others need
-(docs/reliability.md has the figures); waiting passively costs nothing on an idle one.
+OpenMP reads its environment once, when torch loads it. How threads wait at a barrier is left to it:
+waiting passively helps beside another busy process and costs a fifth on an idle machine
+(docs/reliability.md has the figures).
 """
 
 from __future__ import annotations
@@ -26,11 +26,7 @@ def main() -> None:
 
 
 def settle_threads() -> None:
-    """Let threads wait passively, one for each processor that this process may use.
-
-    What the user's environment already says is left as it is.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    """Ask for one thread for each processor that this process may use, unless the user says otherwise."""
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_processors()))
 
 

@@ -1,4 +1,4 @@
-"""What is settled before torch is imported: how threads wait, and how many there are."""
+"""What is settled before torch is imported: how many threads there are."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from harness.start import settle_threads, usable_processors
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+def test_there_is_a_thread_for_each_usable_processor_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     settle_threads()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
     assert os.environ["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.delenv("OMP_NUM_THREADS")
     settle_threads()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert os.environ["OMP_NUM_THREADS"] == str(usable_processors())
 
 
 @pytest.mark.parametrize(
