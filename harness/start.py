@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def settle_threads() -> None:
-    """Ask for one thread for each processor that this process may use, unless the user says otherwise."""
+    """Ask for a thread for each processor that this process may use, unless the user says otherwise."""
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_processors()))
 
 
