@@ -96,7 +96,7 @@ def banded_map(layer: PrefillLayer, start: int, recent: int) -> Iterator[tuple[i
     def visible(rows: Tensor, columns: Tensor) -> Tensor:
         return (columns < start) | (rows - columns <= recent)
 
-    blocks = attention_blocks(layer.queries, layer.keys, scale=layer.scale, visible=visible)
+    blocks = attention_blocks(layer.queries, layer.keys, softmax=layer.softmax, visible=visible)
     for begin, weights in blocks:
         yield begin, weights.unflatten(1, (layer.keys.shape[1], -1)).sum(dim=2)
 

@@ -61,7 +61,7 @@ class D2O(Method):
         length = layers[0].length
         shares = [allowance.budget] * len(layers)
         if self.alloc == "variance":
-            sums = [head_column_sums(each.queries, each.keys, scale=each.scale) for each in layers]
+            sums = [head_column_sums(each.queries, each.keys, softmax=each.softmax) for each in layers]
             levels = torch.cat([variance_level(of_layer).cpu() for of_layer in sums])
             shares = layer_shares(levels, allowance.budget).tolist()
         if not self.bug_compat:

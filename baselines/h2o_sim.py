@@ -106,7 +106,7 @@ class H2OSimPrefill(HeavyHitters):
 
     def _local(self, layer: PrefillLayer, heavy: int) -> tuple[Tensor, Tensor]:
         dtype = layer.keys.dtype if self.score_dtype == "model" else torch.float32
-        blocks = attention_blocks(layer.queries, layer.keys, scale=layer.scale)
+        blocks = attention_blocks(layer.queries, layer.keys, softmax=layer.softmax)
         rows = (self.joined(weights.to(dtype).float(), layer.keys) for _, weights in blocks)
         return local_mask(rows, layer.length, heavy=heavy, dtype=dtype)
 

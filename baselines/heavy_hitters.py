@@ -71,7 +71,7 @@ class HeavyHitters(Method):
         if self.score_dtype == "float32":
             return scores
         dtype = layer.keys.dtype
-        sums = head_column_sums(layer.queries, layer.keys, dtype=dtype, scale=layer.scale)
+        sums = head_column_sums(layer.queries, layer.keys, dtype=dtype, softmax=layer.softmax)
         return self.joined(sums, layer.keys)
 
     def updated_scores(self, entries: Entries, step: DecodeStep) -> Tensor:

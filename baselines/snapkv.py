@@ -17,6 +17,7 @@ from kvmerge.budget import half
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, select, top_positions
 from kvmerge.scores import last_rows
+from kvmerge.softmax import Softmax
 
 POOLINGS = ("max", "avg")
 
@@ -50,7 +51,7 @@ class SnapKV(Method):
             window=window,
             kernel=self.kernel,
             pooling=self.pooling,
-            scale=layer.scale,
+            softmax=layer.softmax,
         )
         return select(layer, keep(pooled, allowance.n_keep - window, window=window))
 
@@ -66,7 +67,7 @@ def pooled_scores(
     window: int,
     kernel: int,
     pooling: str,
-    scale: float | None = None,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """Return how much the last tokens attend to each token before them, smoothed over its neighbours.
 
@@ -76,12 +77,12 @@ def pooled_scores(
         window: last tokens, whose attention counts.
         kernel: width of the pooling, odd.
         pooling: `max` or `avg`; the average counts zeros beyond the ends.
-        scale: factor on the logits; None means `1 / sqrt(head_dim)`.
+        softmax: the layer's; None means a plain one.
 
     Returns:
         `(batch, kv_heads, T - window)` float32, the mean over the query heads of each group.
     """
-    rows = last_rows(queries, keys, window, scale=scale)
+    rows = last_rows(queries, keys, window, softmax=softmax)
     sums = rows[..., : keys.shape[2] - window].sum(dim=2)
     return pool(sums.unflatten(1, (keys.shape[1], -1)).mean(dim=2), kernel, pooling)
 

@@ -33,7 +33,7 @@ class TOVA(Method):
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep what the last prompt token attends to."""
-        weights = last_rows(layer.queries, layer.keys, 1, scale=layer.scale)[:, :, 0]
+        weights = last_rows(layer.queries, layer.keys, 1, softmax=layer.softmax)[:, :, 0]
         return _trim(keep_all(layer), weights, allowance.n_keep)
 
     def hold(self, entries: Entries, step: DecodeStep) -> Entries:

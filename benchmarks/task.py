@@ -34,6 +34,9 @@ class Task:
     """Whether decoding also ends at a newline."""
     min_new_tokens: int = 0
     """Tokens before which no answer ends."""
+    may_overrun: bool = False
+    """Whether prompt and answer may pass the model's context, as the protocol that is followed has it;
+    otherwise the engine refuses them."""
 
     def mark(
         self, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None = None

@@ -106,9 +106,16 @@ class Answerer:
                 rows.append(Row(Full(), Budget.parse(1)))
         prompt = torch.tensor([encoded.prompt], device=self.model.device)
         sample_id = f"{settings.benchmark.name}/{job.task.name}/{job.sample.id}"
-        return Prepared(
-            job, encoded, Request(prompt, rows, sample_id, reference, policy=settings.policy)
+        request = Request(
+            prompt,
+            rows,
+            sample_id,
+            reference,
+            policy=settings.policy,
+            context=settings.model.context,
+            may_overrun=job.task.may_overrun,
         )
+        return Prepared(job, encoded, request)
 
     def _run(self, batch: Sequence[Prepared]) -> list[Result]:
         requests = [prepared.request for prepared in batch]
@@ -156,7 +163,7 @@ class Answerer:
             generated_tokens=len(result.token_ids),
             kept_entries=kept,
             budget_achieved=kept / length,
-            kv_bytes=result.stats.kv_bytes,
+            kv_bytes=result.stats.kv_bytes + result.stats.local_bytes,
             kl_to_full=fidelity.kl if fidelity else None,
             top1_agreement=fidelity.top1 if fidelity else None,
             fidelity_tokens=fidelity.tokens if fidelity else None,
@@ -164,7 +171,9 @@ class Answerer:
             kept_entries_by_layer=[sum(layer) / len(layer) for layer in result.stats.entries],
             kept_entries_min=min(counts),
             kept_entries_max=max(counts),
-            kv_bytes_full=result.stats.kv_bytes // sum(counts) * length * len(counts),
+            kv_bytes_full=(
+                result.stats.kv_bytes // sum(counts) * length * len(counts) + result.stats.local_bytes
+            ),
             size_bytes=result.stats.size_bytes,
             merged_tokens=None if stood_for is None else stood_for - kept,
             evicted_tokens=None if stood_for is None else length - stood_for,

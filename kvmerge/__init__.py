@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvmerge.api import CompressedCache, compressed
+    from kvmerge.api import compressed
     from kvmerge.budget import Budget
     from kvmerge.comparison import compare
+    from kvmerge.compressed_cache import CompressedCache
     from kvmerge.errors import UserError
     from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer
 
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CompressedCache": "api",
+    "CompressedCache": "compressed_cache",
     "compressed": "api",
     "Budget": "budget",
     "compare": "comparison",

@@ -5,92 +5,40 @@
 
 Inside the block each prompt is prefilled with full attention and compressed layer by layer; what is
 generated is appended. Left-padded batches work: each row has its budget from its own real tokens.
+A call that would mean something else is refused, whatever it would have given.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from kvmerge.budget import Budget
+from kvmerge.compressed_cache import BEAMS, ELSEWHERE, CompressedCache, left_padded
 from kvmerge.errors import UserError
-from kvmerge.hook import SESSION, hooked
+from kvmerge.families import check_family
+from kvmerge.hook import CACHE_NAMES, SESSION, cache_name, hooked
+from kvmerge.limits import check_fits
 from kvmerge.method import Method
 from kvmerge.resolve import load_method
-from kvmerge.session import CacheSession, Policy, Row, RowStats, check_sliding_window, session_for
+from kvmerge.session import Policy, Row, session_for
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-"""Model types whose attention runs through transformers' AttentionInterface as the engine needs it."""
 _CAPACITY = 64
 """New entries that buffers have room for at first; they grow."""
-
-
-class CompressedCache(Cache):
-    """What transformers sees as the cache: it counts tokens, while the entries live in a session.
-
-    Its length is the number of tokens seen, not of entries stored, so that the next token takes its
-    true position in the text.
-    """
-
-    def __init__(self, session: CacheSession) -> None:
-        """Wrap a session whose prefill is about to run."""
-        super().__init__(layers=[_CountingLayer() for _ in range(session.num_layers)])
-        self.session = session
-
-    @property
-    def stats(self) -> list[RowStats]:
-        """Entries and bytes that each row of the batch kept of its prompt."""
-        return self.session.stats
-
-    def nbytes(self) -> int:
-        """Count the bytes of all keys and values stored now, generated tokens included."""
-        return sum(layer.nbytes() for layer in self.session.layers)
-
-
-class _CountingLayer(CacheLayerMixin):
-    """A cache layer that passes new states through and only counts them."""
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.seen += key_states.shape[2]
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """Return the same, by the name that earlier 5.x versions call."""
-        return -1
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise UserError(
-            "beam search is not supported on a compressed cache: each beam would need its own "
-            "compressed copy. Use num_beams=1 (greedy or sampling)."
-        )
+_UNCACHED = "use_cache=False leaves nothing to compress: every step would run on the full cache."
+_OWN_CACHE = (
+    "a cache of your own cannot be compressed: it would stay empty. Give none for a new prompt; to go "
+    "on, give the one that an earlier call in this block returned."
+)
 
 
 @contextlib.contextmanager
@@ -105,20 +53,27 @@ def compressed(
 ) -> Iterator[None]:
     """Compress the cache of every generation of `model` inside the block.
 
+    The model may be called from several threads inside one block, each with a cache of its own. A call
+    with the cache that an earlier one returned appends its tokens, uncompressed.
+
     Args:
         model: a decoder of a supported family, loaded with any attention implementation.
         method: a method's name (`configs/method`), or a method object.
         budget: what remains: a fraction of the prompt in (0, 1], or entries per KV head of 2 or more.
+            In models that have layers with a window beside others, of the others.
         decode_policy: `append` stores generated tokens beside the compressed prompt; `hold` evicts
             back to the budget after each step, for methods that have a rule for it.
         seed: for methods that draw.
         settings: settings of the named method, e.g. `sigma="mean_distance"`.
 
     Raises:
-        UserError: for an unsupported model, unknown method or setting, a bad budget, beam search, or a
-            prompt longer than the model's sliding window.
+        UserError: for an unsupported model, one that is inside another block, an unknown method or
+            setting, and a bad budget; inside the block for calls that would not be compressed as asked:
+            a cache of the caller's own, one made elsewhere, no cache at all, positions or masks that
+            are not those of the text so far, beam search, assisted generation, chunked prefill, and a
+            text that the model cannot hold.
     """
-    check_family(model)
+    check_family(model.config)
     if isinstance(method, str):
         method = load_method(method, settings)
     elif settings:
@@ -126,92 +81,202 @@ def compressed(
             f"settings ({', '.join(settings)}) can only be given with a method's name; "
             "set them on the method object instead."
         )
-    row, policy = Row(method, Budget.parse(budget), seed), Policy(decode_policy)
-    name = _cache_parameter(model)
-
-    def before(_: torch.nn.Module, arguments: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        if arguments:
-            bound = inspect.signature(model.forward).bind_partial(*arguments)
-            kwargs = {**bound.arguments, **kwargs}
-        # The deprecated name is still accepted where the new one exists.
-        cache = kwargs.pop("past_key_values", None)
-        cache = kwargs.pop(name, None) if cache is None else cache
-        if not isinstance(cache, CompressedCache):
-            if cache is not None and cache.get_seq_length():
-                raise UserError("the given cache already holds tokens; start with an empty one.")
-            cache = CompressedCache(_begin(model, row, policy, kwargs))
-        else:
-            _check_new_tokens(model, cache, kwargs)
-        mask = kwargs.get("attention_mask")
-        if kwargs.get("position_ids") is None and mask is not None and mask.dim() == 2:
-            # Padding must not count as positions.
-            new = _new_tokens(kwargs)
-            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
-        kwargs = {**kwargs, name: cache, SESSION: cache.session}
-        return (), kwargs
-
-    with hooked(model):
-        handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    block = _Block(model, Row(method, Budget.parse(budget), seed), Policy(decode_policy))
+    with hooked(model), _replaced(model, "generate", block.generate):
+        handle = model.register_forward_pre_hook(block.before, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
 
-def _begin(model: PreTrainedModel, row: Row, policy: Policy, kwargs: dict[str, Any]) -> CacheSession:
-    """Begin a session for the batch that is about to be prefilled."""
-    batch, tokens = _batch_shape(kwargs)
-    mask = kwargs.get("attention_mask")
-    lengths = [tokens] * batch
-    if mask is not None:
-        if mask.dim() != 2:
-            raise UserError("attention_mask must be 2-D (batch, tokens) on a compressed cache.")
-        lengths = mask.sum(dim=-1).tolist()
-        left_padded = torch.arange(tokens, device=mask.device) >= tokens - mask.sum(-1, keepdim=True)
-        if not bool((mask.bool() == left_padded).all()):
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Set an attribute of one object inside the block."""
+    had = name in vars(owner)
+    before = vars(owner).get(name)
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            vars(owner)[name] = before
+        else:
+            del vars(owner)[name]
+
+
+class _Block:
+    """One `with compressed(...)`: what every call of the model inside it goes through."""
+
+    def __init__(self, model: PreTrainedModel, row: Row, policy: Policy) -> None:
+        self.model, self.row, self.policy = model, row, policy
+        self._generate: Any = model.generate
+        self._generating = threading.local()
+        self._made: WeakSet[CompressedCache] = WeakSet()
+
+    def generate(self, *arguments: Any, **kwargs: Any) -> Any:
+        """Run the model's own `generate`, where what it is asked for can be done."""
+        bound = inspect.signature(self._generate).bind_partial(*arguments, **kwargs).arguments
+        self._check_generate(bound | bound.get("kwargs", {}))
+        self._generating.now = True  # its new, empty cache is not the caller's
+        try:
+            return self._generate(*arguments, **kwargs)
+        finally:
+            self._generating.now = False
+
+    def _check_generate(self, kwargs: dict[str, Any]) -> None:
+        own = kwargs.get("generation_config") or self.model.generation_config
+
+        def asked(name: str) -> Any:
+            return kwargs[name] if name in kwargs else getattr(own, name, None)
+
+        _check_cache_kind(_given_cache(kwargs))
+        if asked("use_cache") is False:
+            raise UserError(_UNCACHED)
+        if (asked("num_beams") or 1) > 1:
+            raise UserError(BEAMS)
+        for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
+            if asked(name) is not None:
+                raise UserError(
+                    f"{name} cannot be used on a compressed cache, which is made once, from the whole "
+                    "prompt. Leave it out."
+                )
+        if asked("cache_implementation") not in (None, "dynamic"):
             raise UserError(
-                "prompts must be padded on the left, without holes in the attention mask; "
-                'set tokenizer.padding_side = "left".'
+                f"cache_implementation={asked('cache_implementation')!r} would be replaced by the "
+                "compressed cache. Leave it out."
             )
-        if min(lengths) < 1:
-            raise UserError("each prompt needs at least one token that is not padding.")
-    check_sliding_window(model, tokens, 1)
-    rows = [replace(row, prompt=index) for index in range(batch)]
-    session = session_for(model, rows, [str(index) for index in range(batch)], policy=policy)
-    session.begin(lengths, _CAPACITY)
-    return session
+
+    def before(
+        self, _: torch.nn.Module, arguments: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give a forward call its compressed cache; a hook that runs before it."""
+        if arguments:
+            bound = inspect.signature(self.model.forward).bind_partial(*arguments)
+            kwargs = {**bound.arguments, **kwargs}
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        cache = _given_cache(kwargs)
+        if getattr(self._generating, "now", False) and _is_empty(cache):
+            cache = None
+        _check_cache_kind(cache)
+        self._check_call(kwargs)
+        if cache is None:
+            cache = self._first(kwargs)
+        else:
+            self._check_next(cache, kwargs)
+        placed = {"position_ids": _place(cache, kwargs)}
+        cache.let_in()
+        rest = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        return (), rest | placed | {cache_name(self.model): cache, SESSION: cache.session}
+
+    def _check_call(self, kwargs: dict[str, Any]) -> None:
+        """Refuse a forward call that cannot be compressed, whatever its cache."""
+        config = self.model.config
+        if not kwargs.get("use_cache", getattr(config, "use_cache", True)):
+            raise UserError(_UNCACHED)
+        modules = self.model.modules() if self.model.training else ()
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+            raise UserError("gradient checkpointing turns the cache off: call model.eval().")
+        if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+            raise UserError("output_attentions: on a compressed cache there are no attention maps.")
+        for name in ("attention_mask", "position_ids"):
+            if name in kwargs and (not isinstance(kwargs[name], Tensor) or kwargs[name].dim() != 2):
+                raise UserError(f"{name} must be 2-D (batch, tokens) on a compressed cache.")
+
+    def _first(self, kwargs: dict[str, Any]) -> CompressedCache:
+        """Begin a session for the batch that is about to be prefilled."""
+        batch, tokens = _batch_shape(kwargs)
+        lengths = _prompt_lengths(kwargs.get("attention_mask"), batch, tokens)
+        check_fits(self.model.config, max(lengths), 1)
+        rows = [replace(self.row, prompt=index) for index in range(batch)]
+        samples = [str(index) for index in range(batch)]
+        session = session_for(self.model, rows, samples, policy=self.policy)
+        session.begin(lengths, _CAPACITY)
+        cache = CompressedCache(session, tokens)
+        self._made.add(cache)
+        return cache
+
+    def _check_next(self, cache: CompressedCache, kwargs: dict[str, Any]) -> None:
+        """Refuse new tokens that do not follow what a cache has seen."""
+        batch, tokens = _batch_shape(kwargs)
+        session, seen = cache.session, cache.get_seq_length()
+        if cache not in self._made:
+            raise UserError(ELSEWHERE)
+        if batch != len(session.rows):
+            raise UserError(f"the batch has {batch} rows, and its cache {len(session.rows)}.")
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            wanted = cache.text_columns(seen + tokens).to(mask.device)
+            if mask.shape != wanted.shape or not bool((mask.bool() == wanted).all()):
+                raise UserError(
+                    f"attention_mask must have {seen + tokens} columns, for the {seen} tokens that the "
+                    f"cache has seen and the {tokens} new ones, and hide nothing but the prompt's "
+                    "padding: tokens after the prompt cannot be padding on a compressed cache."
+                )
+        check_fits(self.model.config, max(session.lengths), seen + tokens - cache.width)
+
+
+def _place(cache: CompressedCache, kwargs: dict[str, Any]) -> Tensor:
+    """Return the positions `(batch, n)` of new tokens in their texts; padding does not count.
+
+    Raises:
+        UserError: if others are given.
+    """
+    _, tokens = _batch_shape(kwargs)
+    seen = cache.get_seq_length()
+    device = _new_states(kwargs).device
+    columns = cache.text_columns(seen + tokens).to(device)
+    positions = (columns.cumsum(dim=-1) - 1).clamp_min(0)[:, seen:]
+    given = kwargs.get("position_ids")
+    if given is not None:
+        shown = given.shape[1] == tokens and given.shape[0] in (1, len(positions))
+        if not shown or bool(((given != positions) & columns[:, seen:]).any()):
+            raise UserError(
+                "position_ids must count each row's own tokens from 0, padding left out; those of this "
+                f"call go on at {positions[:, 0].tolist()}. Leave position_ids out."
+            )
+    return positions
+
+
+def _given_cache(kwargs: dict[str, Any]) -> Any:
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def _check_cache_kind(cache: Any) -> None:
+    if cache is not None and not isinstance(cache, CompressedCache):
+        raise UserError(_OWN_CACHE)
+
+
+def _is_empty(cache: Any) -> bool:
+    return isinstance(cache, Cache) and not cache.get_seq_length()
+
+
+def _prompt_lengths(mask: Tensor | None, batch: int, tokens: int) -> list[int]:
+    """Return the real tokens of each row of a left-padded batch. Raises `UserError` for any other."""
+    if mask is None:
+        return [tokens] * batch
+    lengths = [int(length) for length in mask.sum(dim=-1)]
+    if mask.shape != (batch, tokens) or not bool(
+        (mask.bool() == left_padded(lengths, tokens, tokens).to(mask.device)).all()
+    ):
+        raise UserError(
+            "prompts must be padded on the left, without holes in the attention mask; "
+            'set tokenizer.padding_side = "left".'
+        )
+    if min(lengths) < 1:
+        raise UserError("each prompt needs at least one token that is not padding.")
+    return lengths
+
+
+def _new_states(kwargs: dict[str, Any]) -> Tensor:
+    """Return what the new tokens are given as."""
+    for name in ("input_ids", "inputs_embeds"):
+        if name in kwargs:
+            found: Tensor = kwargs[name]
+            return found
+    raise UserError("the call has neither input_ids nor inputs_embeds.")
 
 
 def _batch_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
-    given = kwargs.get("input_ids")
-    if given is None:
-        given = kwargs["inputs_embeds"]
-    return int(given.shape[0]), int(given.shape[1])
-
-
-def _new_tokens(kwargs: dict[str, Any]) -> int:
-    return _batch_shape(kwargs)[1]
-
-
-def _check_new_tokens(model: PreTrainedModel, cache: CompressedCache, kwargs: dict[str, Any]) -> None:
-    """Refuse padding after the prompt, since rows are padded on the left only, and what outgrows a
-    sliding window."""
-    new = _new_tokens(kwargs)
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.dim() == 2 and not bool(mask[:, -new:].all()):
-        raise UserError("tokens after the prompt cannot be padding on a compressed cache.")
-    prompt = max(cache.session.lengths)
-    check_sliding_window(model, prompt, cache.get_seq_length() + new - prompt)
-
-
-def _cache_parameter(model: PreTrainedModel) -> str:
-    """Return the forward's name for the cache: `past_key_values` before transformers 5.20."""
-    parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
-def check_family(model: PreTrainedModel) -> None:
-    """Raise `UserError` for a model whose attention the engine cannot take over."""
-    kind = str(model.config.model_type)
-    if kind not in SUPPORTED:
-        raise UserError(f"model type {kind!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
+    batch, tokens = _new_states(kwargs).shape[:2]
+    return batch, tokens

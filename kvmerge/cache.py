@@ -16,6 +16,7 @@ from torch import Tensor
 from kvmerge.kernels.attention import cached_attention, weighted_attention
 from kvmerge.method import Entries
 from kvmerge.rope import Rope
+from kvmerge.softmax import Softmax
 
 Hold = Callable[[Entries, Tensor, int], Entries]
 """A row's rule after each decode step: (entries, weights `(1, heads, n)`, step) -> entries."""
@@ -36,7 +37,7 @@ class Group(Protocol):
         """Return every row to its state after prefill."""
         ...
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax) -> Tensor:
         """Append the new entries of the active rows and attend; shapes as in `cached_attention`."""
         ...
 
@@ -48,9 +49,20 @@ class Group(Protocol):
 class RowGroup:
     """Rows of one layer whose caches have the same length."""
 
-    def __init__(self, rows: Sequence[int], entries: Sequence[Entries], capacity: int) -> None:
-        """Copy the entries of each row, batch 1 each, into a buffer with room for `capacity` more."""
+    def __init__(
+        self,
+        rows: Sequence[int],
+        entries: Sequence[Entries],
+        capacity: int,
+        window: int | None = None,
+    ) -> None:
+        """Copy the entries of each row, batch 1 each, into a buffer with room for `capacity` more.
+
+        Args:
+            window: the last entries that a token sees, its own among them; None: all.
+        """
         self.rows = list(rows)
+        self.window = window
         first = entries[0]
         _, kv_heads, self.prefill_length, head_dim = first.keys.shape
         self.length = self.prefill_length
@@ -95,7 +107,7 @@ class RowGroup:
         """Count the bytes of the keys and values stored for all rows, unused room left out."""
         return self.keys[:, :, : self.length].nbytes + self.values[:, :, : self.length].nbytes
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax) -> Tensor:
         """Append the new entries of the active rows and attend; shapes as in `cached_attention`."""
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
@@ -105,9 +117,8 @@ class RowGroup:
         self.values[active, :, self.length : end] = values
         self.length = end
         bias = None if self.bias is None else self.bias[active, :, :end]
-        return cached_attention(
-            queries, self.keys[active, :, :end], self.values[active, :, :end], scale, bias
-        )
+        stored = self.keys[active, :, :end], self.values[active, :, :end]
+        return cached_attention(queries, *stored, softmax, bias, self.window)
 
 
 class SteppedRow:
@@ -153,7 +164,7 @@ class SteppedRow:
         """Count the bytes of the keys and values stored."""
         return self.entries.keys.nbytes + self.entries.values.nbytes
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax) -> Tensor:
         """Take the new tokens one at a time: attend over all that is stored, then hold."""
         outputs = []
         for token in range(keys.shape[2]):
@@ -165,7 +176,7 @@ class SteppedRow:
                 index = torch.arange(seen.shape[2], device=seen.device)
                 seen = self.rolled.rotate(seen, index - stored.positions)
                 query = self.rolled.rotate(query, index[-1:] - position)
-            out, weights = weighted_attention(query, seen, stored.values, scale, stored.bias)
+            out, weights = weighted_attention(query, seen, stored.values, softmax, stored.bias)
             if self.hold is not None:
                 stored = self.hold(stored, weights, self.steps)
             self.entries = stored
@@ -202,12 +213,14 @@ class LayerCache:
         entries: Sequence[Entries],
         capacity: int,
         stepped: Mapping[int, SteppedRow] | None = None,
+        window: int | None = None,
     ) -> None:
         """Group the rows by length; `entries[row]` has batch 1.
 
         Args:
             capacity: new tokens that each row has room for before its buffer must grow.
             stepped: rows that do not simply append, by their index.
+            window: the last entries that a token sees in this layer; None: all.
         """
         self.groups: list[Group] = list((stepped or {}).values())
         by_length: dict[int, list[int]] = {}
@@ -215,7 +228,7 @@ class LayerCache:
             if row not in (stepped or {}):
                 by_length.setdefault(entry.keys.shape[2], []).append(row)
         for rows in by_length.values():
-            self.groups.append(RowGroup(rows, [entries[row] for row in rows], capacity))
+            self.groups.append(RowGroup(rows, [entries[row] for row in rows], capacity, window))
 
     def retire(self, row: int) -> None:
         """Take a finished row out of the next steps."""
@@ -233,7 +246,7 @@ class LayerCache:
         return sum(group.nbytes() for group in self.groups)
 
     def attend(
-        self, order: Sequence[int], queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, order: Sequence[int], queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
     ) -> Tensor:
         """Attend for the active rows, given in batch order `order`."""
         slot_of = {row: slot for slot, row in enumerate(order)}
@@ -241,5 +254,5 @@ class LayerCache:
         for group in self.groups:
             slots = [slot_of[row] for row in group.rows[: group.active]]
             if slots:
-                out[slots] = group.attend(queries[slots], keys[slots], values[slots], scale)
+                out[slots] = group.attend(queries[slots], keys[slots], values[slots], softmax)
         return out

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvmerge.api import check_family
 from kvmerge.budget import Budget
 from kvmerge.cells import Cell, parse_cells
 from kvmerge.engine import RowResult, Stop, run_sample
 from kvmerge.errors import UserError
+from kvmerge.families import check_family
 from kvmerge.models import end_token_ids
 from kvmerge.resolve import load_method
 from kvmerge.session import Row
@@ -79,7 +79,7 @@ def compare(
             the model's sliding window, a chat without a template, and cells that are none, unknown or
             listed twice.
     """
-    check_family(model)
+    check_family(model.config)
     if not model.can_generate():
         raise UserError(
             f"{type(model).__name__} cannot generate; load the model with AutoModelForCausalLM."
@@ -147,7 +147,7 @@ def _line(tokenizer: PreTrainedTokenizerBase, cell: Cell, result: RowResult) -> 
         "text": tokenizer.decode(result.token_ids, skip_special_tokens=True),
         "generated_tokens": len(result.token_ids),
         "kept_entries": sum(counts) / len(counts),
-        "kv_bytes": result.stats.kv_bytes,
+        "kv_bytes": result.stats.kv_bytes + result.stats.local_bytes,
         "kl_to_full": result.fidelity.kl if result.fidelity else float("nan"),
         "top1_agreement": result.fidelity.top1 if result.fidelity else float("nan"),
     }

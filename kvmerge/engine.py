@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvmerge.hook import forward, hooked
+from kvmerge.limits import check_fits, is_past_the_switch
 from kvmerge.method import Entries, PrefillLayer
 from kvmerge.session import (
     DEFAULT_POLICY,
@@ -31,9 +32,9 @@ from kvmerge.session import (
     Row,
     RowStats,
     Stages,
-    check_sliding_window,
     session_for,
 )
+from kvmerge.softmax import Softmax
 
 _REPLAY_TOKENS = 512
 """Tokens fed at once when a text is replayed, over all rows: bounds the logits that are alive."""
@@ -67,6 +68,10 @@ class Request:
     """The switches of all rows."""
     stages: Stages = nullcontext
     """Watches where the time goes."""
+    context: int | None = None
+    """Positions that prompt and answer may take; None: the model's own."""
+    may_overrun: bool = False
+    """Whether they may take more: only protocols that are known to."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,6 @@ class Comparison:
             `first_logits`.
         """
         self.prompt_length = input_ids.shape[1]
-        check_sliding_window(self.model, self.prompt_length, capacity)
         self.session.begin([self.prompt_length], capacity)
         positions = torch.arange(self.prompt_length, device=input_ids.device).unsqueeze(0)
         logits = forward(self.model, self.session, input_ids, positions, logits_to_keep=1)
@@ -164,7 +168,7 @@ class Decoder:
         self.model = self.comparisons[0].model
 
     def attend(
-        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
     ) -> Tensor:
         """Attend in one layer; the model calls it (see `kvmerge.hook.Session`)."""
         parts = []
@@ -173,9 +177,8 @@ class Decoder:
             rows = slice(begin, begin + len(comparison.session.order))
             begin = rows.stop
             if rows.stop > rows.start:
-                parts.append(
-                    comparison.session.attend(layer_idx, queries[rows], keys[rows], values[rows], scale)
-                )
+                states = queries[rows], keys[rows], values[rows]
+                parts.append(comparison.session.attend(layer_idx, *states, softmax))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.inference_mode()
@@ -305,6 +308,11 @@ def run_samples(model: PreTrainedModel, requests: Sequence[Request], stop: Stop)
     Raises:
         UserError: if the model cannot hold a prompt and its answer, or a method the budget.
     """
+    parts = _parts(model, requests, [stop.max_new_tokens] * len(requests))
+    return _in_order(parts, lambda part: _generate(model, [requests[i] for i in part], stop))
+
+
+def _generate(model: PreTrainedModel, requests: Sequence[Request], stop: Stop) -> list[Result]:
     with hooked(model):
         samples = [_Sample(model, request, stop.max_new_tokens) for request in requests]
         started = time.perf_counter()
@@ -365,6 +373,15 @@ def score_continuations(
     Returns:
         results with `nll` set and without tokens.
     """
+    parts = _parts(model, requests, [len(text) for text in texts])
+    return _in_order(
+        parts, lambda part: _score(model, [requests[i] for i in part], [texts[i] for i in part])
+    )
+
+
+def _score(
+    model: PreTrainedModel, requests: Sequence[Request], texts: Sequence[Sequence[int]]
+) -> list[Result]:
     with hooked(model):
         samples = [
             _Sample(model, request, len(text)) for request, text in zip(requests, texts, strict=True)
@@ -380,6 +397,38 @@ def score_continuations(
         ]
         results.append((sample.in_order(rows), Timing(sample.seconds, decode=seconds)))
     return results
+
+
+def _parts(
+    model: PreTrainedModel, requests: Sequence[Request], answers: Sequence[int]
+) -> list[list[int]]:
+    """Refuse what the model cannot hold; return which requests its rotation can serve together.
+
+    Args:
+        answers: the most tokens that each request's answer may have.
+    """
+    sides: dict[bool, list[int]] = {}
+    for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        length = request.input_ids.shape[1]
+        check_fits(
+            model.config,
+            length,
+            answer,
+            context=request.context,
+            may_overrun=request.may_overrun,
+        )
+        sides.setdefault(is_past_the_switch(model.config, length), []).append(index)
+    return list(sides.values())
+
+
+def _in_order(
+    parts: Sequence[Sequence[int]], run: Callable[[Sequence[int]], Sequence[Result]]
+) -> list[Result]:
+    """Run parts of a list of requests one after the other; return the results in the list's order."""
+    results: dict[int, Result] = {}
+    for part in parts:
+        results |= zip(part, run(part), strict=True)
+    return [results[index] for index in sorted(results)]
 
 
 class _Sample:

@@ -8,22 +8,30 @@ keeps the cache.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from kvmerge.errors import UserError
+from kvmerge.softmax import Softmax, plain
+
 NAME = "kvmerge"
 SESSION = "kvmerge_session"
 """Keyword of the model's forward that carries the session down to the attention function."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a model's forward may call its cache: the second before transformers 5.20, accepted since."""
 
 
 class Session(Protocol):
     """What owns the cache during a forward pass."""
 
     def attend(
-        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
     ) -> Tensor:
         """Attend with the new tokens of one layer and take their keys and values over.
 
@@ -31,6 +39,7 @@ class Session(Protocol):
             queries: `(batch, heads, n, head_dim)` of the new tokens.
             keys: `(batch, kv_heads, n, head_dim)` of the new tokens.
             values: `(batch, kv_heads, n, head_dim)` of the new tokens.
+            softmax: the layer's.
 
         Returns:
             `(batch, heads, n, head_dim)`.
@@ -45,16 +54,22 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     session: Session | None = kwargs.get(SESSION)
     if session is None:
-        raise RuntimeError(
-            f"attention implementation {NAME!r} was called outside a session; "
-            "use `kvmerge.hook.hooked(model)` and pass a session to the model's forward."
+        raise UserError(
+            "the model's attention is taken over by kvmerge, and this call did not come through the "
+            "model's own forward. Call the whole model, inside the `with compressed(...)` block."
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = session.attend(int(module.layer_idx), query, key, value, scale)  # type: ignore[arg-type]
+    if dropout:
+        raise UserError("the model is being trained, with dropout in its attention: call model.eval().")
+    scale = plain(query.shape[-1]).scale if scaling is None else scaling
+    softmax = Softmax(scale, softcap, s_aux)
+    out = session.attend(int(module.layer_idx), query, key, value, softmax)  # type: ignore[arg-type]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -67,16 +82,48 @@ def _no_mask(**_: Any) -> None:
 AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, _no_mask)
 
+_taken: set[int] = set()
+"""Configurations whose attention implementation is ours now, by `id`: they are what is changed."""
+_taking = threading.Lock()
+
 
 @contextlib.contextmanager
 def hooked(model: PreTrainedModel) -> Iterator[None]:
-    """Route the model's attention to sessions inside the block, and restore it afterwards."""
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    """Route the model's attention to sessions inside the block, and restore it afterwards.
+
+    Raises:
+        UserError: if another block holds the model, in this thread or another, or a model that shares
+            its configuration; and for a model that does not let its attention be replaced.
+    """
+    owned = id(model.config)
+    with _taking:
+        if owned in _taken:
+            raise UserError(
+                "this model is inside another block or run of kvmerge already, here or in another "
+                "thread. Leave that one first: a model serves one method and budget at a time."
+            )
+        _taken.add(owned)
     try:
-        yield
+        previous = model.config._attn_implementation
+        try:
+            model.set_attn_implementation(NAME)
+            if model.config._attn_implementation != NAME:
+                raise UserError(
+                    f"{type(model).__name__} does not let its attention be replaced: it does not use "
+                    "transformers' AttentionInterface."
+                )
+            yield
+        finally:
+            model.set_attn_implementation(previous)
     finally:
-        model.set_attn_implementation(previous)
+        with _taking:
+            _taken.discard(owned)
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Return what a model's forward calls its cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in parameters)
 
 
 def forward(

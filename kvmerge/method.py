@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvmerge.rope import Rope
+from kvmerge.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class PrefillLayer:
     """`(batch, kv_heads, T)` float32 attention column sums; None for methods that need none."""
     layer_idx: int
     num_layers: int
-    scale: float
-    """Factor on the attention logits."""
+    softmax: Softmax
+    """How the layer turns products of queries and keys into weights."""
     rope: Rope | None = None
     """Moves keys between positions, for methods that declared `needs_rope`."""
 
@@ -175,6 +176,13 @@ def keep_all(layer: PrefillLayer) -> Entries:
     batch, kv_heads, length, _ = layer.keys.shape
     positions = torch.arange(length, device=layer.keys.device).expand(batch, kv_heads, length)
     return Entries(layer.keys, layer.values, positions, scores=layer.scores)
+
+
+def tail(layer: PrefillLayer, count: int) -> Entries:
+    """Keep the last `count` tokens of a layer, or all where there are fewer."""
+    kept = keep_all(layer)
+    first = max(0, layer.length - count)
+    return Entries(kept.keys[:, :, first:], kept.values[:, :, first:], kept.positions[..., first:])
 
 
 def pick(entries: Entries, slots: Tensor) -> Entries:

@@ -6,16 +6,19 @@ to another by rotating it by their difference; nothing has to be stored unrotate
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvmerge.errors import UserError
 
 _FIXED_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the text."""
+_UNTURNED = ("cohere2", "exaone4", "smollm3")
+"""Model types of which some layers have no rotation."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,41 @@ class Rope:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Rope:
-        """Read a model's rotary embedding. Raise `UserError` where its angles are not fixed."""
+        """Read a model's rotary embedding.
+
+        Raises:
+            UserError: where its angles are not fixed, not the same in all layers, or turn other pairs
+                of dimensions than `rotate` does.
+        """
+        kind = model.config.model_type
         embedding = getattr(model.base_model, "rotary_emb", None)
-        kind = getattr(embedding, "rope_type", None)
-        if embedding is None or kind not in _FIXED_TYPES:
+        rope_type = getattr(embedding, "rope_type", None)
+        if embedding is None or rope_type not in _FIXED_TYPES:
             raise UserError(
-                f"{model.config.model_type} with RoPE type {kind!r} cannot rotate cached keys; "
+                f"{kind} with RoPE type {rope_type!r} cannot rotate cached keys; "
                 f"supported types: {', '.join(_FIXED_TYPES)}."
             )
-        return cls(embedding.inv_freq.float())
+        rope = cls(embedding.inv_freq.float())
+        if kind in _UNTURNED or not rope._agrees_with(model, embedding):
+            raise UserError(
+                f"{kind} cannot rotate cached keys: not all of its layers are turned, or not in halves "
+                "of a head."
+            )
+        return rope
+
+    def _agrees_with(self, model: PreTrainedModel, embedding: nn.Module) -> bool:
+        """Return whether moving a state gives what the model's own code gives at the other place."""
+        apply = vars(sys.modules[type(model).__module__]).get("apply_rotary_pos_emb")
+        if apply is None:
+            return False
+        width = 2 * len(self.frequencies)
+        state = torch.linspace(-1, 1, width, device=self.frequencies.device).view(1, 1, 1, width)
+        before, after = (
+            apply(state, state, *embedding(state, torch.tensor([[place]], device=state.device)))[0]
+            for place in (3, 10)
+        )
+        moved = self.rotate(before, torch.tensor(7, device=state.device))
+        return torch.allclose(moved, after, atol=1e-4)
 
     def rotate(self, states: Tensor, by: Tensor) -> Tensor:
         """Rotate states by some positions.

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from kvmerge.softmax import Softmax, plain
+
 Visible = Callable[[Tensor, Tensor], Tensor]
 """Which columns rows may see: `(rows, 1)` and `(columns,)` indices -> `(rows, columns)` bool."""
 
@@ -30,17 +32,19 @@ def column_sums(
     causal: bool = True,
     scale: float | None = None,
     lengths: Tensor | None = None,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """Sum each column of the softmax attention map over its rows and over the heads of a group.
 
     Args:
         queries: `(batch, heads, T, head_dim)`, after RoPE.
         keys: `(batch, kv_heads, T, head_dim)`, after RoPE; query head `h` uses KV head `h // G`.
-        lse: `(batch, heads, T)`, natural log of the sum of exp(scaled logits) of each row, as
-            attention kernels return it; None computes it here.
+        lse: `(batch, heads, T)`, natural log of the sum of exp(logits) of each row, its sink among
+            them, as attention kernels return it; None computes it here.
         causal: whether row `i` sees only columns `<= i`.
         scale: factor on the logits; None means `1 / sqrt(head_dim)`.
         lengths: `(batch,)` real tokens of left-padded rows; padded columns get 0.
+        softmax: the layer's, with a scale of its own; None means a plain one.
 
     Returns:
         `(batch, kv_heads, T)` float32 (docs/methods.md). Without padding each KV head sums to `G * T`.
@@ -57,38 +61,41 @@ def column_sums(
         )
     if lse is not None and lse.shape != (batch, heads, length):
         raise ValueError(f"lse has shape {tuple(lse.shape)}, not {(batch, heads, length)}.")
-    if lse is not None and queries.is_cuda and find_spec("triton") is not None:
+    if softmax is None:
+        softmax = plain(head_dim) if scale is None else Softmax(scale)
+    if lse is not None and softmax.is_plain and queries.is_cuda and find_spec("triton") is not None:
         from kvmerge.kernels import (
             column_sums_triton as kernel,  # CPU builds of torch come without Triton
         )
 
         if kernel.available(queries):
-            return kernel.column_sums(queries, keys, lse, causal=causal, scale=scale, lengths=lengths)
-    scale = head_dim**-0.5 if scale is None else scale
+            return kernel.column_sums(
+                queries, keys, lse, causal=causal, scale=softmax.scale, lengths=lengths
+            )
     sums = torch.zeros(batch, kv_heads, length, dtype=torch.float32, device=queries.device)
     for row in range(batch):
         start = 0 if lengths is None else length - int(lengths[row])
         row_lse = None if lse is None else lse[row, :, start:]
         sums[row, :, start:] = _row_column_sums(
-            queries[row, :, start:], keys[row, :, start:], row_lse, causal, scale
+            queries[row, :, start:], keys[row, :, start:], row_lse, causal, softmax
         )
     return sums
 
 
-def last_rows(queries: Tensor, keys: Tensor, rows: int, *, scale: float | None = None) -> Tensor:
+def last_rows(queries: Tensor, keys: Tensor, rows: int, *, softmax: Softmax | None = None) -> Tensor:
     """Return the last rows of the causal softmax attention map.
 
     Args:
         queries: `(batch, heads, T, head_dim)`, after RoPE.
         keys: `(batch, kv_heads, T, head_dim)`, after RoPE; query head `h` uses KV head `h // G`.
         rows: how many rows.
-        scale: factor on the logits; None means `1 / sqrt(head_dim)`.
+        softmax: the layer's; None means a plain one.
 
     Returns:
         `(batch, heads, rows, T)` float32.
     """
     length = keys.shape[2]
-    return attention_rows(queries, keys, length - rows, length, scale=scale)
+    return attention_rows(queries, keys, length - rows, length, softmax=softmax)
 
 
 def attention_rows(
@@ -97,7 +104,7 @@ def attention_rows(
     begin: int,
     end: int,
     *,
-    scale: float | None = None,
+    softmax: Softmax | None = None,
     visible: Visible | None = None,
 ) -> Tensor:
     """Return some rows of the causal softmax attention map, of all columns before `end`.
@@ -107,22 +114,22 @@ def attention_rows(
         keys: `(batch, kv_heads, T, head_dim)`, after RoPE; query head `h` uses KV head `h // G`.
         begin: first row.
         end: the row after the last.
-        scale: factor on the logits; None means `1 / sqrt(head_dim)`.
+        softmax: the layer's; None means a plain one.
         visible: which of the columns up to its own a row may see; None means all.
 
     Returns:
         `(batch, heads, end - begin, end)` float32.
     """
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
-    scale = head_dim**-0.5 if scale is None else scale
+    softmax = softmax or plain(head_dim)
     grouped = queries[:, :, begin:end].unflatten(1, (kv_heads, -1)).float()
-    logits = torch.einsum("bhgrd,bhtd->bhgrt", grouped, keys[:, :, :end].float()) * scale
+    logits = softmax.logits(torch.einsum("bhgrd,bhtd->bhgrt", grouped, keys[:, :, :end].float()))
     columns = torch.arange(end, device=keys.device)
     rows = columns[begin:, None]
     hidden = columns > rows
     if visible is not None:
         hidden |= ~visible(rows, columns)
-    return logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1).flatten(1, 2)
+    return softmax.weights(logits.masked_fill_(hidden, float("-inf"))).flatten(1, 2)
 
 
 def attention_blocks(
@@ -130,7 +137,7 @@ def attention_blocks(
     keys: Tensor,
     *,
     begin: int = 0,
-    scale: float | None = None,
+    softmax: Softmax | None = None,
     visible: Visible | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the attention map from row `begin` on, in blocks of rows, so that it never exists whole.
@@ -142,7 +149,7 @@ def attention_blocks(
     block = _block_rows(heads, length)
     for first in range(begin, length, block):
         last = min(first + block, length)
-        yield first, attention_rows(queries, keys, first, last, scale=scale, visible=visible)
+        yield first, attention_rows(queries, keys, first, last, softmax=softmax, visible=visible)
 
 
 def head_column_sums(
@@ -150,7 +157,7 @@ def head_column_sums(
     keys: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
-    scale: float | None = None,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """Sum columns as `column_sums` does, but of each query head, and rounded if wanted.
 
@@ -158,14 +165,14 @@ def head_column_sums(
         queries: `(batch, heads, T, head_dim)`, after RoPE.
         keys: `(batch, kv_heads, T, head_dim)`, after RoPE.
         dtype: weights are rounded to it before the sum, and the sums after it.
-        scale: factor on the logits; None means `1 / sqrt(head_dim)`.
+        softmax: the layer's; None means a plain one.
 
     Returns:
         `(batch, heads, T)` float32.
     """
     batch, heads, length, _ = queries.shape
     sums = torch.zeros(batch, heads, length, dtype=torch.float32, device=queries.device)
-    for _, weights in attention_blocks(queries, keys, scale=scale):
+    for _, weights in attention_blocks(queries, keys, softmax=softmax):
         sums[..., : weights.shape[-1]] += weights.to(dtype).float().sum(dim=2)
     return sums.to(dtype).float()
 
@@ -176,7 +183,7 @@ def _block_rows(heads: int, length: int) -> int:
 
 
 def _row_column_sums(
-    queries: Tensor, keys: Tensor, lse: Tensor | None, causal: bool, scale: float
+    queries: Tensor, keys: Tensor, lse: Tensor | None, causal: bool, softmax: Softmax
 ) -> Tensor:
     """Sum the columns of one sequence: queries `(heads, T, D)`, keys `(kv_heads, T, D)`."""
     heads, length, head_dim = queries.shape
@@ -193,14 +200,14 @@ def _row_column_sums(
         end = min(begin + block, length)
         rows = end - begin
         visible = end if causal else length
-        tile = grouped[:, :, begin:end].reshape(kv_heads, group * rows, head_dim) * scale
-        logits = torch.bmm(tile, keys_t[:, :, :visible])
+        tile = grouped[:, :, begin:end].reshape(kv_heads, group * rows, head_dim)
+        logits = softmax.capped(torch.bmm(tile * softmax.scale, keys_t[:, :, :visible]))
         by_head = logits.view(kv_heads, group, rows, visible)
         if causal:
             future = torch.ones(rows, rows, dtype=torch.bool, device=queries.device).triu_(1)
             by_head[..., begin:end].masked_fill_(future, float("-inf"))
         if lse is None:
-            weights = torch.softmax(logits, dim=-1)
+            weights = softmax.weights(by_head).view(logits.shape)
         else:
             shift = lse.unflatten(0, (kv_heads, group))[:, :, begin:end].reshape(kv_heads, -1, 1)
             weights = logits.sub_(shift).exp_()

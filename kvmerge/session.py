@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from kvmerge.budget import Budget, at_least_one
 from kvmerge.cache import Hold, LayerCache, SteppedRow
 from kvmerge.errors import UserError, unknown
+from kvmerge.families import local_windows
 from kvmerge.kernels.attention import attention_and_scores, masked_attention
-from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all
+from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, tail
 from kvmerge.rope import Rope
 from kvmerge.scores import column_sums
+from kvmerge.softmax import Softmax
 
 DECODE_POLICIES = ("append", "hold")
 POSITIONS = ("absolute", "rolled")
@@ -76,7 +78,12 @@ class Policy:
         return method.acts_on_decode or (self.decode_policy == "hold" and method.holds)
 
     def allowance(
-        self, budget: Budget, length: int, layer_idx: int, num_layers: int
+        self,
+        budget: Budget,
+        length: int,
+        layer_idx: int,
+        num_layers: int,
+        local: frozenset[int] = frozenset(),
     ) -> tuple[int, float]:
         """Return the entries per KV head of one layer, and the same as a fraction of the prompt.
 
@@ -85,6 +92,7 @@ class Policy:
             length: tokens of the prompt.
             layer_idx: the layer.
             num_layers: layers of the model.
+            local: layers that are left to a window of their own, which no budget counts.
 
         Raises:
             UserError: if a skipped layer does not exist, or those skipped alone exceed the budget.
@@ -93,12 +101,13 @@ class Policy:
             return budget.entries(length), budget.fraction(length)
         if not all(-num_layers <= layer < num_layers for layer in self.layers_skip):
             raise UserError(f"layers_skip={list(self.layers_skip)}: the model has {num_layers} layers.")
-        skipped = {layer % num_layers for layer in self.layers_skip}
+        skipped = {layer % num_layers for layer in self.layers_skip} - local
+        counted = num_layers - len(local)
         if layer_idx in skipped:
             return length, 1.0
         share = budget.fraction(length)
         if self.skip_budget == "compensated":
-            share = (num_layers * share - len(skipped)) / (num_layers - len(skipped))
+            share = (counted * share - len(skipped)) / (counted - len(skipped))
         if share <= 0:
             raise UserError(
                 f"layers_skip={list(self.layers_skip)} alone keeps more than the budget {budget}; "
@@ -126,9 +135,12 @@ class RowStats:
     """What a row keeps of the prompt, measured on the tensors."""
 
     entries: list[list[int]] = field(default_factory=list)
-    """Entries kept, by layer and KV head."""
+    """Entries kept, by layer and KV head, of the layers that a budget counts: not of those with a
+    window of their own."""
     kv_bytes: int = 0
     """Bytes of the keys and values of those entries."""
+    local_bytes: int = 0
+    """Bytes of the keys and values of layers with a window of their own."""
     size_bytes: int = 0
     """Bytes of what is stored beside them (set sizes, logit biases)."""
     represented: list[list[int]] | None = None
@@ -174,6 +186,7 @@ class CacheSession:
         rope: Rope | None = None,
         policy: Policy = DEFAULT_POLICY,
         stages: Stages = nullcontext,
+        windows: Sequence[int | None] | None = None,
     ) -> None:
         """Prepare rows.
 
@@ -185,6 +198,8 @@ class CacheSession:
             rope: the model's rotation, for rows that need it.
             policy: the switches of all rows.
             stages: watches where the time goes.
+            windows: for each layer, the last tokens that it is left to; None: all are kept, or what a
+                method keeps. None for all: no layer has a window.
 
         Raises:
             UserError: if a row cannot be combined with the others, or with the policy.
@@ -195,9 +210,11 @@ class CacheSession:
             raise UserError("a method that alters the prefill cannot share it; run it on its own.")
         self.rope, self.policy, self.stages = rope, policy, stages
         self._held: list[list[PrefillLayer]] = []
-        self._allocated: dict[int, list[int]] = {}
+        self._allocated: dict[int, dict[int, int]] = {}
         self.rows = list(rows)
         self.num_layers = num_layers
+        self.windows = list(windows or [None] * num_layers)
+        self._local = frozenset(i for i, window in enumerate(self.windows) if window is not None)
         self.sample_ids = list(sample_ids)
         self.observer = observer
         self.stats = [RowStats() for _ in rows]
@@ -217,41 +234,50 @@ class CacheSession:
         self.lengths, self.capacity = list(lengths), capacity
 
     def attend(
-        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
     ) -> Tensor:
         """Attend in one layer; the model calls it (see `kvmerge.hook.Session`)."""
         if layer_idx < len(self.layers):
             with self.stages(CACHE):
-                return self.layers[layer_idx].attend(self.order, queries, keys, values, scale)
+                return self.layers[layer_idx].attend(self.order, queries, keys, values, softmax)
         out = torch.zeros_like(queries)
         layers = []
         for prompt, length in enumerate(self.lengths):
             real = (slice(prompt, prompt + 1), slice(None), slice(queries.shape[2] - length, None))
             layer, out[real] = self._prefill_layer(
-                prompt, layer_idx, queries[real], keys[real], values[real], scale
+                prompt, layer_idx, queries[real], keys[real], values[real], softmax
             )
             layers.append(layer)
         self._take(layers)
         return out
 
     def _prefill_layer(
-        self, prompt: int, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self,
+        prompt: int,
+        layer_idx: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        softmax: Softmax,
     ) -> tuple[PrefillLayer, Tensor]:
         """Attend to one prompt in one layer; return what the compressors are handed, and the output."""
         indices = [index for index, row in enumerate(self.rows) if row.prompt == prompt]
         first = indices[0]
-        alters = self.rows[first].method.alters_prefill  # such a row has its prefill to itself
+        window = self.windows[layer_idx]
+        # such a row has its prefill to itself
+        alters = self.rows[first].method.alters_prefill and window is None
         allowance = self._allowance(first, layer_idx) if alters else None
-        layer = PrefillLayer(queries, keys, values, None, layer_idx, self.num_layers, scale, self.rope)
-        scored = any(self._wants_scores(index, layer.length) for index in indices)
+        states = queries, keys, values
+        layer = PrefillLayer(*states, None, layer_idx, self.num_layers, softmax, self.rope)
+        scored = window is None and any(self._wants_scores(i, layer.length) for i in indices)
         with self.stages(ATTENTION):
             if allowance is not None and allowance.n_keep < layer.length:
-                scores = column_sums(queries, keys, scale=scale) if scored else None
+                scores = column_sums(queries, keys, softmax=softmax) if scored else None
                 layer = replace(layer, scores=scores)
                 visible = self.rows[first].method.visible(layer, allowance)
-                out = masked_attention(queries, keys, values, scale, visible)
+                out = masked_attention(*states, softmax, visible)
             else:
-                out, scores = attention_and_scores(queries, keys, values, scale, scored=scored)
+                out, scores = attention_and_scores(*states, softmax, scored=scored, window=window)
                 layer = replace(layer, scores=scores)
         check_finite(layer)
         return layer, out
@@ -262,18 +288,25 @@ class CacheSession:
         allocating = [index for index, row in enumerate(self.rows) if row.method.allocates]
         if allocating and len(self._held) < self.num_layers:
             return
+        counted = [held for layer_idx, held in enumerate(self._held) if layer_idx not in self._local]
         for index in allocating:
             prompt = self.rows[index].prompt
-            of_prompt = [held[prompt] for held in self._held]
-            allowance = self._allowance(index, 0)
+            of_prompt = [held[prompt] for held in counted]
+            allowance = self._allowance(index, of_prompt[0].layer_idx)
             if allowance.n_keep < self.lengths[prompt]:
-                self._allocated[index] = self.rows[index].method.allocate(of_prompt, allowance)
+                shares = self.rows[index].method.allocate(of_prompt, allowance)
+                self._allocated[index] = {
+                    layer.layer_idx: share for layer, share in zip(of_prompt, shares, strict=True)
+                }
         for held in self._held:
             self._store(held)
         self._held = []
 
     def _store(self, layers: Sequence[PrefillLayer]) -> None:
         layer_idx = layers[0].layer_idx
+        if layer_idx in self._local:
+            self._store_window(layers)
+            return
         entries = [self._compress(i, layers[row.prompt]) for i, row in enumerate(self.rows)]
         stepped = {
             index: SteppedRow(
@@ -287,6 +320,15 @@ class CacheSession:
             if self.policy.rolled or self.policy.decides(row.method)
         }
         self.layers.append(LayerCache(entries, self.capacity, stepped))
+
+    def _store_window(self, layers: Sequence[PrefillLayer]) -> None:
+        """Keep what the window of a local layer still holds at the next token, for every row alike."""
+        window = self.windows[layers[0].layer_idx]
+        assert window is not None
+        entries = [tail(layers[row.prompt], window - 1) for row in self.rows]
+        for stats, kept in zip(self.stats, entries, strict=True):
+            stats.local_bytes += kept.keys.nbytes + kept.values.nbytes
+        self.layers.append(LayerCache(entries, self.capacity, window=window))
 
     def retire(self, row: int) -> None:
         """Take a finished row out of the next forward passes."""
@@ -332,7 +374,9 @@ class CacheSession:
         if index in self._allocated:
             n_keep = min(self._allocated[index][layer_idx], length)
             return Allowance(n_keep, n_keep / length, generator)
-        n_keep, share = self.policy.allowance(row.budget, length, layer_idx, self.num_layers)
+        n_keep, share = self.policy.allowance(
+            row.budget, length, layer_idx, self.num_layers, self._local
+        )
         return Allowance(n_keep, share, generator)
 
     def _hold_rule(self, index: int, layer_idx: int) -> Hold | None:
@@ -360,8 +404,8 @@ def session_for(
     """Return a session for a model, with its rotation where a row needs it."""
     turns = policy.rolled or any(row.method.needs_rope for row in rows)
     rope = Rope.of(model) if turns else None
-    layers = model.config.num_hidden_layers
-    return CacheSession(rows, layers, sample_ids, observer, rope, policy, stages)
+    windows = local_windows(model.config)
+    return CacheSession(rows, len(windows), sample_ids, observer, rope, policy, stages, windows)
 
 
 def seeded_generator(
@@ -374,20 +418,6 @@ def seeded_generator(
     parts = [seed, sample_id, layer_idx, *([] if step is None else [step])]
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def check_sliding_window(model: PreTrainedModel, prompt: int, answer: int) -> None:
-    """Refuse what does not fit a model's sliding window, which this engine does not apply."""
-    config = model.config
-    window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return
-    if prompt + answer > window:
-        raise UserError(
-            f"{config.model_type} attends only within a sliding window of {window} tokens; the prompt "
-            f"has {prompt} and the answer up to {answer}. Shorten the prompt (model.max_length) or "
-            "choose a model without a sliding window."
-        )
 
 
 def check_finite(layer: PrefillLayer) -> None:

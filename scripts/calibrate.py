@@ -24,6 +24,7 @@ from kvmerge import merging
 from kvmerge.budget import Budget
 from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
+from kvmerge.families import windows
 from kvmerge.files import write_atomically
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Entries, PrefillLayer
@@ -55,7 +56,12 @@ class Links:
         self.by_layer.setdefault(layer_idx, []).append((links, allowance.n_keep))
 
     def threshold(self, layer_idx: int) -> float:
-        """Return the threshold at which the mean number of entries is the budget's."""
+        """Return the threshold at which the mean number of entries is the budget's.
+
+        A layer that is left to a window of its own has none: 1, which links nothing, holds its place.
+        """
+        if layer_idx not in self.by_layer:
+            return 1.0
         low, high = -1.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
@@ -115,12 +121,13 @@ def calibrate(settings: Settings) -> Path:
         raise UserError(f"budget={cell.budget} holds every prompt; lower it, or take longer prompts.")
     path = OUT / f"{settings.model.name}@{cell.budget}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    layers = len(windows(model.config))
     content = {
         "model": settings.model.name,
         "benchmark": settings.benchmark.name,
         "samples": len(jobs),
         "cell": cell.name,
-        "thresholds": [links.threshold(layer) for layer in sorted(links.by_layer)],
+        "thresholds": [links.threshold(layer) for layer in range(layers)],
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path

@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -25,6 +27,7 @@ from transformers import (
 from kvmerge.engine import Comparison, Decoder
 from kvmerge.method import PrefillLayer
 from kvmerge.scores import column_sums
+from kvmerge.softmax import plain
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -36,6 +39,21 @@ FAMILIES = {
 VOCABULARY = 97
 LAYERS, HEADS, HEAD_DIM = 2, 4, 16
 
+SETTINGS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HEADS * HEAD_DIM,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Of every model: weights are large, so that attention is uneven."""
+
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 """Property tests: the same examples on every run, few enough for every commit."""
 
@@ -43,23 +61,31 @@ quick = settings(max_examples=40, deadline=None, derandomize=True)
 def new_model(family: str = "llama", kv_heads: int = 2, **changes: object) -> PreTrainedModel:
     """A model of its own for a test that changes it. Its weights are large: attention is uneven."""
     config_class, model_class = FAMILIES[family]
-    settings_ = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HEADS * HEAD_DIM,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": kv_heads,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    settings_ = SETTINGS | {"num_key_value_heads": kv_heads}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return model_class(config_class(**(settings_ | changes))).eval()
+
+
+_OWN_NAMES = {
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": HEADS * HEAD_DIM, "init_std": 0.3},
+}
+"""Settings that a family calls otherwise."""
+
+
+def any_model(kind: str, **changes: object) -> PreTrainedModel:
+    """A model of any supported type, its own; those with local layers have one that sees all."""
+    settings_ = SETTINGS | {"num_key_value_heads": 2} | _OWN_NAMES.get(kind, {})
+    usual = AutoConfig.for_model(kind)
+    if "sliding_attention" in (getattr(usual, "layer_types", None) or ()) and kind != "mistral":
+        kinds = ["sliding_attention"] * 3 + ["full_attention"]
+        settings_ |= {"num_hidden_layers": 4, "sliding_window": 16, "layer_types": kinds}
+    if kind == "gemma2":
+        settings_ |= {"attn_logit_softcapping": 3.0}  # low, so that it is felt
+    config = AutoConfig.for_model(kind, **(settings_ | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 @cache
@@ -96,7 +122,7 @@ def layer(
     values = normal(1, kv_heads, length, head_dim, seed=seed + 2)
     if scores is None:
         scores = column_sums(queries, keys)
-    return PrefillLayer(queries, keys, values, scores, 0, LAYERS, head_dim**-0.5)
+    return PrefillLayer(queries, keys, values, scores, 0, LAYERS, plain(head_dim))
 
 
 def replayed(comparison: Comparison, text: Sequence[int]) -> Tensor:

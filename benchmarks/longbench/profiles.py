@@ -33,12 +33,18 @@ class Profile:
     """From tokenizer, filled prompt, task and the model's format to what is fed to prefill."""
     min_new_tokens: int = 0
     """Tokens before which no answer of any task ends."""
+    may_overrun: bool = False
+    """Whether its prompts leave less than the answer's room in the model's context."""
     notes: tuple[str, ...] = ()
     """What a reader of its results must know."""
 
     def adapt(self, task: Task) -> Task:
         """Return a task as this protocol runs it."""
-        return replace(task, min_new_tokens=max(task.min_new_tokens, self.min_new_tokens))
+        return replace(
+            task,
+            min_new_tokens=max(task.min_new_tokens, self.min_new_tokens),
+            may_overrun=self.may_overrun,
+        )
 
 
 def _encode_official(
@@ -76,6 +82,7 @@ _PROFILES = {
             "kcf",
             _encode_kcf,
             min_new_tokens=1,
+            may_overrun=True,
             notes=(
                 "Profile kcf: prompts as in KVCache-Factory (commit c97f9d7), not as in LongBench, so "
                 "scores compare with that repository's only. Llama-2: wrapped as `[INST] ... [/INST]` "

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvmerge.kernels import cpu
+from kvmerge.kernels import tiled
 from kvmerge.scores import column_sums
+from kvmerge.softmax import Softmax
 
 
 def attention_and_scores(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, scored: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    softmax: Softmax,
+    *,
+    scored: bool,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend causally over a whole prompt, and sum how much of it each key received.
 
@@ -22,15 +29,22 @@ def attention_and_scores(
         queries: `(1, heads, T, head_dim)`.
         keys: `(1, kv_heads, T, head_dim)`.
         values: `(1, kv_heads, T, head_dim)`.
+        softmax: the layer's.
         scored: whether the scores are wanted.
+        window: the last tokens that a row sees, itself among them; None: all before it.
 
     Returns:
         output `(1, heads, T, head_dim)`; column sums `(1, kv_heads, T)` float32, or None.
     """
-    if cpu.suits(queries):
-        return cpu.attend(queries, keys, values, scale, scored=scored)
-    out, lse = prefill_attention(queries, keys, values, scale)
-    return out, column_sums(queries, keys, lse, scale=scale) if scored else None
+    if tiled.suits(queries):
+        return tiled.attend(queries, keys, values, softmax, scored=scored, window=window)
+    if window is not None or not softmax.is_plain:
+        out, sums = tiled.attend(
+            queries.float(), keys.float(), values.float(), softmax, scored=scored, window=window
+        )
+        return out.to(values.dtype), sums
+    out, lse = prefill_attention(queries, keys, values, softmax.scale)
+    return out, column_sums(queries, keys, lse, softmax=softmax) if scored else None
 
 
 def prefill_attention(
@@ -92,7 +106,12 @@ def _kernel_params(queries: Tensor, keys: Tensor, values: Tensor) -> torch.backe
 
 
 def cached_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    softmax: Softmax,
+    bias: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attend with `n` new tokens over a cache whose last `n` entries are their own.
 
@@ -100,31 +119,53 @@ def cached_attention(
         queries: `(rows, heads, n, head_dim)`.
         keys: `(rows, kv_heads, length, head_dim)`, a view into a larger buffer is fine.
         values: `(rows, kv_heads, length, head_dim)`.
+        softmax: the layer's.
         bias: `(rows, kv_heads, length)` added to the logits, or None.
+        window: the last entries that a token sees, its own among them; None: all.
 
     Returns:
         `(rows, heads, n, head_dim)`.
     """
     rows, heads, n_new, head_dim = queries.shape
+    if window is not None:  # nothing before the first token's window is seen
+        seen = slice(max(0, keys.shape[2] - window - n_new + 1), None)
+        keys, values = keys[:, :, seen], values[:, :, seen]
+        bias = None if bias is None else bias[:, :, seen]
     kv_heads, length = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     # The query heads of a group become rows of one attention over their KV head: no repeated keys.
     packed = queries.reshape(rows, kv_heads, group * n_new, head_dim)
     mask = None
     if n_new > 1:
+        hidden = torch.ones(n_new, length, dtype=torch.bool, device=queries.device)
+        hidden = hidden.triu(length - n_new + 1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril_(length - n_new - window)
         mask = torch.zeros(n_new, length, dtype=queries.dtype, device=queries.device)
-        future = torch.ones(n_new, n_new, dtype=torch.bool, device=queries.device).triu_(1)
-        mask[:, length - n_new :].masked_fill_(future, float("-inf"))
-        mask = mask.repeat(group, 1)
+        mask = mask.masked_fill_(hidden, float("-inf")).repeat(group, 1)
     if bias is not None:
         wide = bias.to(queries.dtype).unsqueeze(2)
         mask = wide.expand(-1, -1, packed.shape[2], -1) if mask is None else mask + wide
-    out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+    if softmax.is_plain:
+        out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=softmax.scale)
+    else:
+        out = _whole_map(packed, keys, values, softmax, mask, n_new)
     return out.reshape(rows, heads, n_new, head_dim)
 
 
+def _whole_map(
+    packed: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, mask: Tensor | None, n_new: int
+) -> Tensor:
+    """Attend as `cached_attention` does, by logits in float32 that a softmax of any kind is made of."""
+    logits = softmax.logits(torch.matmul(packed, keys.transpose(2, 3)).float())
+    if mask is not None:
+        logits = logits + mask
+    weights = softmax.weights(logits.unflatten(2, (-1, n_new))).flatten(2, 3)
+    return torch.matmul(weights.to(values.dtype), values)
+
+
 def weighted_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
+    queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attend with one new token and return the weights too, for methods that look at them.
 
@@ -132,6 +173,7 @@ def weighted_attention(
         queries: `(rows, heads, 1, head_dim)`.
         keys: `(rows, kv_heads, length, head_dim)`.
         values: `(rows, kv_heads, length, head_dim)`.
+        softmax: the layer's.
         bias: `(rows, kv_heads, length)` added to the logits, or None.
 
     Returns:
@@ -139,16 +181,16 @@ def weighted_attention(
     """
     kv_heads = keys.shape[1]
     grouped = queries.squeeze(2).unflatten(1, (kv_heads, -1))  # (rows, kv_heads, group, head_dim)
-    logits = torch.matmul(grouped, keys.transpose(2, 3)).float() * scale
+    logits = softmax.logits(torch.matmul(grouped, keys.transpose(2, 3)).float())
     if bias is not None:
         logits = logits + bias.unsqueeze(2)
-    weights = logits.softmax(dim=-1)
+    weights = softmax.weights(logits.unsqueeze(3)).squeeze(3)
     out = torch.matmul(weights.to(values.dtype), values)
     return out.flatten(1, 2).unsqueeze(2), weights.flatten(1, 2)
 
 
 def masked_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor
+    queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, visible: Tensor
 ) -> Tensor:
     """Attend over a whole prompt through an explicit mask, for methods that alter the prefill.
 
@@ -156,6 +198,7 @@ def masked_attention(
         queries: `(1, heads, T, head_dim)`.
         keys: `(1, kv_heads, T, head_dim)`.
         values: `(1, kv_heads, T, head_dim)`.
+        softmax: the layer's.
         visible: `(1, kv_heads, T, T)` bool, row by column.
 
     Returns:
@@ -163,4 +206,10 @@ def masked_attention(
     """
     group = queries.shape[1] // keys.shape[1]
     keys, values, visible = (t.repeat_interleave(group, dim=1) for t in (keys, values, visible))
-    return scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scale)
+    if softmax.is_plain:
+        return scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible, scale=softmax.scale
+        )
+    logits = softmax.logits(torch.matmul(queries, keys.transpose(2, 3)).float())
+    weights = softmax.weights(logits.masked_fill_(~visible, float("-inf")))
+    return torch.matmul(weights.to(values.dtype), values)

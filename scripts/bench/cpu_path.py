@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvmerge.kernels import cpu, packed_linear
+from kvmerge.kernels import packed_linear, tiled
 from kvmerge.kernels.attention import prefill_attention
 from kvmerge.kernels.choice import VARIABLE
 from kvmerge.models import attention_sizes
 from kvmerge.scores import column_sums
+from kvmerge.softmax import Softmax, plain
 from scripts.bench.measure import Bench, Report, in_turn, random_states, ratio
 
 LENGTHS = (512, 1024, 2048, 4096, 8000)
@@ -26,7 +27,7 @@ _FUSED, _ALONE = "torch's kernel, then sums", "torch's kernel, no sums"
 def cpu_path(bench: Bench) -> Report:
     """Time every way to one layer's attention and sums, and show which one the engine takes."""
     heads, kv_heads, head_dim = attention_sizes(bench.model.config)
-    scale = head_dim**-0.5
+    softmax = plain(head_dim)
     blocks = dict(_BLOCKS)
     if not packed_linear.available(torch.empty(0)):
         del blocks["onednn"]
@@ -35,14 +36,14 @@ def cpu_path(bench: Bench) -> Report:
     for length in LENGTHS:
         states = random_states(heads, kv_heads, length, head_dim, torch.float32, "cpu")
         ways: dict[str, Callable[[], object]] = {
-            name: partial(cpu.attend, *states, scale, scored=True, products=products)
+            name: partial(tiled.attend, *states, softmax, scored=True, products=products)
             for products, name in blocks.items()
         }
-        ways[_FUSED] = partial(_fused, *states, scale)
-        ways[_ALONE] = partial(prefill_attention, *states, scale)
+        ways[_FUSED] = partial(_fused, *states, softmax)
+        ways[_ALONE] = partial(prefill_attention, *states, softmax.scale)
         seconds = in_turn(ways, bench.repeats)
         raw[str(length)] = seconds
-        taken = _BLOCKS[cpu.faster_products(states[0])]
+        taken = _BLOCKS[tiled.faster_products(states[0])]
         best = min((name for name in ways if name != _ALONE), key=lambda name: min(seconds[name]))
         rows.append(
             {
@@ -63,10 +64,10 @@ def cpu_path(bench: Bench) -> Report:
     )
 
 
-def _fused(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fused(queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """Attend by torch's own kernel, and sum columns from the log-sum-exp that it gives."""
-    out, lse = prefill_attention(queries, keys, values, scale)
-    return out, column_sums(queries, keys, lse, scale=scale)
+    out, lse = prefill_attention(queries, keys, values, softmax.scale)
+    return out, column_sums(queries, keys, lse, softmax=softmax)
 
 
 def _milliseconds(seconds: list[float]) -> float:

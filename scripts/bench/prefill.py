@@ -73,7 +73,7 @@ def score_error(bench: Bench, length: int) -> float:
     # In slices of rows: a whole float64 map takes much memory.
     for begin in range(0, length, 256):
         end = min(begin + 256, length)
-        logits = queries[0, :, begin:end].double() @ wide[:, :end].mT * layers[0].scale
+        logits = queries[0, :, begin:end].double() @ wide[:, :end].mT * layers[0].softmax.scale
         logits.masked_fill_(columns[:end] > columns[begin:end, None], -torch.inf)
         exact[:, :end] += logits.softmax(dim=-1).sum(dim=1)
     wanted = exact.unflatten(0, (-1, group)).sum(dim=1)

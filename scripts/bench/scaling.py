@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from kvmerge.kernels.attention import attention_and_scores, prefill_attention
 from kvmerge.models import attention_sizes
 from kvmerge.scores import column_sums
+from kvmerge.softmax import plain
 from scripts.bench.measure import Bench, LiveBytes, Report, in_turn, random_states, ratio
 
 LENGTHS = (512, 1024, 2048, 4096, 8000)
@@ -27,16 +28,16 @@ _MORE = ("streaming_llm", "snapkv", "tova", "random", "pivot_only", "meanpool_se
 def by_length(bench: Bench) -> Report:
     """Time attention and column sums of one layer, and count the bytes that the sums need."""
     heads, kv_heads, head_dim = attention_sizes(bench.model.config)
-    scale = head_dim**-0.5
+    softmax = plain(head_dim)
     rows: list[dict[str, Any]] = []
     raw: dict[str, Any] = {}
     for length in (*LENGTHS, SCORES_ONLY):
         states = random_states(heads, kv_heads, length, head_dim, torch.float32, "cpu")
-        _, lse = prefill_attention(*states, scale)
+        _, lse = prefill_attention(*states, softmax.scale)
         ways: dict[str, Callable[[], object]] = {
-            "torch's attention": partial(prefill_attention, *states, scale),
-            "column sums alone": partial(column_sums, *states[:2], lse, scale=scale),
-            "attention with sums": partial(attention_and_scores, *states, scale, scored=True),
+            "torch's attention": partial(prefill_attention, *states, softmax.scale),
+            "column sums alone": partial(column_sums, *states[:2], lse, softmax=softmax),
+            "attention with sums": partial(attention_and_scores, *states, softmax, scored=True),
         }
         seconds = in_turn(ways, bench.repeats if length < SCORES_ONLY else 1)
         with LiveBytes() as live:

@@ -22,7 +22,7 @@ def attention(layer_) -> Tensor:
     """The whole map `(1, heads, T, T)`."""
     group = layer_.queries.shape[1] // layer_.keys.shape[1]
     keys = layer_.keys.repeat_interleave(group, dim=1)
-    logits = layer_.queries @ keys.transpose(2, 3) * layer_.scale
+    logits = layer_.queries @ keys.transpose(2, 3) * layer_.softmax.scale
     future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
     return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
 
@@ -109,7 +109,7 @@ def test_head_column_sums_equal_the_map(length: int) -> None:
     torch.testing.assert_close(found, attention(some).sum(dim=2), atol=1e-5, rtol=0)
     summed = found.unflatten(1, (2, 2)).sum(dim=2)
     torch.testing.assert_close(summed, column_sums(some.queries, some.keys), atol=1e-4, rtol=0)
-    plain = map_column_sums(some.queries, some.keys, some.scale)
+    plain = map_column_sums(some.queries, some.keys, some.softmax.scale)
     torch.testing.assert_close(summed, plain, atol=1e-4, rtol=0)
 
 

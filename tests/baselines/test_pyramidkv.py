@@ -77,7 +77,7 @@ def test_the_session_keeps_each_layers_count():
     session = CacheSession([Row(PyramidKV(beta=8), Budget(20))], 3)
     session.begin([60], 4)
     for layer_idx in range(3):
-        session.attend(layer_idx, before.queries, before.keys, before.values, before.scale)
+        session.attend(layer_idx, before.queries, before.keys, before.values, before.softmax)
     counts = layer_counts(20, 60, 3, window=8, beta=8, exact=True)
     assert session.stats[0].entries == [[count] * 2 for count in counts]
     assert len(set(counts)) == 3

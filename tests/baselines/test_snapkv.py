@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from baselines.snapkv import SnapKV, keep, pool, pooled_scores
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance
+from kvmerge.softmax import Softmax
 from tests.fidelity.vectors import positions
 from tests.kvmerge import oracles
 from tests.tiny import layer, normal, quick
@@ -56,7 +57,9 @@ def test_pooled_scores_equal_the_slow_version(length, window, group, kernel, poo
 
 def test_the_layers_own_scale_is_used():
     before = layer(20)
-    flat = pooled_scores(before.queries, before.keys, window=4, kernel=1, pooling="max", scale=0.0)
+    flat = pooled_scores(
+        before.queries, before.keys, window=4, kernel=1, pooling="max", softmax=Softmax(0.0)
+    )
     wanted = sum(1 / (17 + row) for row in range(4))  # each row spreads evenly over what it sees
     torch.testing.assert_close(flat, torch.full_like(flat, wanted))
 

@@ -368,7 +368,8 @@ def test_the_layer_is_left_as_it_was(name):
     each = row(name, 0.35)
     for layer_, _ in compressed_layers(shared_model(), prompt(50), each):
         again = replace(
-            layer_, scores=naive_engine.map_column_sums(layer_.queries, layer_.keys, layer_.scale)
+            layer_,
+            scores=naive_engine.map_column_sums(layer_.queries, layer_.keys, layer_.softmax.scale),
         )
         before = copy.deepcopy(again)
         allowance = Allowance(17, 0.35, torch.Generator().manual_seed(0))

@@ -16,6 +16,7 @@ from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer
 from kvmerge.rope import Rope
 from kvmerge.session import Row, seeded_generator
+from kvmerge.softmax import Softmax
 from tests.fidelity.official import _inputs, cam
 from tests.fidelity.vectors import TinyRun, close, recorded
 
@@ -33,7 +34,7 @@ def layer_of_logits(logits: Tensor) -> PrefillLayer:
     """A layer whose attention logits are given: the keys are unit vectors, the values as wide."""
     keys = torch.eye(PROMPT).expand(1, HEADS, -1, -1)
     values = torch.nn.functional.pad(cam.prompt_values(), (0, PROMPT - WIDTH))
-    return PrefillLayer(logits, keys, values, None, 0, 1, 1.0)
+    return PrefillLayer(logits, keys, values, None, 0, 1, Softmax(1.0))
 
 
 @pytest.mark.parametrize(("start", "recent"), cam.SIZES)

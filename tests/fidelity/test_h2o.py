@@ -13,6 +13,7 @@ from kvmerge.cache import append_entry
 from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer
 from kvmerge.session import Policy, Row, session_for
+from kvmerge.softmax import Softmax
 from tests.fidelity.official import _inputs, h2o
 from tests.fidelity.vectors import TinyRun, close, recorded
 
@@ -26,7 +27,7 @@ def layer_of_logits(logits: Tensor, dtype: torch.dtype) -> PrefillLayer:
     length = logits.shape[-1]
     keys = torch.eye(length, dtype=dtype).expand(1, HEADS, -1, -1)
     scores = _inputs.attention_map(logits).sum(dim=2)
-    return PrefillLayer(logits, keys, keys, scores, 0, 1, 1.0)
+    return PrefillLayer(logits, keys, keys, scores, 0, 1, Softmax(1.0))
 
 
 def seen(entries: Entries) -> list[str]:

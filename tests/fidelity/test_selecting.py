@@ -13,6 +13,7 @@ from kvmerge.budget import Budget
 from kvmerge.method import Allowance, PrefillLayer
 from kvmerge.rope import Rope
 from kvmerge.session import Policy, Row
+from kvmerge.softmax import plain
 from tests.fidelity.official import pyramidkv, snapkv, streaming_llm, tova
 from tests.fidelity.official._inputs import PROMPT, STEPS
 from tests.fidelity.vectors import Replay, close, positions, recorded
@@ -20,7 +21,7 @@ from tests.fidelity.vectors import Replay, close, positions, recorded
 
 def layer(kv_heads: int, layer_idx: int = 0, layers: int = 1) -> PrefillLayer:
     queries, keys, values = snapkv.states(kv_heads)
-    return PrefillLayer(queries, keys, values, None, layer_idx, layers, snapkv.HEAD_DIM**-0.5)
+    return PrefillLayer(queries, keys, values, None, layer_idx, layers, plain(snapkv.HEAD_DIM))
 
 
 @pytest.mark.parametrize(

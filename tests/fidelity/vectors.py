@@ -15,6 +15,7 @@ from kvmerge.hook import forward, hooked
 from kvmerge.method import Entries
 from kvmerge.rope import Rope
 from kvmerge.session import DEFAULT_POLICY, CacheSession, Policy, Row, session_for
+from kvmerge.softmax import plain
 from tests.fidelity.official import _inputs
 
 
@@ -50,8 +51,8 @@ class Replay:
         outputs = []
         for layer_idx, layer in enumerate(self.states):
             queries, keys, values = (state[:, :, now] for state in layer)
-            scale = queries.shape[-1] ** -0.5
-            out = self.session.attend(layer_idx, queries, keys, values, scale)
+            softmax = plain(queries.shape[-1])
+            out = self.session.attend(layer_idx, queries, keys, values, softmax)
             outputs.append(out[0, :, -1])
         return outputs
 

@@ -18,6 +18,7 @@ from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer, keep_all
 from kvmerge.rope import Rope
 from kvmerge.session import DEFAULT_POLICY, Policy, Row, seeded_generator
+from kvmerge.softmax import Softmax
 from tests.kvmerge import oracles
 
 
@@ -35,13 +36,14 @@ class NaiveSession:
     steps: int = 0
 
     def attend(
-        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
     ) -> Tensor:
+        scale = softmax.scale
         if layer_idx == len(self.entries):
             self.length = keys.shape[2]
             scores = map_column_sums(queries, keys, scale)
             layer = PrefillLayer(
-                queries, keys, values, scores, layer_idx, self.layers, scale, self.rope
+                queries, keys, values, scores, layer_idx, self.layers, softmax, self.rope
             )
             self.entries.append(self._compress(layer))
             allowance = self._allowance(layer_idx)

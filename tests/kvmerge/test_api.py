@@ -123,10 +123,13 @@ def test_right_padding_is_refused(llama, prompts):
 
 
 def test_other_families_and_bad_budgets_are_refused(llama):
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=1)
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=1)
     )
-    with pytest.raises(UserError, match="'gpt2' is not supported"), compressed(gpt2):
+    with (
+        pytest.raises(UserError, match="'bloom' is not supported: it adds a bias by distance"),
+        compressed(bloom),
+    ):
         pass
     for budget in (0, -3, 1.5, float("nan"), "abc"):
         with pytest.raises(UserError, match="budget"), compressed(llama, "h2o", budget):

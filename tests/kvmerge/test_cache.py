@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kvmerge.cache import LayerCache, SteppedRow
 from kvmerge.method import Entries
 from kvmerge.rope import Rope
+from kvmerge.softmax import Softmax
 from tests.kvmerge import oracles
 from tests.tiny import normal, quick
 
@@ -42,7 +43,7 @@ def step(cache, alone, order, n_new, seed):
     queries = normal(len(order), n_new, HEADS, DIM, seed=seed).transpose(1, 2)
     keys = normal(len(order), KV_HEADS, n_new, DIM, seed=seed + 1)
     values = normal(len(order), KV_HEADS, n_new, DIM, seed=seed + 2)
-    found = cache.attend(order, queries, keys, values, 0.3)
+    found = cache.attend(order, queries, keys, values, Softmax(0.3))
     for slot, row in enumerate(order):
         wanted = alone[row].attend(queries[slot], keys[slot], values[slot])
         torch.testing.assert_close(found[slot], wanted, atol=1e-5, rtol=0)
@@ -111,7 +112,7 @@ def test_bytes_are_those_of_the_entries_stored():
     entry_bytes = 2 * KV_HEADS * DIM * 4
     assert cache.nbytes() == (4 + 4 + 6) * entry_bytes
     new = [normal(3, heads, 2, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    cache.attend([0, 1, 2], *new, 0.3)
+    cache.attend([0, 1, 2], *new, Softmax(0.3))
     assert cache.nbytes() == (6 + 6 + 8) * entry_bytes
 
 
@@ -145,7 +146,7 @@ def test_a_rule_sees_the_weights_and_replaces_the_entries():
     keys, values = normal(1, KV_HEADS, 3, DIM, seed=2), normal(1, KV_HEADS, 3, DIM, seed=3)
     everything = [torch.cat([kept.keys[0], keys[0]], 1), torch.cat([kept.values[0], values[0]], 1)]
     for _ in range(2):
-        found = cache.attend([0], queries, keys, values, 0.3)[0]
+        found = cache.attend([0], queries, keys, values, Softmax(0.3))[0]
         for token in range(3):
             window = slice(token, token + 4)
             wanted = oracles.attend(
@@ -174,7 +175,7 @@ def test_rolled_positions_are_places_in_the_cache():
     value = normal(1, KV_HEADS, 2, DIM, seed=5)
     true = torch.tensor([12, 13])
     cache = LayerCache([kept], capacity=0, stepped={0: SteppedRow(0, kept, 12, None, rope)})
-    found = cache.attend([0], rotated(query, true, rope), rotated(key, true, rope), value, 0.3)
+    found = cache.attend([0], rotated(query, true, rope), rotated(key, true, rope), value, Softmax(0.3))
     wanted = oracles.attend(
         rotated(query, torch.tensor([3, 4]), rope)[0],
         rotated(torch.cat([raw, key], 2), torch.arange(5), rope)[0],

@@ -125,11 +125,11 @@ def test_a_model_that_cannot_generate_or_is_of_another_family_is_refused(loaded)
     _, tokenizer = loaded
     with pytest.raises(UserError, match="LlamaModel cannot generate"):
         compare(tiny.new_model().model, tokenizer, [TEXT], ["full@1"])
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=1)
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=1)
     )
-    with pytest.raises(UserError, match="'gpt2' is not supported"):
-        compare(gpt2, tokenizer, [TEXT], ["full@1"])
+    with pytest.raises(UserError, match="'bloom' is not supported: it adds a bias by distance"):
+        compare(bloom, tokenizer, [TEXT], ["full@1"])
 
 
 def test_a_tokenizer_without_a_template_takes_texts_and_refuses_chats(loaded, monkeypatch):

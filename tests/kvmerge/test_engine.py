@@ -13,7 +13,6 @@ from baselines.full import Full
 from baselines.h2o import H2O
 from baselines.random import Random
 from kvmerge import engine
-from kvmerge.api import _cache_parameter
 from kvmerge.budget import Budget
 from kvmerge.engine import (
     Comparison,
@@ -26,7 +25,7 @@ from kvmerge.engine import (
     score_continuations,
 )
 from kvmerge.errors import UserError
-from kvmerge.hook import hooked
+from kvmerge.hook import cache_name, hooked
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Method, keep_all
 from kvmerge.session import CacheSession, Policy, Row, seeded_generator
@@ -343,7 +342,7 @@ def dynamic_cache_logits(model, input_ids, each, answer):
         with torch.inference_mode():
             out = model(
                 torch.tensor([[token]]),
-                **{_cache_parameter(model): cache},
+                **{cache_name(model): cache},
                 position_ids=torch.tensor([[input_ids.shape[1] + step]]),
                 attention_mask=torch.zeros(1, 1, 1, stored + 1),
                 use_cache=True,
@@ -427,7 +426,7 @@ def test_the_observer_sees_every_row_and_layer():
     ]
     for index, layer_idx, layer, kept in seen:
         assert layer.layer_idx == layer_idx
-        assert (layer.num_layers, layer.length, layer.scale) == (2, 30, 0.25)
+        assert (layer.num_layers, layer.length, layer.softmax.scale) == (2, 30, 0.25)
         assert results[index].stats.entries[layer_idx] == [kept.keys.shape[2]] * 2
 
 
@@ -442,7 +441,7 @@ def test_scores_are_those_of_the_map():
         observer=lambda _, __, layer, ___: layers.append(layer),
     )
     for layer in layers:
-        wanted = naive_engine.map_column_sums(layer.queries, layer.keys, layer.scale)
+        wanted = naive_engine.map_column_sums(layer.queries, layer.keys, layer.softmax.scale)
         torch.testing.assert_close(layer.scores, wanted, atol=1e-4, rtol=0)
         torch.testing.assert_close(layer.scores.sum(-1), torch.full((1, 2), 120.0))
 

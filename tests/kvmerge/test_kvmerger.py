@@ -167,13 +167,13 @@ def test_identical_neighbours_with_log_size_are_full_attention():
         queries,
         torch.cat([before.keys[0], new_key], 1),
         torch.cat([before.values[0], new_value], 1),
-        before.scale,
+        before.softmax.scale,
     )
     found = oracles.attend(
         queries,
         torch.cat([kept.keys[0], new_key], 1),
         torch.cat([kept.values[0], new_value], 1),
-        before.scale,
+        before.softmax.scale,
         torch.cat([kept.bias[0], torch.zeros(2, 1)], 1),
     )
     torch.testing.assert_close(found, full, atol=1e-6, rtol=0)

@@ -22,7 +22,7 @@ import torch
 from kvmerge.cache import LayerCache
 from kvmerge.engine import Decoder
 from kvmerge.errors import UserError
-from kvmerge.kernels import choice, cpu
+from kvmerge.kernels import choice, tiled
 from kvmerge.kvmerger import KVMerger
 from scripts.bench import __main__ as bench
 from scripts.bench import cpu_path as paths
@@ -179,7 +179,7 @@ def test_a_comparison_is_seven_cells_against_generate_on_the_same_prompts(
 def test_a_prefill_without_scores_computes_none(tiny: Bench, clock: Clock) -> None:
     clock.spend(tiny.plain, "forward", lambda *_, **__: 8)
     clock.spend(tiny.model, "forward", lambda *_, **__: 4)
-    clock.spend(cpu, "attend", lambda *_, scored, **__: float(scored))
+    clock.spend(tiled, "attend", lambda *_, scored, **__: float(scored))
     clock.spend(KVMerger, "compress", lambda *_: 0.5)
     report = prefill.prefill(tiny, 40)
     assert column(report, "median s") == {
@@ -196,14 +196,14 @@ def test_the_error_of_scores_is_that_against_the_whole_map(
     tiny: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert prefill.score_error(tiny, 300) < 1e-5
-    attend = cpu.attend
+    attend = tiled.attend
 
     def wrong(*given: Any, **named: Any) -> Any:
         out, sums = attend(*given, **named)
         sums[0, 1, 7] *= 1.01
         return out, sums
 
-    monkeypatch.setattr(cpu, "attend", wrong)
+    monkeypatch.setattr(tiled, "attend", wrong)
     assert prefill.score_error(tiny, 300) == pytest.approx(0.01, rel=1e-2)
 
 
@@ -245,7 +245,7 @@ def test_compression_is_the_time_inside_the_method_as_a_share_of_the_prefill(
 def test_a_profile_puts_every_second_into_one_stage(tiny: Bench, clock: Clock) -> None:
     tokens = 4
     clock.spend(tiny.model, "forward", lambda *_, **__: 1)
-    clock.spend(cpu, "attend", lambda *_, **__: 10)
+    clock.spend(tiled, "attend", lambda *_, **__: 10)
     clock.spend(KVMerger, "compress", lambda *_: 2)
     clock.spend(LayerCache, "attend", lambda *_: 3)
     report = stages(tiny, length=40, tokens=tokens)
@@ -314,7 +314,7 @@ def test_the_way_taken_is_held_against_the_best(
     monkeypatch.setattr(paths, "LENGTHS", (512,))
     monkeypatch.setattr(paths.packed_linear, "available", lambda _: True)
     monkeypatch.setattr(
-        cpu, "attend", lambda *_, products, **__: setattr(clock, "now", clock.now + seconds[products])
+        tiled, "attend", lambda *_, products, **__: setattr(clock, "now", clock.now + seconds[products])
     )
     clock.spend(paths, "column_sums", lambda *_, **__: 0.004)
     (row,) = paths.cpu_path(tiny).rows

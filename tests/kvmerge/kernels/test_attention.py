@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kvmerge.errors import UserError
 from kvmerge.hook import NAME, forward, hooked
 from kvmerge.kernels.attention import attention_and_scores, cached_attention, prefill_attention
+from kvmerge.softmax import Softmax
 from tests.kvmerge import oracles
 from tests.tiny import new_model, normal, prompt, shared_model
 
@@ -53,7 +55,7 @@ def test_attention_over_a_cache_is_that_of_repeated_keys(heads, kv_heads, n_new,
     keys = normal(rows, kv_heads, length + 5, 16, seed=2)[:, :, :length]
     values = normal(rows, kv_heads, length + 5, 16, seed=3)[:, :, :length]
     bias = normal(rows, kv_heads, length, seed=4) if with_bias else None
-    found = cached_attention(queries, keys, values, 0.3, bias)
+    found = cached_attention(queries, keys, values, Softmax(0.3), bias)
     assert found.shape == queries.shape
     torch.testing.assert_close(found, plain(queries, keys, values, 0.3, bias), atol=1e-5, rtol=0)
 
@@ -65,8 +67,8 @@ def test_minus_infinity_hides_an_entry():
     bias[..., 1] = -torch.inf
     rest = [0, 2, 3, 4, 5]
     torch.testing.assert_close(
-        cached_attention(queries, keys, values, 0.3, bias),
-        cached_attention(queries, keys[:, :, rest], values[:, :, rest], 0.3),
+        cached_attention(queries, keys, values, Softmax(0.3), bias),
+        cached_attention(queries, keys[:, :, rest], values[:, :, rest], Softmax(0.3)),
     )
 
 
@@ -97,7 +99,7 @@ def test_a_hooked_model_has_its_own_attention_again_after_an_error(implementatio
 
 def test_a_hooked_model_needs_a_session():
     model = shared_model()
-    with hooked(model), pytest.raises(RuntimeError, match="outside a session"):
+    with hooked(model), pytest.raises(UserError, match="did not come through"):
         model(prompt(3))
 
 
@@ -105,23 +107,23 @@ def test_the_session_is_given_the_scale_of_the_model():
     seen = []
 
     class Recorder:
-        def attend(self, layer_idx, queries, keys, values, scale):
-            seen.append((layer_idx, queries.shape, keys.shape, scale))
+        def attend(self, layer_idx, queries, keys, values, softmax):
+            seen.append((layer_idx, queries.shape, keys.shape, softmax))
             return torch.zeros_like(queries)
 
     model = shared_model()
     with hooked(model):
         out = forward(model, Recorder(), prompt(5), torch.arange(5)[None], logits_to_keep=1)
     assert out.shape == (1, 1, 97)
-    assert seen == [(i, (1, 4, 5, 16), (1, 2, 5, 16), 0.25) for i in range(2)]
+    assert seen == [(i, (1, 4, 5, 16), (1, 2, 5, 16), Softmax(0.25)) for i in range(2)]
 
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_the_kernel_and_its_log_sum_exp_give_the_same(monkeypatch, scored):
     states = [torch.randn(1, heads, 90, 16) for heads in (6, 2, 2)]
-    wanted = attention_and_scores(*states, 0.25, scored=scored)
-    monkeypatch.setattr("kvmerge.kernels.cpu.suits", lambda _: False)
-    found = attention_and_scores(*states, 0.25, scored=scored)
+    wanted = attention_and_scores(*states, Softmax(0.25), scored=scored)
+    monkeypatch.setattr("kvmerge.kernels.tiled.suits", lambda _: False)
+    found = attention_and_scores(*states, Softmax(0.25), scored=scored)
     torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
     assert (found[1] is None) == (wanted[1] is None) == (not scored)
     if scored:

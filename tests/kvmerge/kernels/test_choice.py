@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvmerge.errors import UserError
-from kvmerge.kernels import choice, cpu
+from kvmerge.kernels import choice, tiled
 
 
 @pytest.fixture(autouse=True)
@@ -127,16 +127,16 @@ def test_the_environment_can_name_the_way_and_nothing_else(monkeypatch):
 
 def test_short_prompts_and_other_dtypes_measure_nothing(monkeypatch):
     monkeypatch.setattr(choice, "fastest", lambda run: pytest.fail("nothing is to be measured"))
-    assert cpu.faster_products(torch.ones(1, 1, 511, 2)) == "torch"
-    assert cpu.faster_products(torch.ones(1, 1, 4096, 2, dtype=torch.bfloat16)) == "torch"
+    assert tiled.faster_products(torch.ones(1, 1, 511, 2)) == "torch"
+    assert tiled.faster_products(torch.ones(1, 1, 4096, 2, dtype=torch.bfloat16)) == "torch"
 
 
 def test_a_long_prompt_takes_the_way_of_this_machine(monkeypatch):
     monkeypatch.setenv(choice.VARIABLE, "torch")
-    assert cpu.faster_products(torch.ones(1, 1, 512, 2)) == "torch"
+    assert tiled.faster_products(torch.ones(1, 1, 512, 2)) == "torch"
 
 
 def test_what_is_measured_is_this_attention(fresh):
-    way = choice.fastest(cpu._rehearse)
+    way = choice.fastest(tiled._rehearse)
     assert way in choice.WAYS
     assert choice.chosen() == way

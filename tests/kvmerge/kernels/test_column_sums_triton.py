@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from kvmerge import scores
+from kvmerge.softmax import Softmax
 from tests.tiny import normal
 
 triton = pytest.importorskip("triton")
@@ -201,7 +202,7 @@ def test_on_a_gpu_the_kernel_is_called(taken):
     queries, keys = states(1, 2, 2, 9, 16)
     queries = queries.as_subclass(OnGpu)
     lse, lengths = torch.zeros(1, 4, 9), torch.tensor([5])
-    found = scores.column_sums(queries, keys, lse, causal=False, scale=0.3, lengths=lengths)
+    found = scores.column_sums(queries, keys, lse, causal=False, softmax=Softmax(0.3), lengths=lengths)
     assert found == "the kernel's"
     [(given, rest)] = taken
     assert all(a is b for a, b in zip(given, (queries, keys, lse), strict=True))

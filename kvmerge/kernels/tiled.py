@@ -1,4 +1,8 @@
-"""Causal attention of a whole prompt on a CPU in float32, and its column sums from the same logits."""
+"""Causal attention of a whole prompt in tiles, and its column sums from the same logits.
+
+The way on a CPU in float32, and everywhere for what fused kernels do not know: soft caps, sinks, and a
+window without a mask of T x T.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvmerge.kernels import choice, packed_linear
+from kvmerge.softmax import Softmax, plain
 
 _WORTH_A_CHOICE = 512
 """Prompt tokens from which it is worth knowing the faster way to multiply."""
@@ -14,7 +19,7 @@ _TILE = 2**20
 
 
 def suits(states: Tensor) -> bool:
-    """Return whether `attend` is the way for these states: float32 on a CPU.
+    """Return whether `attend` is the way whatever the softmax: float32 on a CPU.
 
     With scores it is the fastest there. Without them torch's own kernel is faster on some processors;
     it is not taken, because it rounds otherwise, and what a cell gives must not depend on whether
@@ -27,18 +32,20 @@ def attend(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    scale: float,
+    softmax: Softmax,
     *,
     scored: bool,
+    window: int | None = None,
     products: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return attention and, from the same logits, how much of it each key received.
 
     A block of rows at a time: its logits, their softmax, the sums of the columns, the product with
-    the values. Causal blocks only; the map never exists whole. Shapes are those of
-    `attention.attention_and_scores`, which calls this where it suits.
+    the values. Only columns that a row of the block may see; the map never exists whole. Shapes are
+    those of `attention.attention_and_scores`, which calls this where it suits.
 
     Args:
+        window: the last tokens that a row sees, itself among them; None: all before it.
         products: which library multiplies (`choice.WAYS`); None: the faster one on this machine for
             prompts that are long enough to matter, torch for others.
     """
@@ -52,23 +59,36 @@ def attend(
         multiply = _OneDNN()
     else:
         multiply = _Torch(queries.new_empty(group * block * length) if in_place else None)
-    future = torch.ones(block, block, dtype=torch.bool).triu_(1)
+    future = torch.ones(block, block, dtype=torch.bool, device=queries.device).triu_(1)
     out = torch.empty_like(queries)
     sums = queries.new_zeros(1, kv_heads, length) if scored else None
-    scaled = queries * scale
+    scaled = queries * softmax.scale
     for head in range(kv_heads):
         # The query heads of a group become rows of one product.
-        rows, into = (states[0, head * group : (head + 1) * group] for states in (scaled, out))
+        heads_of_group = slice(head * group, (head + 1) * group)
+        rows, into = (states[0, heads_of_group] for states in (scaled, out))
         multiply.begin(keys[0, head], values[0, head])
         for begin in range(0, length, block):
             end = min(begin + block, length)
             size = end - begin
-            logits = multiply.keys(rows[:, begin:end].reshape(-1, head_dim), end)
-            logits.view(group, size, end)[..., begin:].masked_fill_(future[:size, :size], float("-inf"))
-            weights = torch.softmax(logits, -1, out=logits if in_place else None)
-            into[:, begin:end] = multiply.values(weights, end).view(group, size, head_dim)
+            first = 0 if window is None else max(0, begin - window + 1)
+            seen = slice(first, end)
+            logits = multiply.keys(rows[:, begin:end].reshape(-1, head_dim), seen)
+            logits = softmax.capped(logits)
+            of_rows = logits.view(group, size, end - first)
+            of_rows[..., begin - first :].masked_fill_(future[:size, :size], float("-inf"))
+            if window is not None:
+                # row i of the block sees nothing before column begin + i - window + 1
+                passed = torch.ones(size, end - first, dtype=torch.bool, device=queries.device)
+                passed.tril_(begin - first - window)
+                of_rows.masked_fill_(passed, float("-inf"))
+            if softmax.is_plain:
+                weights = torch.softmax(logits, -1, out=logits if in_place else None)
+            else:
+                weights = softmax.weights(of_rows, heads_of_group).view(logits.shape)
+            into[:, begin:end] = multiply.values(weights, seen).view(group, size, head_dim)
             if sums is not None:
-                sums[0, head, :end] += weights.sum(dim=0)
+                sums[0, head, seen] += weights.sum(dim=0)
     return out, sums
 
 
@@ -86,7 +106,7 @@ def _rehearse(products: str) -> None:
     queries, keys, values = (
         torch.randn(1, heads, 2048, 64, generator=generator) for heads in (3, 1, 1)
     )
-    attend(queries, keys, values, 0.125, scored=True, products=products)
+    attend(queries, keys, values, plain(64), scored=True, products=products)
 
 
 class _OneDNN:
@@ -95,11 +115,11 @@ class _OneDNN:
     def begin(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys.contiguous(), values.contiguous()
 
-    def keys(self, rows: Tensor, end: int) -> Tensor:
-        return packed_linear.times_transposed(rows, self._keys[:end])
+    def keys(self, rows: Tensor, seen: slice) -> Tensor:
+        return packed_linear.times_transposed(rows, self._keys[seen])
 
-    def values(self, weights: Tensor, end: int) -> Tensor:
-        return packed_linear.times_transposed(weights, self._values[:end].T)
+    def values(self, weights: Tensor, seen: slice) -> Tensor:
+        return packed_linear.times_transposed(weights, self._values[seen].T)
 
 
 class _Torch:
@@ -111,9 +131,10 @@ class _Torch:
     def begin(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys.T.contiguous(), values.contiguous()
 
-    def keys(self, rows: Tensor, end: int) -> Tensor:
-        into = None if self._buffer is None else self._buffer[: len(rows) * end].view(-1, end)
-        return torch.mm(rows, self._keys[:, :end], out=into)
+    def keys(self, rows: Tensor, seen: slice) -> Tensor:
+        columns = seen.stop - seen.start
+        into = None if self._buffer is None else self._buffer[: len(rows) * columns].view(-1, columns)
+        return torch.mm(rows, self._keys[:, seen], out=into)
 
-    def values(self, weights: Tensor, end: int) -> Tensor:
-        return weights @ self._values[:end]
+    def values(self, weights: Tensor, seen: slice) -> Tensor:
+        return weights @ self._values[seen]

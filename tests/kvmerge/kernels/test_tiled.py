@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvmerge.kernels import cpu, packed_linear
-from kvmerge.kernels.cpu import attend, suits
+from kvmerge.kernels import packed_linear, tiled
+from kvmerge.kernels.tiled import attend, suits
+from kvmerge.softmax import Softmax
 
 
 @pytest.fixture(params=["oneDNN", "torch", "torch, gradients may flow"])
@@ -14,7 +15,7 @@ def way(request, monkeypatch):
     with_onednn = request.param == "oneDNN"
     if with_onednn and not packed_linear.available(torch.ones(1)):
         pytest.skip("this torch has no oneDNN linear for the CPU")
-    monkeypatch.setattr(cpu, "faster_products", lambda _: "onednn" if with_onednn else "torch")
+    monkeypatch.setattr(tiled, "faster_products", lambda _: "onednn" if with_onednn else "torch")
     with torch.set_grad_enabled(request.param.endswith("flow")):
         yield
 
@@ -39,10 +40,10 @@ def test_attention_and_sums_are_those_of_the_map(length, heads):
         for count in (heads[0], heads[1], heads[1])
     ]
     wanted, sums = exact_attention(*states, 0.3)
-    found, scores = attend(*states, 0.3, scored=True)
+    found, scores = attend(*states, Softmax(0.3), scored=True)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores.double(), sums, atol=1e-5, rtol=1e-5)
-    again, none = attend(*states, 0.3, scored=False)
+    again, none = attend(*states, Softmax(0.3), scored=False)
     assert torch.equal(again, found)
     assert none is None
 
@@ -50,10 +51,10 @@ def test_attention_and_sums_are_those_of_the_map(length, heads):
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("tile", [1, 2**12, 2**30])
 def test_the_size_of_a_block_changes_nothing(monkeypatch, tile):
-    monkeypatch.setattr(cpu, "_TILE", tile)
+    monkeypatch.setattr(tiled, "_TILE", tile)
     states = [torch.randn(1, count, 300, 16) for count in (4, 2, 2)]
     wanted, sums = exact_attention(*states, 0.25)
-    found, scores = attend(*states, 0.25, scored=True)
+    found, scores = attend(*states, Softmax(0.25), scored=True)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores.double(), sums, atol=1e-5, rtol=1e-5)
 
@@ -66,7 +67,7 @@ def test_large_logits_neither_overflow_nor_vanish(seed):
         torch.randn(1, count, 100, 16, generator=generator) * 30 for count in (4, 2, 2)
     )
     wanted, sums = exact_attention(queries, keys, values, 0.25)
-    found, scores = attend(queries, keys, values, 0.25, scored=True)
+    found, scores = attend(queries, keys, values, Softmax(0.25), scored=True)
     # A logit is a sum of 16 products, each rounded: what is wrong with it by then moves a weight by
     # as large a share, and with it the output by twice that share of the largest value.
     wide = keys.repeat_interleave(2, dim=1)
@@ -79,9 +80,9 @@ def test_large_logits_neither_overflow_nor_vanish(seed):
 
 
 def test_gradients_are_those_of_the_map(monkeypatch):
-    monkeypatch.setattr(cpu, "faster_products", lambda _: "torch")
+    monkeypatch.setattr(tiled, "faster_products", lambda _: "torch")
     states = [torch.randn(1, count, 70, 16, requires_grad=True) for count in (4, 2, 2)]
-    found = torch.autograd.grad(attend(*states, 0.25, scored=False)[0].square().sum(), states)
+    found = torch.autograd.grad(attend(*states, Softmax(0.25), scored=False)[0].square().sum(), states)
     wanted = torch.autograd.grad(exact_attention(*states, 0.25)[0].square().sum(), states)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
