@@ -1,6 +1,6 @@
 """The arithmetic of KVMerger (arXiv 2407.08454): merging sets, Gaussian weights, merged states.
 
-Pure tensor functions, free of loops over tokens and heads for the paper's adjacent linkage. A
+Pure tensor functions, free of loops over tokens and heads. A
 *merging set* is a run of neighbouring tokens that becomes one cache entry; its *pivot* is the member
 the others are weighted by. What the paper leaves open is settled in docs/methods.md.
 """
@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvmerge import linkage as linkage_scan
 from kvmerge.errors import unknown
 
-LINKAGES = ("adjacent", "anchor", "complete")
+LINKAGES = ("adjacent", *linkage_scan.SCANS)
 PIVOTS = ("score", "first", "last")
 SIGMA_RULES = ("mean_distance", "mean_distance_n", "fixed_point", "inf")
 VALUE_SCALES = ("none", "size")
@@ -49,7 +50,8 @@ def merging_sets(
         keys: `(batch, kv_heads, T, head_dim)`.
         protected: `(batch, kv_heads, T)` bool; such a token stays alone and breaks the chain.
         budget: entries kept per KV head, protected ones included.
-        threshold: neighbours are linked where their similarity is strictly above it.
+        threshold: neighbours are linked where their similarity is strictly above it; under the
+            scanning linkages a token joins at it, too.
         scores: `(batch, kv_heads, T)`; a set's score is the sum of its members'. Needed only where
             sets must be evicted.
         linkage: what a token is compared with: `adjacent` its neighbour; `anchor` the token that the
@@ -86,7 +88,9 @@ def merging_sets(
         strength = cosine(exact[..., :-1, :], exact[..., 1:, :])
         linked = linkable if threshold is None else linkable & (strength > threshold)
     else:
-        linked, strength = _scan_links(exact, protected, n_links, threshold, linkage)
+        linked, strength = linkage_scan.scan(
+            exact, protected, linkage, n_links=n_links, threshold=threshold
+        )
     if n_links is not None:
         linked = _strongest(strength, linked, n_links)
     first = torch.ones_like(protected[..., :1])
@@ -103,70 +107,6 @@ def _strongest(strength: Tensor, linked: Tensor, n_links: int) -> Tensor:
     ).indices
     chosen = torch.zeros_like(linked).scatter_(-1, linked.shape[-1] - 1 - order[..., :n_links], True)
     return chosen & linked
-
-
-def _scan_links(
-    keys: Tensor, protected: Tensor, n_links: int | None, threshold: float | None, linkage: str
-) -> tuple[Tensor, Tensor]:
-    """Return the links of the anchor and complete linkages, and the similarity each was accepted at.
-
-    A budget without a threshold takes the largest threshold that leaves no more sets than allowed,
-    found by refining a grid over [-1, 1] whose thresholds are all scanned at once. A smaller threshold
-    may open sets elsewhere and so leave more of them; a larger one that is enough, between two points
-    of the grid, can then be missed.
-    """
-    if threshold is not None:
-        thresholds = torch.full((1,), threshold, dtype=keys.dtype, device=keys.device)
-        linked, strength = _backward_scan(
-            keys, protected, thresholds.expand((*keys.shape[:2], 1)), linkage
-        )
-        return linked[..., 0], strength[..., 0]
-    assert n_links is not None
-    low = torch.full(keys.shape[:2], -1.0 - 1e-6, dtype=keys.dtype, device=keys.device)
-    high = torch.ones_like(low)
-    grid = torch.linspace(0, 1, 34, dtype=keys.dtype, device=keys.device)
-    for _ in range(5):  # (1/33)^5 of the interval is below float32 resolution
-        thresholds = low[..., None] + (high - low)[..., None] * grid
-        linked, _ = _backward_scan(keys, protected, thresholds, linkage)
-        enough = linked.sum(dim=2) >= n_links  # (batch, kv_heads, 34); true at the low end
-        best = (enough * torch.arange(34, device=keys.device)).amax(-1, keepdim=True)
-        low, high = (
-            thresholds.gather(-1, best)[..., 0],
-            thresholds.gather(-1, (best + 1).clamp_max(33))[..., 0],
-        )
-    linked, strength = _backward_scan(keys, protected, low[..., None], linkage)
-    return linked[..., 0], strength[..., 0]
-
-
-def _backward_scan(
-    keys: Tensor, protected: Tensor, thresholds: Tensor, linkage: str
-) -> tuple[Tensor, Tensor]:
-    """Scan from the last token down, closing a set at the first token that fails the threshold.
-
-    Args:
-        thresholds: `(batch, kv_heads, n)`, scanned side by side.
-
-    Returns:
-        linked, strength: `(batch, kv_heads, T - 1, n)`; link `i` joins tokens `i` and `i + 1`.
-    """
-    length = keys.shape[2]
-    unit = keys / keys.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    shape = (*keys.shape[:2], length - 1, thresholds.shape[-1])
-    linked = torch.zeros(shape, dtype=torch.bool, device=keys.device)
-    strength = torch.full(shape, -math.inf, dtype=keys.dtype, device=keys.device)
-    opened = torch.full(thresholds.shape, length - 1, device=keys.device)  # the set's last token
-    for token in range(length - 2, -1, -1):
-        similarity = torch.einsum("bhd,bhtd->bht", unit[:, :, token], unit[:, :, token + 1 :])
-        if linkage == "anchor":
-            joins = similarity.gather(-1, opened - token - 1)
-        else:  # the weakest similarity to any of token+1 … opened
-            joins = similarity.cummin(dim=-1).values.gather(-1, opened - token - 1)
-        linkable = ~(protected[:, :, token] | protected[:, :, token + 1])
-        link = (joins > thresholds) & linkable[..., None]
-        linked[:, :, token] = link
-        strength[:, :, token] = joins.masked_fill(~linkable[..., None], -math.inf)
-        opened = torch.where(link, opened, token)
-    return linked, strength
 
 
 def _evict_sets(set_ids: Tensor, protected: Tensor, scores: Tensor | None, budget: int) -> Tensor:

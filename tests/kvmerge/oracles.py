@@ -98,8 +98,9 @@ def merging_sets(
         }
         links = {i: c for i, c in strengths.items() if threshold is None or c > threshold}
     else:
-        assert threshold is not None, "the scanning linkages have no slow version without one"
-        links = backward_scan(k, fixed, lambda c: c > threshold, linkage)
+        if threshold is None:
+            threshold = bisected(k, fixed, linkage, len(k) - budget)
+        links = backward_scan(k, fixed, threshold, linkage)
     wanted = None
     if budget is not None and (threshold is None or underfill == "split"):
         wanted = len(k) - budget
@@ -129,23 +130,36 @@ def merging_sets(
 
 
 def backward_scan(
-    keys: list[list[float]], protected: list[bool], passes: Callable[[float], bool], linkage: str
+    keys: list[list[float]], protected: list[bool], threshold: float, linkage: str
 ) -> dict[int, float]:
-    """Greedy scan from the last token: links, and the similarity that each was accepted at."""
+    """Greedy scan from the last token: links, and the least similarity that the set needed so far."""
     links: dict[int, float] = {}
-    members = [len(keys) - 1]
+    members, least = [len(keys) - 1], math.inf
     for token in range(len(keys) - 2, -1, -1):
         if protected[token] or protected[token + 1]:
-            members = [token]
+            members, least = [token], math.inf
             continue
         compared = members[:1] if linkage == "anchor" else members
         similarity = min(cosine(keys[token], keys[other]) for other in compared)
-        if passes(similarity):
-            links[token] = similarity
+        if similarity >= threshold:
+            least = min(least, similarity)
+            links[token] = least
             members.append(token)
         else:
-            members = [token]
+            members, least = [token], math.inf
     return links
+
+
+def bisected(keys: list[list[float]], protected: list[bool], linkage: str, n_links: int) -> float:
+    """The threshold of a budget: the lower end of twelve halvings, at which enough links are left."""
+    low, high = -1 - 2**-7, 1 + 2**-7
+    for _ in range(12):
+        middle = (low + high) / 2
+        if len(backward_scan(keys, protected, middle, linkage)) >= n_links:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def set_summary(set_ids: Tensor, scores: Tensor) -> list[tuple[int, int, float]]:
