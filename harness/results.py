@@ -89,7 +89,7 @@ class Results:
             json.dumps(content, ensure_ascii=False).encode()  # half a character cannot be written on
         except FileNotFoundError:
             return {}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(
                 f"cannot read {self.run_file}: {error}. Put a copy of it back, if there is one. Choose "
                 "another output_dir, or delete that folder to start over: nothing else says what made "

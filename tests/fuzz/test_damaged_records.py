@@ -24,7 +24,7 @@ from harness.report.tables import budget_table, difference_table, group_tables, 
 from harness.results import Results
 from kvmerge.errors import UserError
 from scripts.records import repair
-from tests.fuzz import yields
+from tests.fuzz import BYTES, MARK, swapped, with_raw, yields
 from tests.synthetic_run import SETTINGS, record
 
 TRIALS = 2_000
@@ -54,15 +54,6 @@ INFO = SETTINGS | {
     "shard": 0,
     "num_shards": 1,
 }
-RAW = (
-    *("null", "true", '"x"', '""', '"\\ud800"', '"\\u0000"', '"3"', "0", "-1", "7", "0.5", "-0.5"),
-    *("1e999", "NaN", "-Infinity", "1e308", "9" * 400, "9" * 5000, str(2**63), "[]", "[1]", '["a"]'),
-    *("[[0.5]]", "{}", '{"a": 1}', '{"a": {"b": []}}', '{"\\udfff": 1}', "[" * 99_999 + "]" * 99_999),
-)
-"""Values as they stand in JSON."""
-BYTES = (b"\xff", b"\0", b"\n", b'"', b"}", b",", b"\xc3", b"\xe2\x80\xa8", b"\r")
-MARK = "\x01raw\x01"
-
 Damage = Callable[["Folder", random.Random], None]
 
 
@@ -105,28 +96,6 @@ def true_lines(task: str) -> list[Line]:
 
 
 LINES = {(task, cell): true_lines(task) for task in METRICS for cell in CELLS}
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container in a value with every key of it."""
-    keys: list[Any] = list(value) if isinstance(value, dict) else []
-    if isinstance(value, list):
-        keys = list(range(len(value)))
-    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
-
-
-def swapped(text: bytes, rng: random.Random) -> bytes:
-    """A JSON object with another value somewhere, one value less, or one more."""
-    row = json.loads(text)
-    container, key = rng.choice(places(row))
-    kind = rng.random()
-    if kind < 0.15:
-        del container[key]
-    elif kind < 0.25:
-        row["unheard_of"] = MARK
-    else:
-        container[key] = MARK
-    return json.dumps(row).replace(json.dumps(MARK), rng.choice(RAW)).encode()
 
 
 def swap_in_line(folder: Folder, rng: random.Random) -> None:
@@ -325,8 +294,7 @@ def test_a_wrong_value_is_named_with_file_line_and_key(tmp_path: Path) -> None:
         )
         lines = list(LINES["needle", "full@1"])
         raw = rng.choice(['"x"', "true", '{"a": [1]}', "1e999", "[[]]"])
-        changed = json.dumps(json.loads(lines[n].text) | {key: MARK}).replace(json.dumps(MARK), raw)
-        lines[n] = Line(changed.encode())
+        lines[n] = Line(with_raw(json.loads(lines[n].text) | {key: MARK}, raw))
         folder = Folder(tmp_path / "run", json.dumps(INFO).encode(), {("needle", "full@1"): lines})
         folder.write()
         with pytest.raises(UserError, match=rf"full@1\.jsonl, line {n + 1} is not a record: {key}"):
