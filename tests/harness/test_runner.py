@@ -26,7 +26,7 @@ from benchmarks import longbench
 from benchmarks.task import PromptFormat
 from harness.answering import prompt_hash, stop_rule
 from harness.batching import BatchSize
-from harness.records import prediction_path
+from harness.records import KL_DECIMALS, prediction_path
 from harness.report.run import load_run
 from harness.report.summary import write_summary
 from harness.runner import run
@@ -99,11 +99,14 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def assert_same_lines(found: dict[Key, dict[str, Any]], wanted: dict[Key, dict[str, Any]]) -> None:
-    """Equal lines; fidelity figures to rounding, since a batch of other rows rounds otherwise."""
+    """Equal lines; `kl_to_full` to its last digit, since a batch of other rows rounds otherwise."""
+    unit = 10.0**-KL_DECIMALS
     assert found.keys() == wanted.keys()
     for key, line in wanted.items():
         assert found[key] == {
-            name: pytest.approx(value, rel=1e-4, abs=1e-6) if name == "kl_to_full" and value else value
+            name: pytest.approx(value, rel=0, abs=1.001 * unit)
+            if name == "kl_to_full" and value
+            else value
             for name, value in line.items()
         }
 
@@ -225,6 +228,7 @@ def test_divergence_from_full_is_measured_beside_a_full_cell(finished: Path) -> 
             assert (line["kl_to_full"], line["top1_agreement"]) == (0, 1)
         else:
             assert line["kl_to_full"] > 0.01
+            assert line["kl_to_full"] == round(line["kl_to_full"], KL_DECIMALS)
             assert 0 <= line["top1_agreement"] < 1
 
 
