@@ -115,7 +115,10 @@ class Record:
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
         wrong = [
-            why for name, value in row.items() for why in _SHAPES.get(name, _PART).misfits(name, value)
+            why
+            for name, value in row.items()
+            if not (shape := _SHAPES.get(name, _PART)).fits(value)
+            for why in shape.misfits(name, value)
         ]
         if wrong:
             raise Misfit("; ".join(wrong))

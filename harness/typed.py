@@ -17,9 +17,10 @@ class Misfit(ValueError):
 
 
 class Shape(NamedTuple):
-    """What a value must be: in words, and as a test."""
+    """What a value must be: in words, and as tests."""
 
     words: str
+    fits: Callable[[Any], bool]
     misfits: Callable[[str, Any], Sequence[str]]
     """From a value's place and the value to what does not fit, a sentence's part each."""
 
@@ -58,18 +59,16 @@ _KINDS = {
     str: TEXT,
     int: Kind("a whole number of 64 bits", _is_whole),
     float: Kind("a finite number", _is_number),
-    bool: Kind("true or false", lambda value: type(value) is bool),
     NoneType: Kind("null", lambda value: value is None),
     Any: Kind("anything", lambda value: True),
 }
-_LIST = Kind("a list", lambda value: isinstance(value, list))
 _OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 
 def shape_of(annotation: Any) -> Shape:
     """Return what a value must be to be read into an annotation.
 
-    Understood are texts, numbers, `bool`, `None`, `Any` and unions of them, lists and tuples of one
+    Understood are texts, numbers, `None`, `Any` and unions of them, lists and tuples of one
     type, mappings, `TypedDict`, and numbers with `Between`.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -90,32 +89,35 @@ def _plain(kind: Kind) -> Shape:
     def misfits(place: str, value: Any) -> Sequence[str]:
         return () if kind.fits(value) else (f"{place} must be {kind.words}, got {shown(value)}",)
 
-    return Shape(kind.words, misfits)
+    return Shape(kind.words, kind.fits, misfits)
 
 
 def _bounded(shape: Shape, bounds: Between) -> Shape:
     def fits(value: Any) -> bool:
-        return not shape.misfits("", value) and bounds.low <= value <= bounds.high
+        return shape.fits(value) and bounds.low <= value <= bounds.high
 
     return _plain(Kind(f"{shape.words}, {bounds.words}", fits))
 
 
 def _either(shapes: Sequence[Shape]) -> Shape:
     def fits(value: Any) -> bool:
-        return any(not shape.misfits("", value) for shape in shapes)
+        return any(shape.fits(value) for shape in shapes)
 
     return _plain(Kind(" or ".join(shape.words for shape in shapes), fits))
 
 
 def _list(each: Shape) -> Shape:
-    whole = _plain(_LIST)
+    whole = _plain(Kind("a list", lambda value: isinstance(value, list)))
+
+    def fits(value: Any) -> bool:
+        return whole.fits(value) and all(map(each.fits, value))
 
     def misfits(place: str, value: Any) -> Sequence[str]:
         return whole.misfits(place, value) or [
             wrong for i, one in enumerate(value) for wrong in each.misfits(f"{place}[{i}]", one)
         ]
 
-    return Shape("a list", misfits)
+    return Shape(whole.words, fits, misfits)
 
 
 def _mapping(key: Shape, each: Shape) -> Shape:
@@ -131,7 +133,7 @@ def _mapping(key: Shape, each: Shape) -> Shape:
             )
         ]
 
-    return Shape("an object", misfits)
+    return Shape(_OBJECT.words, lambda value: not misfits("", value), misfits)
 
 
 def _object(annotation: Any) -> Shape:
@@ -150,7 +152,7 @@ def _object(annotation: Any) -> Shape:
             wrong for name in shapes for wrong in of_field(below + name, name, value)
         ]
 
-    return Shape("an object", misfits)
+    return Shape(_OBJECT.words, lambda value: not misfits("", value), misfits)
 
 
 def parse_object(data: str | bytes) -> dict[str, Any]:

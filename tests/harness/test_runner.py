@@ -33,6 +33,7 @@ from harness.runner import run
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.models import load
+from scripts.records import repair
 from tests.tiny import HEAD_DIM, LAYERS
 from tests.tiny_run import Key, read_lines, row, tiny_settings, write_rows
 
@@ -653,6 +654,23 @@ def test_a_full_disk_is_told_and_the_run_resumes(
     assert calls.rows == [[H2O, *CAM, FULL], [FULL, KVMERGER, H2O, *CAM]]
     wanted = {key: line for key, line in read_lines(finished).items() if key[0] == "trec"}
     assert_same_lines(read_lines(settings.output_dir), wanted)
+
+
+# records that contradict each other
+
+
+def test_samples_of_two_minds_are_refused_and_run_again_once_repaired(
+    tiny: Tiny, copy: Path, finished: Path
+) -> None:
+    path = prediction_path(copy, "trec", "h2o@0.5")
+    first, *others = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    other = json.dumps(json.loads(first) | {"prediction": "something else"}) + "\n"
+    path.write_text("".join([first, *others, other]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"lines 1, 4 are all of .*'trec-0'.*differ in prediction"):
+        run(tiny())
+    assert list(repair(copy))
+    run(tiny())
+    assert_same_lines(read_lines(copy), read_lines(finished))
 
 
 # shards
