@@ -217,7 +217,8 @@ class Scan:
     @property
     def counted(self) -> list[Record]:
         """The records of a file that is not refused, each sample and seed once."""
-        return [record for number, record in self.records.items() if number not in self.repeated]
+        repeated = set(self.repeated)
+        return [record for number, record in self.records.items() if number not in repeated]
 
     def remarks(self) -> Iterator[str]:
         """Yield what is passed over, a sentence each."""
@@ -232,7 +233,7 @@ class Scan:
     def faults(self) -> Iterator[str]:
         """Yield what the file is refused for, a sentence's part each."""
         if self.unreadable:
-            yield f"cannot read {self.path}: {self.unreadable}"
+            yield f"cannot read {self.path}: {self.unreadable}; moved elsewhere, its samples run again"
         for number, why in self.malformed.items():
             yield f"{self.path}, line {number} is not a record: {why}"
         for numbers in self.differing:
@@ -243,7 +244,7 @@ class Scan:
             )
 
     def _differing_in(self, numbers: tuple[int, ...]) -> list[str]:
-        first, *others = (json.loads(_untimed(self.records[number])) for number in numbers)
+        first, *others = (_untimed(self.records[number]) for number in numbers)
         names = dict.fromkeys(name for row in (first, *others) for name in row)
         return [name for name in names if any(row.get(name) != first.get(name) for row in others)]
 
@@ -283,16 +284,20 @@ def _repetitions(
     repeated: list[int] = []
     differing = []
     for numbers in by_sample.values():
-        if len(numbers) > 1 and len({_untimed(records[number]) for number in numbers}) > 1:
+        if len(numbers) == 1:
+            continue
+        first, *others = (_untimed(records[number]) for number in numbers)
+        if any(other != first for other in others):
             differing.append(tuple(numbers))
         else:
             repeated += numbers[1:]
     return tuple(repeated), tuple(differing)
 
 
-def _untimed(record: Record) -> str:
-    """Return a record as its line without what no two runs of a sample share."""
-    return replace(record, prefill_seconds=None, decode_seconds=None).to_json()
+def _untimed(record: Record) -> dict[str, Any]:
+    """Return the keys of a record's line, without what no two runs of a sample share."""
+    untimed = replace(record, prefill_seconds=None, decode_seconds=None)
+    return parse_object(untimed.to_json())  # as JSON, where not a number equals itself
 
 
 def scan_folder(folder: Path) -> list[Scan]:
@@ -327,7 +332,7 @@ def _refusal(folder: Path, faults: list[str]) -> str:
     if len(faults) > len(listed):
         listed.append(f"and {len(faults) - len(listed)} more: `{command % 'check'}` lists all")
     listed.append(
-        f"`{command % 'repair'}` takes such lines out and keeps each file as it was beside; "
+        f"`{command % 'repair'}` takes lines like these out and keeps each file as it was beside; "
         "their samples run again."
     )
     return "\n".join(listed)

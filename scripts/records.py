@@ -124,7 +124,10 @@ def _take_out(found: Scan) -> str:
     else:
         found.path.unlink()
     numbers = ", ".join(map(str, sorted(unfit)))
-    return f"{found.path}: took out lines {numbers}; kept {len(kept)} lines. As it was: {copy}"
+    return (
+        f"{found.path}: took out lines {numbers}; kept {len(kept)} of {len(found.lines)}. "
+        f"As it was: {copy}"
+    )
 
 
 def _free_name(path: Path) -> Path:

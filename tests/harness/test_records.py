@@ -188,7 +188,7 @@ def test_lines_that_agree_but_for_times_count_once(
 ) -> None:
     path = tmp_path / "x.jsonl"
     first = record("1", math.nan, decode_seconds=1.0)
-    again = record("1", math.nan, decode_seconds=2.0)
+    again = record("1", math.nan, decode_seconds=2.0, kept_entries=50)
     for line in (first, again, record("1", 0.5, seed=43), again):
         append_record(path, line)
     with caplog.at_level(logging.WARNING):

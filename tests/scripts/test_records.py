@@ -76,8 +76,7 @@ def test_repair_leaves_what_is_sound_and_keeps_the_file_beside(
     assert main(["repair", str(folder)]) == 0
     kept = path.with_name("full@1.jsonl.damaged")
     assert capsys.readouterr().out == (
-        f"{path}: took out lines 2, 4, 5, 6, 7, 8; kept 2 lines. As it was: {kept}\n"
-        f"{folder} is sound.\n"
+        f"{path}: took out lines 2, 4, 5, 6, 7, 8; kept 2 of 8. As it was: {kept}\n{folder} is sound.\n"
     )
     assert kept.read_bytes() == before
     assert [one.id for one in read_records(path)] == ["a", "c"]
@@ -94,7 +93,7 @@ def test_an_earlier_repairs_copy_stays_and_a_file_of_no_sound_line_goes(
     assert main(["repair", str(folder)]) == 0
     assert not path.exists()
     assert path.with_name("full@1.jsonl.damaged.2").read_text() == "{}"
-    assert "took out lines 1; kept 0 lines" in capsys.readouterr().out
+    assert "took out lines 1; kept 0 of 1" in capsys.readouterr().out
 
 
 def test_repair_waits_for_no_writer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
