@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.encoding import encode_truncating_middle
 from benchmarks.metric import Metric
 from benchmarks.metrics import find_metric
-from benchmarks.rows import ANY, parse_csv, parse_rows, read_bytes, sha256, shown
+from benchmarks.rows import ANY, TEXT, parse_csv, parse_rows, read_bytes, sha256, shown
 from benchmarks.source import load_rows
 from benchmarks.task import Encoded, PromptFormat, Sample, Task
 from kvmerge.errors import UserError
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 Place = tuple[str, Mapping[str, Any]]
 """Where a row stands, for messages, and the row."""
+
+
+_DEEPEST = 20
+"""Lists in each other that a field may hold; beyond it a file is broken or means harm."""
 
 
 class Custom:
@@ -128,7 +132,7 @@ class Custom:
         samples = []
         seen: dict[str, str] = {}
         for number, (place, row) in enumerate(self._rows()):
-            name = str(_lookup(row, self.id, place)) if self.id else str(number)
+            name = _text(_lookup(row, self.id, place), self.id, place) if self.id else str(number)
             if name in seen:
                 raise UserError(
                     f"{place}: {self.id} {name!r} is already that of {seen[name]}; give a field "
@@ -220,14 +224,15 @@ def _lookup(row: Mapping[str, Any], field: str, place: str) -> Any:
     return value
 
 
-def _text(value: Any, field: str, place: str, joint: str = "\n") -> str:
-    """Return a field as it stands in a prompt."""
-    if isinstance(value, str):
-        return value
+def _text(value: Any, field: str, place: str, depth: int = 0) -> str:
+    """Return a field as it stands in a prompt; `depth` counts the lists around it."""
+    if TEXT.fits(value):
+        return str(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, list | tuple):
-        return joint.join(_text(each, field, place, " ") for each in value)
+    if isinstance(value, list | tuple) and depth < _DEEPEST:
+        joint = " " if depth else "\n"
+        return joint.join(_text(each, field, place, depth + 1) for each in value)
     raise UserError(
         f"{place}: field {field!r} must be a text, a number or a list of them, got {shown(value)}."
     )

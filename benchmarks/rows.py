@@ -106,7 +106,10 @@ def parse_csv(data: bytes, source: str) -> list[tuple[str, dict[str, Any]]]:
             if values:
                 rows.append((place, dict(zip(columns, values, strict=True))))
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+        number = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{source}, line {number}: not UTF-8 ({error.reason} at byte {error.start})."
+        ) from error
     except csv.Error as error:
         raise UserError(f"{source}, line {lines.line_num}: not valid CSV ({error}).") from error
     finally:
@@ -140,5 +143,8 @@ def _check_fields(row: Mapping[str, Any], fields: Mapping[str, Kind], place: str
 
 def shown(value: Any) -> str:
     """Return a value as a message may show it: in ASCII, at most 80 characters."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        text = "lists or objects too deep in each other"
     return text if len(text) <= 80 else f"{text[:77]}..."

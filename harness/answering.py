@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baselines.full import Full
 from benchmarks.task import Encoded, Sample, Task
 from harness.batching import BatchSize, is_out_of_memory
-from harness.records import Record
+from harness.records import KL_DECIMALS, Record
 from harness.settings import Settings
 from kvmerge.budget import Budget
 from kvmerge.cells import Cell
@@ -164,7 +164,7 @@ class Answerer:
             kept_entries=kept,
             budget_achieved=kept / length,
             kv_bytes=result.stats.kv_bytes + result.stats.local_bytes,
-            kl_to_full=fidelity.kl if fidelity else None,
+            kl_to_full=round(fidelity.kl, KL_DECIMALS) if fidelity else None,
             top1_agreement=fidelity.top1 if fidelity else None,
             fidelity_tokens=fidelity.tokens if fidelity else None,
             requested_entries=cell.budget.entries(length),

@@ -2,7 +2,7 @@
 
 A prediction file survives a kill at any moment: a line counts only once it ends in a newline and
 parses, a half-written last line is ignored when read and cut off before the next append, and the
-sample it belonged to simply runs again.
+sample it belonged to simply runs again. What no kill explains is refused, all of a folder at once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from harness.typed import Count, Misfit, Positive, Share, parse_object, shape_of
 from kvmerge.cells import file_name
 from kvmerge.errors import UserError
 
@@ -26,6 +29,16 @@ if TYPE_CHECKING:
     from datasets import Features
 
 logger = logging.getLogger(__name__)
+
+KL_DECIMALS = 4
+"""Digits of `kl_to_full`: those that do not depend on which samples shared a batch.
+
+Float32 products of other shapes differ by up to 3e-6 nats. So two runs of a sample, one of them
+resumed, write the same number or, where it lies that close to a boundary, two numbers 1e-4 apart.
+"""
+
+_MOST_FAULTS = 20
+"""Faults of a folder that one message lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,39 +55,39 @@ class Record:
     score: float
     """0 to 1; the perplexity itself where that is the metric. NaN is written as null."""
     prompt_hash: str
-    prompt_tokens: int
+    prompt_tokens: Count
     """Tokens really fed to prefill (T)."""
-    generated_tokens: int
-    kept_entries: float
+    generated_tokens: Count
+    kept_entries: Positive
     """Mean over layers and KV heads, after prefill."""
-    budget_achieved: float
+    budget_achieved: Positive
     """`kept_entries` divided by `prompt_tokens`."""
-    kv_bytes: int
+    kv_bytes: Count
     """Bytes of K and V alone, after prefill."""
-    kl_to_full: float | None = None
-    """KL(full || cell) in nats, mean over the compared positions."""
-    top1_agreement: float | None = None
+    kl_to_full: Positive | None = None
+    """KL(full || cell) in nats, mean over the compared positions, to `KL_DECIMALS`."""
+    top1_agreement: Share | None = None
     """Fraction of compared positions where the most likely token is the full cache's."""
-    fidelity_tokens: int | None = None
+    fidelity_tokens: Count | None = None
     """Number of positions compared."""
-    requested_entries: int | None = None
+    requested_entries: Count | None = None
     """Entries per KV head that the budget stands for, before any method or policy divides them."""
-    kept_entries_by_layer: list[float] | None = None
+    kept_entries_by_layer: list[Positive] | None = None
     """Mean over the KV heads of each layer, after prefill."""
-    kept_entries_min: int | None = None
+    kept_entries_min: Count | None = None
     """Smallest count over layers and KV heads, after prefill."""
-    kept_entries_max: int | None = None
-    kv_bytes_full: int | None = None
+    kept_entries_max: Count | None = None
+    kv_bytes_full: Count | None = None
     """Bytes of K and V that the full cache holds for the same prompt."""
-    size_bytes: int | None = None
+    size_bytes: Count | None = None
     """Bytes of the size vectors or logit biases kept beside K and V."""
     merged_tokens: float | None = None
     """Prompt tokens that share another's entry, mean over layers and KV heads. With `kept_entries` and
     `evicted_tokens` they sum to `prompt_tokens`. None where the method keeps no set sizes."""
     evicted_tokens: float | None = None
     """Prompt tokens that no entry stands for, mean over layers and KV heads."""
-    prefill_seconds: float | None = None
-    decode_seconds: float | None = None
+    prefill_seconds: Positive | None = None
+    decode_seconds: Positive | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Parts of the metric (`rouge1`, `rouge2`, `rougel`; `nll`, `tokens`) and `groups`, what the scores
     are also reported by; keys of the line too."""
@@ -91,23 +104,25 @@ class Record:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str) -> Record:
+    def from_json(cls, line: str | bytes) -> Record:
         """Read one line back; keys that are no field go to `extra`.
 
-        Raises `ValueError` saying what is wrong: not JSON, not an object, or a missing field.
+        Raises `ValueError` saying what is wrong: not JSON, not an object, or a missing field; and
+        `Misfit`, which names every field whose value is not what its annotation says.
         """
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError(f"an object is needed, not {type(row).__name__}")
+        row = parse_object(line)
         missing = [name for name in _REQUIRED if name not in row]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
-        if not isinstance(row["answers"], list):
-            raise ValueError("answers must be a list")
+        wrong = [
+            why
+            for name, value in row.items()
+            if not (shape := _SHAPES.get(name, _PART)).fits(value)
+            for why in shape.misfits(name, value)
+        ]
+        if wrong:
+            raise Misfit("; ".join(wrong))
         row["score"] = math.nan if row["score"] is None else row["score"]
-        for name in _NUMBERS:
-            if isinstance(row[name], bool) or not isinstance(row[name], int | float):
-                raise ValueError(f"{name} must be a number, not {row[name]!r}")
         row["answers"] = tuple(row["answers"])
         known = {name: row.pop(name) for name in tuple(row) if name in _FIELDS}
         return cls(**known, extra=row)
@@ -117,7 +132,14 @@ _FIELDS = frozenset(f.name for f in fields(Record)) - {"extra"}
 _REQUIRED = tuple(
     f.name for f in fields(Record) if f.default is MISSING and f.default_factory is MISSING
 )
-_NUMBERS = frozenset(_REQUIRED) - {"id", "prediction", "answers", "prompt_hash"}
+_SHAPES = {
+    name: shape_of(hint)
+    for name, hint in get_type_hints(Record, include_extras=True).items()
+    if name != "extra"
+} | {"score": shape_of(float | None), "groups": shape_of(Mapping[str, str | int])}
+"""What each key of a line must be; a score that is not a number is written as null."""
+_PART = shape_of(float | None)
+"""What any other key must be: a part of the metric."""
 
 
 def _null_if_not_finite(value: Any) -> Any:
@@ -172,34 +194,152 @@ def append_record(path: Path, record: Record) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Scan:
+    """What the lines of a prediction file are; they are counted from 1."""
+
+    path: Path
+    lines: Mapping[int, bytes] = field(default_factory=dict)
+    """All of them, without newline."""
+    records: Mapping[int, Record] = field(default_factory=dict)
+    """Those that are records."""
+    torn: tuple[int, ...] = ()
+    """The last one, where a kill left it half-written."""
+    malformed: Mapping[int, str] = field(default_factory=dict)
+    """Why others are no records."""
+    repeated: tuple[int, ...] = ()
+    """Those that say what an earlier one says, times aside."""
+    differing: tuple[tuple[int, ...], ...] = ()
+    """Those that say different things of one sample and seed, together."""
+    unreadable: str = ""
+    """Why the file cannot be read; empty where it can."""
+
+    @property
+    def counted(self) -> list[Record]:
+        """The records of a file that is not refused, each sample and seed once."""
+        repeated = set(self.repeated)
+        return [record for number, record in self.records.items() if number not in repeated]
+
+    def remarks(self) -> Iterator[str]:
+        """Yield what is passed over, a sentence each."""
+        if self.torn:
+            yield f"{self.path}, line {self.torn[0]} is half-written; it is ignored"
+        if self.repeated:
+            yield (
+                f"{self.path}: lines that repeat an earlier one are ignored: {len(self.repeated)} in "
+                f"all, the first of them line {self.repeated[0]}"
+            )
+
+    def faults(self) -> Iterator[str]:
+        """Yield what the file is refused for, a sentence's part each."""
+        if self.unreadable:
+            yield f"cannot read {self.path}: {self.unreadable}; moved elsewhere, its samples run again"
+        for number, why in self.malformed.items():
+            yield f"{self.path}, line {number} is not a record: {why}"
+        for numbers in self.differing:
+            first = self.records[numbers[0]]
+            yield (
+                f"{self.path}, lines {', '.join(map(str, numbers))} are all of sample {first.id!r} "
+                f"with seed {first.seed}, and differ in {', '.join(self._differing_in(numbers))}"
+            )
+
+    def _differing_in(self, numbers: tuple[int, ...]) -> list[str]:
+        first, *others = (_untimed(self.records[number]) for number in numbers)
+        names = dict.fromkeys(name for row in (first, *others) for name in row)
+        return [name for name in names if any(row.get(name) != first.get(name) for row in others)]
+
+
+def scan(path: Path) -> Scan:
+    """Look at every line of a prediction file; one that is missing has none."""
+    try:
+        *whole, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return Scan(path)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        return Scan(path, unreadable=getattr(error, "strerror", None) or str(error))
+    lines = dict(enumerate([*whole, rest] if rest else whole, start=1))
+    records: dict[int, Record] = {}
+    malformed: dict[int, str] = {}
+    torn = [len(lines)] if rest else []
+    for number, line in enumerate(whole, start=1):
+        try:
+            records[number] = Record.from_json(line)
+        except ValueError as error:
+            # A kill leaves no line with all its keys.
+            if number == len(lines) and not isinstance(error, Misfit):
+                torn.append(number)
+            else:
+                malformed[number] = str(error)
+    repeated, differing = _repetitions(records)
+    return Scan(path, lines, records, tuple(torn), malformed, repeated, differing)
+
+
+def _repetitions(
+    records: Mapping[int, Record],
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Return the lines that repeat an earlier one, and those that contradict each other."""
+    by_sample: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for number, record in records.items():
+        by_sample[record.id, record.seed].append(number)
+    repeated: list[int] = []
+    differing = []
+    for numbers in by_sample.values():
+        if len(numbers) == 1:
+            continue
+        first, *others = (_untimed(records[number]) for number in numbers)
+        if any(other != first for other in others):
+            differing.append(tuple(numbers))
+        else:
+            repeated += numbers[1:]
+    return tuple(repeated), tuple(differing)
+
+
+def _untimed(record: Record) -> dict[str, Any]:
+    """Return the keys of a record's line, without what no two runs of a sample share."""
+    untimed = replace(record, prefill_seconds=None, decode_seconds=None)
+    return parse_object(untimed.to_json())  # as JSON, where not a number equals itself
+
+
+def scan_folder(folder: Path) -> list[Scan]:
+    """Look at every prediction file of a results folder."""
+    return [scan(path) for path in sorted(folder.glob("predictions/*/*.jsonl"))]
+
+
 def read_records(path: Path) -> list[Record]:
     """Read all whole lines of a prediction file, in file order; a missing file has none.
 
-    A half-written last line (no newline, or not a record) is reported to the log and left out.
-    Raises `UserError` naming file and line where any other line is malformed.
+    A half-written last line (no newline, or no object with a record's keys) and lines that repeat an
+    earlier one but for its times are reported to the log and left out.
+
+    Raises:
+        UserError: naming file, line and field, where the file is damaged otherwise; it lists what is
+            wrong in all files of the results folder, and says how to repair them.
     """
-    if not path.exists():
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest:
-        logger.warning("%s ends in a half-written line; it is ignored", path)
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(Record.from_json(line.decode()))
-        except ValueError as error:
-            if number == len(lines) and not rest:
-                logger.warning("%s, line %d is half-written; it is ignored", path, number)
-                break
-            raise UserError(
-                f"{path}, line {number} is not a record: {error}. "
-                "Delete that line; the sample runs again."
-            ) from error
-    return records
+    found = scan(path)
+    for remark in found.remarks():
+        logger.warning(remark)
+    faults = list(found.faults())
+    if faults:
+        folder = path.parents[2]
+        others = (other for other in scan_folder(folder) if other.path != path)
+        raise UserError(_refusal(folder, [*faults, *(f for other in others for f in other.faults())]))
+    return found.counted
+
+
+def _refusal(folder: Path, faults: list[str]) -> str:
+    listed = faults[:_MOST_FAULTS]
+    command = f"python -m scripts.records %s {shlex.quote(str(folder))}"
+    if len(faults) > len(listed):
+        listed.append(f"and {len(faults) - len(listed)} more: `{command % 'check'}` lists all")
+    listed.append(
+        f"`{command % 'repair'}` takes lines like these out and keeps each file as it was beside; "
+        "their samples run again."
+    )
+    return "\n".join(listed)
 
 
 def _sound_end(file: FileIO) -> int:
-    """Find the offset after the last line that `read_records` would accept."""
+    """Find the offset after the last line that is not half-written."""
     size = file.seek(0, os.SEEK_END)
     block = 1 << 16
     while True:
@@ -214,7 +354,9 @@ def _sound_end(file: FileIO) -> int:
     if last != len(tail) - 1 or last < 0:
         return start + last + 1
     try:
-        Record.from_json(tail[before + 1 : last].decode())
+        Record.from_json(tail[before + 1 : last])
+    except Misfit:
+        return size
     except ValueError:
         return start + before + 1
     return size
@@ -229,6 +371,8 @@ def features(output_dir: Path) -> Features:
 
     Lines of different tasks and methods hold different keys, and a key that is null in a whole file has
     no type there. With these types every line loads, and what it lacks is null.
+
+    Raises `UserError` as `read_records` does.
     """
     from datasets import Features, List, Value  # takes half a second
 
@@ -238,13 +382,13 @@ def features(output_dir: Path) -> Features:
         return Value({str: "string", int: "int64"}.get(type(value), "float64"))
 
     types: dict[str, Any] = {}
-    for field_ in fields(Record):
-        text = "str" in str(field_.type)
-        value = Value("string" if text else "float64" if "float" in str(field_.type) else "int64")
-        types[field_.name] = List(value) if re.match("tuple|list", str(field_.type)) else value
+    for name, hint in get_type_hints(Record).items():
+        text = str(hint)
+        value = Value("string" if "str" in text else "float64" if "float" in text else "int64")
+        types[name] = List(value) if re.match("tuple|list", text) else value
     del types["extra"]
     for path in sorted(output_dir.glob("predictions/*/*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
-            for name, value in Record.from_json(next(lines)).extra.items():
+        for record in read_records(path)[:1]:
+            for name, value in record.extra.items():
                 types[name] = typed(value)
     return Features(types)

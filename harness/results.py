@@ -7,13 +7,59 @@ gate after each task and the report look at the same records, and at no file.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from harness.records import Record, append_record, prediction_path, read_records
+from harness.typed import Count, parse_object, shape_of
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
+
+
+class _Judged(TypedDict):
+    metric: str
+
+
+class TaskInfo(_Judged, total=False):
+    """What run.json says of a task."""
+
+    max_new_tokens: Count
+    samples: Count
+
+
+class Stretch(TypedDict, total=False):
+    """One of the runs that wrote into a folder."""
+
+    ended: str | None
+    seconds: float | None
+
+
+class Fingerprint(TypedDict, total=False):
+    """What a resumed run must match; `harness.provenance` compares the rest of it as it stands."""
+
+    data: Mapping[str, str]
+    cells: Mapping[str, Any]
+
+
+class RunInfo(TypedDict, total=False):
+    """What must hold of run.json where it says it (`harness.provenance.run_info`).
+
+    Earlier versions said less.
+    """
+
+    model: str
+    benchmark: str
+    cells: list[str]
+    tasks: Mapping[str, TaskInfo]
+    shard: Count
+    num_shards: Count
+    runs: list[Stretch]
+    fingerprint: Fingerprint
+
+
+_INFO = shape_of(RunInfo)
 
 
 class Results:
@@ -30,16 +76,26 @@ class Results:
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """Return what run.json says; {} if there is none. Raises `UserError` if it cannot be read."""
+        """Return what run.json says; {} if there is none.
+
+        Raises `UserError` naming what is wrong: it cannot be read, is no JSON object, or holds what
+        `RunInfo` does not allow.
+        """
         try:
-            return dict(json.loads(self.run_file.read_text(encoding="utf-8")))
+            content = parse_object(self.run_file.read_bytes())
+            wrong = _INFO.misfits("", content)
+            if wrong:
+                raise ValueError("; ".join(wrong))
+            json.dumps(content, ensure_ascii=False).encode()  # half a character cannot be written on
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(
-                f"cannot read {self.run_file}: {error}. Choose another output_dir, or run again to "
-                "write it anew after deleting it."
+                f"cannot read {self.run_file}: {error}. Put a copy of it back, if there is one. Choose "
+                "another output_dir, or delete that folder to start over: nothing else says what made "
+                "its predictions."
             ) from error
+        return content
 
     def write_info(self, content: dict[str, Any]) -> None:
         """Replace run.json, in one step."""

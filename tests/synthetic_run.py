@@ -14,7 +14,7 @@ SETTINGS: dict[str, Any] = {
     "benchmark": "toy",
     "seeds": [42],
     "dtype": "float32",
-    "fingerprint": {"data": "abc"},
+    "fingerprint": {"data": {"t": "abc"}},
     "config": {"decode_policy": "append"},
     "git": {"commit": "0123456789abcdef", "dirty": False},
     "packages": {"torch": "2.13.0"},

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
 CHOICE = re.compile(r"\b[A-D]\b")
-PERCENTAGE = re.compile(r"(\d+\.?\d*)%")
+PERCENTAGE = re.compile(r"(?<!\d)(\d++\.?+\d*+)%")
+"""Finds what the official `(\\d+\\.?\\d*)%` finds, which takes minutes for a text of 5,000 digits."""
 
 
 def rouge_gm(
@@ -77,7 +78,8 @@ def exp_similarity(prediction: str, reference: str) -> float:
         raise ValueError(f"the reference {reference!r} holds no percentage")
     if guess is None:
         return 0.0
-    difference = abs(float(guess.group(1)) - float(right.group(1)))
+    ours, theirs = float(guess.group(1)), float(right.group(1))
+    difference = 0.0 if ours == theirs else abs(ours - theirs)  # infinity less infinity is no number
     return float(0.5 ** (difference / 10))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -152,12 +154,13 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
     tasks = {task: spec["metric"] for part in parts for task, spec in part.info["tasks"].items()}
     cells = list(dict.fromkeys(cell for part in parts for cell in part.info["cells"]))
     cells += _unlisted_cells(parts, cells)
-    records: dict[tuple[str, str], list[Record]] = {}
-    for task in tasks:
-        for cell in cells:
-            merged = _merge(parts, task, cell)
-            if merged:
-                records[task, cell] = merged
+    _refuse_overlaps(parts, tasks, cells)
+    records = {
+        (task, cell): merged
+        for task in tasks
+        for cell in cells
+        if (merged := [record for part in parts for record in part.records(task, cell)])
+    }
     _refuse_unknown_tasks(parts, tasks)
     return Run(output_dir, first, tasks, tuple(cells), records)
 
@@ -208,6 +211,11 @@ def _check_info(results: Results) -> None:
     missing = [key for key in ("model", "benchmark", "tasks", "cells") if key not in results.info]
     if missing:
         raise UserError(f"{results.run_file} lacks {', '.join(missing)}. Run again to write it anew.")
+    for cell in results.info["cells"]:
+        try:
+            parse_name(cell)
+        except UserError as error:
+            raise UserError(f"{results.run_file}, cells: {error}") from error
 
 
 def _unlisted_cells(parts: Iterable[Results], cells: Iterable[str]) -> list[str]:
@@ -227,23 +235,24 @@ def _refuse_unknown_tasks(parts: Iterable[Results], tasks: Mapping[str, str]) ->
                 )
 
 
-def _merge(parts: Iterable[Results], task: str, cell: str) -> list[Record]:
-    """Join the records of all shards, refusing one that is there twice."""
-    first: dict[tuple[str, int], Path] = {}
-    merged = []
-    for part in parts:
-        path = prediction_path(part.folder, task, cell)
-        for record in part.records(task, cell):
-            key = (record.id, record.seed)
-            if key in first:
-                where = f"{path}" if first[key] == path else f"both {first[key]} and {path}"
-                raise UserError(
-                    f"sample {record.id!r} with seed {record.seed} is there twice, in {where}, "
-                    "and would be counted twice. Delete one of the two lines."
-                )
-            first[key] = path
-            merged.append(record)
-    return merged
+def _refuse_overlaps(parts: Sequence[Results], tasks: Iterable[str], cells: Sequence[str]) -> None:
+    """Refuse samples that more than one shard holds, all of them together."""
+    overlaps = []
+    for task, cell in itertools.product(tasks, cells):
+        places: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for part in parts:
+            for record in part.records(task, cell):
+                places[record.id, record.seed].append(str(prediction_path(part.folder, task, cell)))
+        overlaps += [
+            f"sample {name!r} with seed {seed} is there twice, in {' and '.join(paths)}"
+            for (name, seed), paths in places.items()
+            if len(paths) > 1
+        ]
+    if overlaps:
+        listed = "\n".join(overlaps)
+        raise UserError(
+            f"{listed}\nEach would be counted twice. Delete its line in all shards but one."
+        )
 
 
 def averages(run: Run) -> dict[str, Scored]:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing:
             raise UserError("\n".join(missing))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ from scipy.stats import kendalltau
 
 from benchmarks import zero_scrolls
 from benchmarks.metrics import find_metric
-from benchmarks.zero_scrolls.metrics import METRICS, concordance_index, exp_similarity, rouge_gm
+from benchmarks.zero_scrolls.metrics import (
+    METRICS,
+    PERCENTAGE,
+    concordance_index,
+    exp_similarity,
+    rouge_gm,
+)
 from benchmarks.zero_scrolls.tasks import TASKS
 from harness.report.bootstrap import gather, score_task
 from kvmerge.errors import UserError
@@ -129,6 +136,18 @@ def test_accuracy_takes_the_first_letter_that_stands_alone(prediction, expected)
 )
 def test_exp_similarity_compares_the_first_percentages(prediction, expected):
     assert zero_scrolls.score("space_digest", prediction, ["60%"]) == pytest.approx(expected, abs=5e-7)
+
+
+@given(st.text("0123.%a ٣", max_size=12))
+def test_percentages_are_those_that_the_official_pattern_finds(text):
+    official, ours = re.search(r"(\d+\.?\d*)%", text), PERCENTAGE.search(text)
+    assert (official and official.span(1)) == (ours and ours.span(1))
+
+
+def test_a_number_without_end_is_scored_at_once():
+    assert exp_similarity("9" * 100_000, "40%") == 0
+    assert exp_similarity("9" * 400 + "%", "40%") == 0
+    assert exp_similarity("9" * 400 + "%", "8" * 400 + "%") == 1
 
 
 @given(st.integers(0, 100), st.integers(0, 100))

@@ -131,11 +131,11 @@ def test_repair_finds_the_start_of_a_very_long_last_line(tmp_path: Path) -> None
         (b'{"id": "1"}', "missing seed, prediction"),
         (
             record("1", 0.5).to_json().replace("0.5,", '"high",', 1).encode(),
-            "score must be a number",
+            "score must be a finite number or null, got 'high'",
         ),
         (
             record("1", 0.5).to_json().replace('["a", "b"]', '"a"').encode(),
-            "answers must be a list",
+            "answers must be a list, got 'a'",
         ),
     ],
 )
@@ -147,6 +147,76 @@ def test_a_malformed_line_elsewhere_names_file_and_line(tmp_path: Path, line: by
         read_records(path)
     assert f"{path}, line 2" in str(caught.value)
     assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"id": 3}, "id must be a string of valid Unicode, got 3"),
+        ({"answers": ["a", 1]}, r"answers\[1\] must be a string of valid Unicode, got 1"),
+        ({"kv_bytes": -1}, "kv_bytes must be a whole number of 64 bits, 0 or more, got -1"),
+        ({"kv_bytes": True}, "kv_bytes must be a whole number"),
+        ({"kept_entries": 2**63}, "kept_entries must be a finite number"),
+        ({"top1_agreement": 1.5}, "top1_agreement must be a finite number, 0 to 1 or null, got 1.5"),
+        ({"kept_entries_by_layer": [1, None]}, "kept_entries_by_layer must be a list or null"),
+        ({"groups": ["4-8k"]}, r"groups must be an object, got \['4-8k'\]"),
+        ({"groups": {"length": 0.5}}, r"groups.length must be a .* or a whole number .*, got 0.5"),
+        ({"rouge1": "high"}, "rouge1 must be a finite number or null, got 'high'"),
+        ({"seed": "0", "kl_to_full": -1}, "seed must be .*; kl_to_full must be"),
+    ],
+)
+def test_a_value_of_another_type_is_named_wherever_it_stands(
+    tmp_path: Path, fields: dict[str, object], why: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    append_record(path, record("1", 0.1))
+    line = json.dumps(json.loads(record("2", 0.2).to_json()) | fields) + "\n"
+    path.write_text(path.read_text(encoding="utf-8") + line)
+    with pytest.raises(UserError, match=f"{path}, line 2 is not a record: {why}"):
+        read_records(path)
+
+
+def test_a_line_of_an_earlier_version_lacks_what_came_later(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    row = json.loads(record("1", 0.1).to_json())
+    path.write_text(json.dumps({name: row[name] for name in CONTRACT[:-3]}) + "\n")
+    assert read_records(path) == [record("1", 0.1, kv_bytes_full=None)]
+
+
+def test_lines_that_agree_but_for_times_count_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.jsonl"
+    first = record("1", math.nan, decode_seconds=1.0)
+    again = record("1", math.nan, decode_seconds=2.0, kept_entries=50)
+    for line in (first, again, record("1", 0.5, seed=43), again):
+        append_record(path, line)
+    with caplog.at_level(logging.WARNING):
+        found = read_records(path)
+    assert [(one.seed, one.decode_seconds) for one in found] == [(42, 1.0), (43, None)]
+    assert len(caplog.records) == 1
+    assert "2 in all, the first of them line 2" in caplog.text
+
+
+def test_lines_that_differ_are_refused_together_with_the_command_that_repairs(tmp_path: Path) -> None:
+    for task, samples in (("qa", "ab"), ("trec", "c")):
+        path = prediction_path(tmp_path, task, "full@1")
+        for sample in samples:
+            append_record(path, record(sample, 0.1))
+        for sample in samples:
+            append_record(path, record(sample, 0.2, kv_bytes=7))
+    with pytest.raises(UserError) as caught:
+        read_records(path)
+    for sample in ("'a'", "'b'", "'c'"):
+        assert f"sample {sample} with seed 42, and differ in score, kv_bytes" in str(caught.value)
+    assert "qa/full@1.jsonl, lines 1, 3 are" in str(caught.value)
+    assert f"python -m scripts.records repair {tmp_path}" in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*x\.jsonl: Is a directory"):
+        read_records(tmp_path / "x.jsonl")
 
 
 def test_a_full_disk_says_what_is_kept_and_leaves_whole_lines(

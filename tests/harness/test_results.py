@@ -119,6 +119,27 @@ def test_a_run_json_that_is_a_folder_is_named(tmp_path: Path) -> None:
         _ = Results(tmp_path).info
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"cells": "full@1"}', "cells must be a list, got 'full@1'"),
+        ('{"tasks": {"trec": {"samples": 3}}}', "tasks.trec.metric is missing"),
+        ('{"tasks": {"trec": []}}', r"tasks.trec must be an object, got \[\]"),
+        ('{"runs": [{"seconds": "3"}]}', r"runs\[0\].seconds must be a finite number or null, got '3'"),
+        ('{"fingerprint": {"data": []}}', "fingerprint.data must be an object"),
+        ('{"model": 1, "shard": -1}', "model must be .*, got 1; shard must be .* 0 or more, got -1"),
+        ('{"notes": ["\\ud800"]}', "surrogates not allowed"),
+    ],
+)
+def test_a_run_json_of_another_shape_is_named_with_the_place(
+    tmp_path: Path, content: str, why: str
+) -> None:
+    results = Results(tmp_path)
+    results.run_file.write_text(content)
+    with pytest.raises(UserError, match=f"cannot read {results.run_file}: .*{why}"):
+        _ = results.info
+
+
 def test_predictions_count_as_such_whatever_task_they_are_of(tmp_path: Path) -> None:
     results = Results(tmp_path)
     assert not results.has_predictions()

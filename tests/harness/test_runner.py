@@ -26,13 +26,14 @@ from benchmarks import longbench
 from benchmarks.task import PromptFormat
 from harness.answering import prompt_hash, stop_rule
 from harness.batching import BatchSize
-from harness.records import prediction_path
+from harness.records import KL_DECIMALS, prediction_path
 from harness.report.run import load_run
 from harness.report.summary import write_summary
 from harness.runner import run
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.models import load
+from scripts.records import repair
 from tests.tiny import HEAD_DIM, LAYERS
 from tests.tiny_run import Key, read_lines, row, tiny_settings, write_rows
 
@@ -99,11 +100,14 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def assert_same_lines(found: dict[Key, dict[str, Any]], wanted: dict[Key, dict[str, Any]]) -> None:
-    """Equal lines; fidelity figures to rounding, since a batch of other rows rounds otherwise."""
+    """Equal lines; `kl_to_full` to its last digit, since a batch of other rows rounds otherwise."""
+    unit = 10.0**-KL_DECIMALS
     assert found.keys() == wanted.keys()
     for key, line in wanted.items():
         assert found[key] == {
-            name: pytest.approx(value, rel=1e-4, abs=1e-6) if name == "kl_to_full" and value else value
+            name: pytest.approx(value, rel=0, abs=1.001 * unit)
+            if name == "kl_to_full" and value
+            else value
             for name, value in line.items()
         }
 
@@ -225,6 +229,7 @@ def test_divergence_from_full_is_measured_beside_a_full_cell(finished: Path) -> 
             assert (line["kl_to_full"], line["top1_agreement"]) == (0, 1)
         else:
             assert line["kl_to_full"] > 0.01
+            assert line["kl_to_full"] == round(line["kl_to_full"], KL_DECIMALS)
             assert 0 <= line["top1_agreement"] < 1
 
 
@@ -649,6 +654,23 @@ def test_a_full_disk_is_told_and_the_run_resumes(
     assert calls.rows == [[H2O, *CAM, FULL], [FULL, KVMERGER, H2O, *CAM]]
     wanted = {key: line for key, line in read_lines(finished).items() if key[0] == "trec"}
     assert_same_lines(read_lines(settings.output_dir), wanted)
+
+
+# records that contradict each other
+
+
+def test_samples_of_two_minds_are_refused_and_run_again_once_repaired(
+    tiny: Tiny, copy: Path, finished: Path
+) -> None:
+    path = prediction_path(copy, "trec", "h2o@0.5")
+    first, *others = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    other = json.dumps(json.loads(first) | {"prediction": "something else"}) + "\n"
+    path.write_text("".join([first, *others, other]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"lines 1, 4 are all of .*'trec-0'.*differ in prediction"):
+        run(tiny())
+    assert list(repair(copy))
+    run(tiny())
+    assert_same_lines(read_lines(copy), read_lines(finished))
 
 
 # shards

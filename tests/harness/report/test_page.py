@@ -260,6 +260,7 @@ def test_a_user_error_is_one_message_and_status_2(
     assert main([str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert "no run.json" in printed.err
+    assert printed.err.startswith("error: ")
     assert "Traceback" not in printed.err
     assert printed.out == ""
 

@@ -400,10 +400,10 @@ def test_shards_of_another_run_are_refused(tmp_path: Path, values: dict, message
         load_run(tmp_path)
 
 
-def test_a_sample_twice_in_one_file_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path, {"t": "qa_f1"}, {"full@1": {"t": [record("a", 0.5), record("a", 0.5)]}})
-    with pytest.raises(UserError, match="'a' with seed 42 is there twice"):
-        load_run(tmp_path)
+def test_a_sample_twice_in_one_file_counts_once(tmp_path: Path) -> None:
+    lines = [record("a", 0.5, decode_seconds=1.0), record("a", 0.5, decode_seconds=2.0)]
+    write_run(tmp_path, {"t": "qa_f1"}, {"full@1": {"t": lines}})
+    assert load_run(tmp_path).records == {("t", "full@1"): lines[:1]}
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

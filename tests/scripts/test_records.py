@@ -1,0 +1,120 @@
+"""`python -m scripts.records`: everything that is wrong is said at once, and nothing is made up."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from harness.lock import only_writer
+from harness.records import prediction_path, read_records
+from scripts.records import main
+from tests.synthetic_run import record, write_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three sound lines, and one of every fault."""
+    qa = [record("a", 0.5), record("b", 0.25), record("c", 1.0)]
+    write_run(tmp_path / "run", {"qa": "qa_f1", "trec": "qa_f1"}, {"full@1": {"qa": qa, "trec": qa}})
+    path = prediction_path(tmp_path / "run", "qa", "full@1")
+    path.write_bytes(
+        b"\n".join(
+            (
+                *path.read_bytes().splitlines(),
+                record("a", 0.5, decode_seconds=3.0).to_json().encode(),  # line 4
+                record("b", 0.75).to_json().encode(),
+                b'{"id": "d", "se',
+                record("d", 0.5).to_json().replace("1000", '"1000"').encode(),
+                b'{"id": "e", "seed": 4',
+            )
+        )
+    )
+    return tmp_path / "run"
+
+
+def test_a_sound_folder_is_said_to_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prediction_path(folder, "qa", "full@1").unlink()
+    assert main(["check", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder} is sound.\n"
+
+
+def test_check_says_all_that_is_wrong_and_changes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
+    (folder / "run.json").write_text("[]")
+    assert main(["check", str(folder)]) == 2
+    printed = capsys.readouterr().err
+    for text in (
+        "run.json: an object is needed, not list",
+        "line 6 is not a record: Unterminated string",
+        "line 7 is not a record: kv_bytes must be",
+        "lines 2, 5 are all of sample 'b' with seed 42, and differ in score",
+        "line 8 is half-written",
+        "lines that repeat an earlier one are ignored: 1 in all, the first of them line 4",
+    ):
+        assert re.search(text, printed), text
+    assert printed.count("wrong: ") == 6
+    for path, content in before.items():
+        assert path.name == "run.json" or path.read_bytes() == content
+
+
+def test_check_says_what_only_the_whole_shows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(folder, {"trec": "qa_f1"}, {})
+    prediction_path(folder, "qa", "full@1").write_text(record("a", 7.0).to_json() + "\n")
+    assert main(["check", str(folder)]) == 2
+    assert "qa belongs to a task that run.json does not list" in capsys.readouterr().err
+
+
+def test_repair_leaves_what_is_sound_and_keeps_the_file_beside(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prediction_path(folder, "qa", "full@1")
+    before = path.read_bytes()
+    assert main(["repair", str(folder)]) == 0
+    kept = path.with_name("full@1.jsonl.damaged")
+    assert capsys.readouterr().out == (
+        f"{path}: took out lines 2, 4, 5, 6, 7, 8; kept 2 of 8. As it was: {kept}\n{folder} is sound.\n"
+    )
+    assert kept.read_bytes() == before
+    assert [one.id for one in read_records(path)] == ["a", "c"]
+    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[::2][:2])
+    assert not (folder / ".writer").exists()
+
+
+def test_an_earlier_repairs_copy_stays_and_a_file_of_no_sound_line_goes(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prediction_path(folder, "qa", "full@1")
+    assert main(["repair", str(folder)]) == 0
+    path.write_text("{}")
+    assert main(["repair", str(folder)]) == 0
+    assert not path.exists()
+    assert path.with_name("full@1.jsonl.damaged.2").read_text() == "{}"
+    assert "took out lines 1; kept 0 of 1" in capsys.readouterr().out
+
+
+def test_repair_waits_for_no_writer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = prediction_path(folder, "qa", "full@1").read_bytes()
+    with only_writer(folder):
+        assert main(["repair", str(folder)]) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    assert prediction_path(folder, "qa", "full@1").read_bytes() == before
+
+
+def test_shards_are_looked_at_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = folder.parent / "sharded" / "shards" / "0-of-1"
+    shard.parent.mkdir(parents=True)
+    folder.rename(shard)
+    assert main(["repair", str(shard.parents[1])]) == 2
+    printed = capsys.readouterr()
+    assert f"{shard}/predictions/qa/full@1.jsonl: took out" in printed.out
+    assert "says shard None of None" in printed.err, "what a repair cannot mend is still said"
+
+
+def test_a_folder_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["repair", str(tmp_path / "nowhere")]) == 2
+    assert "is not an output_dir of a run" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
