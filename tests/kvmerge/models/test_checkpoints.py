@@ -1,7 +1,6 @@
-"""Checkpoint folders: what makes one whole, random models, and the copy converted from a package."""
+"""Checkpoint folders that are made: random models, and the copy converted from a package."""
 
 import hashlib
-import json
 import sys
 from types import SimpleNamespace
 
@@ -13,46 +12,12 @@ from kvmerge.errors import UserError
 from kvmerge.files import cache_dir
 from kvmerge.models import ModelSpec, load
 from kvmerge.models.checkpoints import (
-    INDEX,
     Embedded,
     Random,
-    check_folder,
     converted,
-    damaged_files,
     save_random,
-    weight_files,
 )
 from tests.tiny import new_model, prompt
-
-# --- folders that were given
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": [1]}'])
-def test_an_index_that_cannot_be_read_is_named(tmp_path, text):
-    (tmp_path / INDEX).write_text(text)
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is damaged"):
-        weight_files(tmp_path / INDEX)
-
-
-def test_a_folder_is_whole_when_it_holds_what_its_index_names(tmp_path):
-    (tmp_path / "config.json").touch()
-    check_folder(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "2", "b": "1", "c": "2", "d": "3"}}))
-    assert weight_files(tmp_path / INDEX) == ["1", "2", "3"]
-    (tmp_path / "2").touch()
-    with pytest.raises(UserError, match=r"lacks 2 of the weight files .*: 1, 3\. Copy or download"):
-        check_folder(tmp_path)
-    (tmp_path / "1").touch()
-    (tmp_path / "3").touch()
-    check_folder(tmp_path)
-
-
-def test_a_file_that_is_cut_or_holds_something_else_is_damaged(checkpoint, tmp_path):
-    whole = (checkpoint / "model.safetensors").read_bytes()
-    for name, content in (("whole", whole), ("cut", whole[:-9]), ("empty", b""), ("text", b"oid sha")):
-        (tmp_path / f"{name}.safetensors").write_bytes(content)
-    assert damaged_files(tmp_path) == ["cut.safetensors", "empty.safetensors", "text.safetensors"]
-
 
 # --- random models
 

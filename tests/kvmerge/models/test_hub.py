@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from kvmerge.models import hub
-from kvmerge.models.checkpoints import INDEX
+from kvmerge.models.folder import INDEX
 
 COMMIT = "c" * 40
 
@@ -107,7 +107,7 @@ SHARDS = ["model-1.safetensors", "model-2.safetensors"]
 @pytest.fixture
 def index(fake):
     weights = dict(zip("ab", SHARDS, strict=True))
-    (fake.folder / INDEX).write_text(json.dumps({"weight_map": weights}))
+    (fake.folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights}))
 
 
 @pytest.mark.usefixtures("index")
