@@ -144,7 +144,7 @@ def _check_files(spec: ModelSpec, location: Path | str) -> None:
 
 def _again(spec: ModelSpec, location: Path | str) -> str:
     if isinstance(location, Path):
-        return AGAIN
+        return AGAIN if spec.path is not None else f"Delete {location} to make it again."
     return f"Delete {_repository(spec, location).cache} to download it again."
 
 
