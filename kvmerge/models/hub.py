@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
+from kvmerge.errors import UserError
 from kvmerge.models.folder import CONFIG, GENERATION, INDEX, SINGLE, weight_files
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,10 @@ def _is_cached(repository: str, revision: str | None) -> bool:
     if _cached_file(repository, SINGLE, revision) is not None:
         return True
     index = _cached_file(repository, INDEX, revision)
-    return index is not None and all(
-        _cached_file(repository, name, revision) is not None for name in weight_files(index)
-    )
+    if index is None:
+        return False
+    try:
+        names = weight_files(index)
+    except UserError:
+        return True  # the loader refuses it, and says which folder to delete
+    return all(_cached_file(repository, name, revision) is not None for name in names)

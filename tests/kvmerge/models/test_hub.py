@@ -147,6 +147,13 @@ def test_a_part_of_a_model_is_not_a_cached_one(fake, cached):
     assert fake.calls == ["list", "config.json"]
 
 
+def test_a_broken_index_in_the_cache_is_left_to_the_loader(fake):
+    (fake.folder / INDEX).write_text("")
+    fake.cached = SMALL | {INDEX}
+    assert hub.prepare("a/b", COMMIT)
+    assert not fake.calls
+
+
 def test_a_gated_model_is_refused_before_anything_is_announced(fake, caplog):
     fake.config = answered(GatedRepoError)
     with caplog.at_level(logging.INFO, logger="kvmerge.models.hub"), pytest.raises(GatedRepoError):
