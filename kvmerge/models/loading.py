@@ -191,10 +191,11 @@ def _reason(error: Exception, spec: ModelSpec, location: Path | str, files: Sequ
         if hint is not None:
             return hint
     folder = _folder(spec, location)
-    if folder is None:
-        return f"cannot load {location}: {_said(error)}. {_again(spec, location)}"
-    named = _present(folder, files)
-    return f"cannot load {named} of {folder}: {_said(error)}. {_again(spec, location)}"
+    what = location if folder is None else f"{_present(folder, files)} of {folder}"
+    return (
+        f"cannot load {what}: {_said(error)}. {_again(spec, location)} If its files are whole, this "
+        "version of transformers cannot read them."
+    )
 
 
 def _said(error: Exception) -> str:
