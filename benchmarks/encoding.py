@@ -68,8 +68,8 @@ def tokens(
 def _fill_template(tokenizer: PreTrainedTokenizerBase, text: str, fmt: PromptFormat) -> str:
     if tokenizer.chat_template is None:
         raise UserError(
-            "the model's tokenizer has no chat template. Set the model's chat format to 'none' "
-            "or to a text holding {prompt}."
+            "the model's tokenizer has no chat template (no chat_template.jinja). Set the model's "
+            "chat format to 'none' or to a text holding {prompt}."
         )
     wrapped = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines.full import Full
 from benchmarks.task import Encoded, Sample, Task
-from harness.batching import BatchSize, is_out_of_memory
+from harness.batching import BatchSize
 from harness.records import KL_DECIMALS, Record
 from harness.settings import Settings
 from kvmerge.budget import Budget
@@ -25,7 +25,7 @@ from kvmerge.engine import (
     run_samples,
     score_continuations,
 )
-from kvmerge.errors import UserError
+from kvmerge.errors import UserError, is_out_of_memory
 from kvmerge.models import stop_token_ids
 from kvmerge.session import Row
 
@@ -39,6 +39,8 @@ class Job:
     task: Task
     sample: Sample
     missing: tuple[tuple[Cell, int], ...]
+    recorded: str | None = None
+    """Hash of the prompt that its finished lines were made with; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,28 @@ class Answerer:
             for prepared, result in zip(batch, results, strict=True):
                 yield self._lines(prepared, result)
 
-    def _prepare(self, job: Job) -> Prepared:
+    def check_prompts(self, jobs: Iterable[Job]) -> None:
+        """Refuse finished samples whose prompts would be others today. Raises `UserError`."""
+        for job in jobs:
+            self._encode(job)
+
+    def _encode(self, job: Job) -> Encoded:
         settings = self.settings
         encoded = settings.benchmark.encode(
             job.sample, job.task, self.tokenizer, settings.prompt_format
         )
+        if job.recorded not in (None, prompt_hash(encoded.prompt)):
+            raise UserError(
+                f"task {job.task.name}, sample {job.sample.id!r}: the prompt is not the one that "
+                f"{settings.results_dir} holds results of. The chat template may write today's date "
+                "(fix it, e.g. model.template_options.date_string='26 Jul 2024'), or the tokenizer or "
+                "the rows changed. Undo that, or choose another output_dir."
+            )
+        return encoded
+
+    def _prepare(self, job: Job) -> Prepared:
+        settings = self.settings
+        encoded = self._encode(job)
         rows = [settings.row(cell, seed) for cell, seed in job.missing]
         reference = None
         if settings.fidelity:

@@ -70,13 +70,6 @@ class BatchSize:
             torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
 def entry_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of one entry, key and value, over all layers and KV heads."""
     _, kv_heads, head_dim = attention_sizes(model.config)

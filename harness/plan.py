@@ -19,7 +19,7 @@ def print_plan(settings: Settings, console: Console) -> None:
     """Print samples, answers and the estimated cost of what is left to run. Writes nothing."""
     try:
         with no_downloads():
-            jobs, _ = pending(settings, Results(settings.results_dir))
+            jobs, *_ = pending(settings, Results(settings.results_dir))
     except NeedsDownload as error:
         console.print(
             f"{error} A run fetches it first; `python scripts/data.py fetch "

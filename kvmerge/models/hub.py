@@ -9,15 +9,15 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from kvmerge.models.checkpoints import INDEX, weight_files
+from kvmerge.errors import UserError
+from kvmerge.models.folder import CONFIG, GENERATION, INDEX, SINGLE, weight_files
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0
 """Seconds to wait for the list of a repository's files."""
 _COMMIT = re.compile("[0-9a-f]{40}")
-_SINGLE = "model.safetensors"
-_SMALL = ("config.json", "generation_config.json", "tokenizer.json")
+_SMALL = (CONFIG, GENERATION, "tokenizer.json")
 """What a model needs beside its weights: which tokens end an answer is in the second."""
 
 
@@ -45,13 +45,13 @@ def prepare(repository: str, revision: str | None) -> bool:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     except (HTTPError, OfflineModeIsEnabled) as error:
         answered = getattr(error, "response", None) is not None
-        if not answered and _cached_file(repository, "config.json", revision) is not None:
+        if not answered and _cached_file(repository, CONFIG, revision) is not None:
             return True
         raise
     if _is_cached(repository, info.sha):
         return False
     # A few hundred bytes; the list of files is public even where the files are gated.
-    hf_hub_download(repository, "config.json", revision=revision)
+    hf_hub_download(repository, CONFIG, revision=revision)
     wanted = {
         file.rfilename: file.size or 0
         for file in info.siblings or ()
@@ -84,13 +84,23 @@ def _cached_file(repository: str, file: str, revision: str | None) -> Path | Non
     return Path(path) if isinstance(path, str) else None
 
 
+def snapshot(repository: str, revision: str | None) -> Path | None:
+    """Return the folder in the hub's cache that holds a commit; None where there is none yet."""
+    config = _cached_file(repository, CONFIG, revision)
+    return None if config is None else config.parent
+
+
 def _is_cached(repository: str, revision: str | None) -> bool:
     """Whether all that a model needs is in the hub's cache."""
     if any(_cached_file(repository, name, revision) is None for name in _SMALL):
         return False
-    if _cached_file(repository, _SINGLE, revision) is not None:
+    if _cached_file(repository, SINGLE, revision) is not None:
         return True
     index = _cached_file(repository, INDEX, revision)
-    return index is not None and all(
-        _cached_file(repository, name, revision) is not None for name in weight_files(index)
-    )
+    if index is None:
+        return False
+    try:
+        names = weight_files(index)
+    except UserError:
+        return True  # the loader refuses it, and says which folder to delete
+    return all(_cached_file(repository, name, revision) is not None for name in names)

@@ -8,33 +8,42 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
-from kvmerge.errors import UserError, causes, first_line
+from kvmerge.errors import UserError, first_line, is_out_of_memory
+from kvmerge.families import check_family
 from kvmerge.hub import Repository, explain
 from kvmerge.kernels.packed_linear import pack_linear_layers
-from kvmerge.models.checkpoints import (
+from kvmerge.models.checkpoints import converted, save_random
+from kvmerge.models.folder import (
+    AGAIN,
+    CONFIG,
+    GENERATION,
+    INDEX,
+    SINGLE,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
     check_folder,
-    converted,
-    damaged_files,
-    save_random,
+    tensors,
 )
-from kvmerge.models.hub import prepare
+from kvmerge.models.hub import prepare, snapshot
 from kvmerge.models.spec import DTYPES, ModelSpec
 
 _INSTEAD = "Without the hub: give the folder of a local copy with model.path=DIR."
@@ -48,21 +57,16 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     # Given only where the user asks for it: None would erase what the checkpoint says of itself.
     quantization = {"quantization_config": _quantization(spec)} if spec.quantize else {}
-    failures = (
-        OSError,
-        ValueError,
-        ImportError,  # a quantized checkpoint needs a package of its own
-        HTTPError,
-        SafetensorError,
-        torch.OutOfMemoryError,
-    )
     with _checkpoint(spec) as location:
         revision = spec.revision if isinstance(location, str) else None
-        try:
+        with _reading(spec, location):
             cached = isinstance(location, str) and prepare(location, revision)
+        _check_files(spec, location)
+        with _reading(spec, location, *TOKENIZER_FILES):
             tokenizer = AutoTokenizer.from_pretrained(
                 location, revision=revision, local_files_only=cached
             )
+        with _reading(spec, location, CONFIG, SINGLE, INDEX):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location,
                 revision=revision,
@@ -70,13 +74,14 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
                 dtype=DTYPES[spec.dtype],
                 device_map=spec.device_map or {"": spec.torch_device()},
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # for the report to name them; they are refused
                 **quantization,
             )
-        except failures as error:
-            raise UserError(f"model {spec.name}: {_reason(error, spec, location)}") from error
-    model, report = loaded
-    _check_complete(spec, "lacks weights of the model", report["missing_keys"])
-    _check_complete(spec, "holds weights that the model has no place for", report["unexpected_keys"])
+        model, report = loaded
+        _check_complete(spec, location, report)
+        _check_tokenizer(spec, location, tokenizer)
+        with _reading(spec, location, GENERATION, CONFIG, TOKENIZER_CONFIG):
+            _check_ends(model, tokenizer)
     _check_on_accelerators(spec, getattr(model, "hf_device_map", None) or {})
     if spec.pack_weights:
         pack_linear_layers(model)
@@ -87,10 +92,7 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _checkpoint(spec: ModelSpec) -> Iterator[Path | str]:
     """Yield where the weights are while they are loaded: a folder, or a hub id."""
     if spec.path is not None:
-        folder = spec.folder()
-        if folder is not None:
-            check_folder(folder)
-        yield folder or spec.path
+        yield spec.folder() or spec.path
         return
     disable_progress_bar()  # of a second's work
     if spec.embedded is not None:
@@ -101,6 +103,61 @@ def _checkpoint(spec: ModelSpec) -> Iterator[Path | str]:
     with tempfile.TemporaryDirectory(prefix="kvmerge-random-") as scratch:
         save_random(Path(scratch), spec.random, spec.context)
         yield Path(scratch)
+
+
+@contextmanager
+def _reading(spec: ModelSpec, location: Path | str, *files: str) -> Iterator[None]:
+    """Say of what a library raises on broken files which of a checkpoint's files it was reading.
+
+    Whatever it raises: parsers of three languages report a wrong type by a dozen exceptions.
+
+    Args:
+        spec: the model.
+        location: where the checkpoint is.
+        files: those that are read in the block.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"model {spec.name}: {error}") from error
+    except Exception as error:
+        raise UserError(f"model {spec.name}: {_reason(error, spec, location, files)}") from error
+
+
+def _folder(spec: ModelSpec, location: Path | str) -> Path | None:
+    """Return the folder of a checkpoint's files; None for what the hub's cache does not hold yet."""
+    return snapshot(location, spec.revision) if isinstance(location, str) else location
+
+
+def _check_files(spec: ModelSpec, location: Path | str) -> None:
+    """Refuse broken files before the weights are read, by their look and by what they configure.
+
+    Also a model that the engine cannot take over.
+    """
+    folder = _folder(spec, location)
+    if folder is None:
+        return
+    with _reading(spec, location):
+        check_folder(folder, _again(spec, location), whole=isinstance(location, Path))
+    with _reading(spec, location, CONFIG):
+        config = AutoConfig.from_pretrained(folder)
+    try:
+        check_family(config)
+    except UserError as error:
+        raise UserError(f"model {spec.name}: {folder / CONFIG}: {error}") from error
+    if (folder / GENERATION).exists():  # transformers takes one that it cannot read for an absent one
+        with _reading(spec, location, GENERATION):
+            GenerationConfig.from_pretrained(folder)
+
+
+def _again(spec: ModelSpec, location: Path | str) -> str:
+    if isinstance(location, Path):
+        return AGAIN if spec.path is not None else f"Delete {location} to make it again."
+    return f"Delete {_repository(spec, location).cache} to download it again."
+
+
+def _repository(spec: ModelSpec, location: str) -> Repository:
+    return Repository("model", location, spec.revision, _INSTEAD)
 
 
 def _quantization(spec: ModelSpec) -> BitsAndBytesConfig:
@@ -124,49 +181,115 @@ def _quantization(spec: ModelSpec) -> BitsAndBytesConfig:
     )
 
 
-def _reason(error: Exception, spec: ModelSpec, location: Path | str) -> str:
+def _reason(error: Exception, spec: ModelSpec, location: Path | str, files: Sequence[str]) -> str:
     """Explain why a model could not be loaded, and what to do."""
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and SINGLE in files:
         return (
             f"{location} is quantized. {first_line(error).rstrip('.')}. Or take a checkpoint that is "
             "not quantized."
         )
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return (
             "its weights do not fit into the memory of the device. Hold them in fewer bits "
             "(model.quantize=8bit or 4bit), divide them among GPUs (model.device_map=auto), or use "
             "model.device=cpu."
         )
     if isinstance(location, str):
-        repository = Repository("model", location, spec.revision, _INSTEAD)
-        if any(isinstance(cause, SafetensorError) for cause in causes(error)):
-            return (
-                f"a weight file of {location} is damaged. Delete {repository.cache} to download it "
-                "again."
-            )
-        hint = explain(error, repository)
+        hint = explain(error, _repository(spec, location))
         if hint is not None:
             return hint
-    elif damaged := damaged_files(location):
-        return (
-            f"{location} has damaged or truncated weight files: {', '.join(damaged)}. "
-            "Copy or download them again."
-        )
+    folder = _folder(spec, location)
+    what = location if folder is None else f"{_present(folder, files)} of {folder}"
     return (
-        f"cannot load {location}: {first_line(error).rstrip('.')}. A checkpoint in Hugging Face's "
-        "format is needed: a hub id, or a folder given with model.path=DIR."
+        f"cannot load {what}: {_said(error)}. {_again(spec, location)} If its files are whole, this "
+        "version of transformers cannot read them."
     )
 
 
-def _check_complete(spec: ModelSpec, what: str, keys: set[str]) -> None:
+def _said(error: Exception) -> str:
+    """Return what an error says in one line, with its kind where that is half of it."""
+    line = first_line(error).rstrip(".")
+    if line.endswith(":") and error.__cause__ is not None:
+        line = f"{line} {first_line(error.__cause__).rstrip('.')}"
+    return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
+
+
+def _present(folder: Path, files: Sequence[str]) -> str:
+    """Name those of some files that are there; of a tokenizer's, the one that its parser refuses."""
+    there = [name for name in files if (folder / name).exists()]
+    if TOKENIZER in there:
+        try:
+            Tokenizer.from_file(str(folder / TOKENIZER))
+        except Exception:  # it raises nothing narrower
+            return TOKENIZER
+    return " or ".join(there or files)
+
+
+def _check_complete(spec: ModelSpec, location: Path | str, report: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of which some tensors were filled at random, or were passed over."""
-    if keys:
-        names = sorted(keys)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    sizes = {key: f"{key} of {list(has)}, not {list(wants)}" for key, has, wants in _misfits(report)}
+    for what, keys in (
+        ("holds weights of another size than the model's", sizes),
+        ("lacks weights of the model", dict.fromkeys(report["missing_keys"])),
+        ("holds weights that the model has no place for", dict.fromkeys(report["unexpected_keys"])),
+    ):
+        if keys:
+            names = sorted(keys)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            listed = ", ".join(keys[name] or name for name in names[:3])
+            raise UserError(
+                f"model {spec.name}: {spec.source()} {what}: {listed}{more}. "
+                f"{_belonging(spec, location, names)} {_again(spec, location)}"
+            )
+    if report.get("error_msgs"):
         raise UserError(
-            f"model {spec.name}: {spec.source()} {what}: {', '.join(names[:3])}{more}. "
-            "Its files are incomplete, or made for another architecture."
+            f"model {spec.name}: {spec.source()} cannot be loaded: {report['error_msgs'][0]}. "
+            f"{_belonging(spec, location, [])} {_again(spec, location)}"
         )
+
+
+def _misfits(report: Mapping[str, Any]) -> Iterable[tuple[str, Sequence[int], Sequence[int]]]:
+    return report.get("mismatched_keys") or ()
+
+
+def _belonging(spec: ModelSpec, location: Path | str, keys: Sequence[str]) -> str:
+    """Say which files do not belong together: the configuration, and those that hold some tensors."""
+    folder = _folder(spec, location)
+    held = tensors(folder) if folder is not None else {}
+    files = sorted({held[key] for key in keys if key in held} or set(held.values()) or {SINGLE})
+    if folder is not None and (folder / INDEX).exists():
+        files = [INDEX, *files]
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"{CONFIG} and {', '.join(files[:3])}{more} are not of one model, or are incomplete."
+
+
+def _check_tokenizer(spec: ModelSpec, location: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that makes nothing of a text, and a chat template that loses what is said."""
+    text = "bridge"
+    with _reading(spec, location, *TOKENIZER_FILES):
+        if not set(tokenizer.encode(text, add_special_tokens=False)) - {tokenizer.unk_token_id}:
+            raise ValueError(f"it has no tokens for {text!r}")
+    if tokenizer.chat_template is None:
+        return
+    folder = _folder(spec, location)
+    in_file = folder is not None and (folder / TEMPLATE).exists()
+    with _reading(spec, location, TEMPLATE if in_file else TOKENIZER_CONFIG):
+        said = [{"role": "user", "content": text}]
+        options = {"tokenize": False, "add_generation_prompt": True} | spec.template_options
+        if text not in str(tokenizer.apply_chat_template(said, **options)):
+            raise ValueError("the chat template does not hold what the user says")
+
+
+def _check_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` for an end token that the model cannot write."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    eos = model.generation_config.eos_token_id
+    given = eos if eos is not None else tokenizer.eos_token_id
+    ids = given if isinstance(given, list | tuple) else [given]
+    wrong = [each for each in ids if each is not None and not (type(each) is int and 0 <= each < rows)]
+    if wrong or not ids:
+        raise ValueError(f"eos_token_id {given!r} is no token of the model, which has {rows}")
 
 
 def _check_on_accelerators(spec: ModelSpec, device_map: dict[str, Any]) -> None:

@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from harness import provenance
 from harness.provenance import check_resumable, fingerprint, git_state, package_versions, run_info
 from harness.results import Results
 from harness.settings import Settings
 from kvmerge.errors import UserError
+from kvmerge.models import contents
 from tests.tiny_run import compose
 
 Tiny = Callable[..., Settings]
@@ -121,6 +124,60 @@ def test_another_setting_of_a_cell_is_refused_and_another_cell_is_added(tmp_path
     saved(tmp_path, earlier)
     with pytest.raises(UserError, match=r"another cells\.kvmerger@0\.5: .*'sigma': 4"):
         check_resumable(Results(path.parent), prints("cells=[kvmerger@0.5]"))
+
+
+def in_place(checkpoint: Path, folder: Path) -> tuple[Path, Callable[[], dict[str, Any]]]:
+    """A copy of a checkpoint to change, and what its fingerprint is then."""
+    shutil.copytree(checkpoint, folder)
+    return folder, lambda: prints(f"model.path={folder}")
+
+
+def test_a_checkpoint_is_what_it_holds_not_where_it_lies(checkpoint: Path, tmp_path: Path) -> None:
+    _, here = in_place(checkpoint, tmp_path / "here")
+    _, there = in_place(checkpoint, tmp_path / "there")
+    assert here() == there()
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_file_that_is_changed_in_place_is_named(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, large: bool
+) -> None:
+    monkeypatch.setattr(contents, "_WHOLE", 0 if large else 2**30)
+    folder, now = in_place(checkpoint, tmp_path / "model")
+    saved(tmp_path, now())
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    with pytest.raises(UserError, match=rf"another contents\.{name}"):
+        check_resumable(Results(tmp_path), now())
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_weights_that_are_negated_in_place_are_others(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    monkeypatch.setattr(contents, "_WHOLE", 0 if large else 2**30)
+    folder, now = in_place(checkpoint, tmp_path / "model")
+    saved(tmp_path, now())
+    path = folder / "model.safetensors"
+    before = path.stat()
+    save_file({name: -weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(UserError, match=r"another contents\.model\.safetensors"):
+        check_resumable(Results(tmp_path), now())
+
+
+def test_what_an_older_run_did_not_record_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    _, now = in_place(checkpoint, tmp_path / "model")
+    older = {key: value for key, value in now().items() if key != "contents"}
+    saved(tmp_path, older)
+    with pytest.raises(UserError, match="version that did not record contents, so nothing tells"):
+        check_resumable(Results(tmp_path), now())
+    older = {key: value for key, value in prints().items() if key != "contents"}
+    saved(tmp_path, older)
+    check_resumable(Results(tmp_path), prints())
 
 
 def write(settings: Settings, prints: dict[str, Any], notes: list[str], **more: Any) -> None:

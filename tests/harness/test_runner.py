@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoConfig
 
 import harness.answering
 from benchmarks import longbench
@@ -29,7 +30,7 @@ from harness.batching import BatchSize
 from harness.records import KL_DECIMALS, prediction_path
 from harness.report.run import load_run
 from harness.report.summary import write_summary
-from harness.runner import run
+from harness.runner import counted_layers, run
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.models import load
@@ -427,9 +428,11 @@ def test_other_data_weights_or_code_are_refused(
     other = write_rows(tmp_path / "other", {"trec": rows})
     with pytest.raises(UserError, match=r"another data\.trec"):
         run(tiny("benchmark.tasks=[trec]", rows=other))
-    moved = shutil.copytree(checkpoint, tmp_path / "moved")
-    with pytest.raises(UserError, match=r"another model\.path"):
-        run(tiny(f"model.path={moved}"))
+    changed = shutil.copytree(checkpoint, tmp_path / "changed")
+    config = changed / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    with pytest.raises(UserError, match=r"another contents\.config\.json"):
+        run(tiny(f"model.path={changed}"))
     monkeypatch.setattr("harness.provenance._code_digest", lambda: "0")
     with pytest.raises(UserError, match="another code"):
         run(tiny())
@@ -447,6 +450,58 @@ def test_the_same_rows_elsewhere_are_the_same_data(
 ) -> None:
     run(tiny(rows=Path(shutil.copytree(data, tmp_path / "elsewhere"))))
     assert calls.samples == []
+
+
+@pytest.mark.usefixtures("copy")
+def test_the_same_checkpoint_elsewhere_is_the_same_model(
+    tiny: Tiny, checkpoint: Path, tmp_path: Path, calls: Calls
+) -> None:
+    run(tiny(f"model.path={shutil.copytree(checkpoint, tmp_path / 'moved')}"))
+    assert calls.samples == []
+
+
+def dated(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+    """Let the tokenizer's chat template write a date."""
+
+    def loaded(spec: Any) -> Any:
+        model, tokenizer = load(spec)
+        tokenizer.chat_template = f"Today is {day}. {tokenizer.chat_template}"
+        return model, tokenizer
+
+    monkeypatch.setattr(harness.runner, "load", loaded)
+
+
+@pytest.mark.parametrize(
+    ("more", "sample"),
+    [(["limit=2"], "qasper-0"), (["cells=[full@1,h2o@0.5]"], "qasper-0")],
+    ids=["another sample", "another cell"],
+)
+def test_prompts_that_are_others_today_are_not_added(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, calls: Calls, more: list[str], sample: str
+) -> None:
+    given = {"benchmark.tasks": "[qasper]", "cells": "[full@1]", "limit": "1"}
+    given |= {"model.chat": "template"}
+    dated(monkeypatch, "Monday")
+    run(tiny(*(f"{name}={value}" for name, value in given.items())))
+    calls.samples.clear()
+    given |= dict(text.split("=", 1) for text in more)
+    overrides = [f"{name}={value}" for name, value in given.items()]
+    dated(monkeypatch, "Tuesday")
+    with pytest.raises(UserError, match=rf"task qasper, sample '{sample}': .*date.*another output_dir"):
+        run(tiny(*overrides))
+    assert calls.samples == []
+    dated(monkeypatch, "Monday")
+    run(tiny(*overrides))
+    assert calls.samples
+
+
+def test_lines_of_one_sample_with_different_prompts_are_refused(tiny: Tiny, copy: Path) -> None:
+    path = prediction_path(copy, "trec", "h2o@0.5")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["prompt_hash"] = "0" * 16
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"task trec, sample 'trec-1' .*different prompts"):
+        run(tiny())
 
 
 def test_cells_tasks_samples_and_seeds_can_be_added(tiny: Tiny, calls: Calls, finished: Path) -> None:
@@ -719,3 +774,13 @@ def test_a_whole_run_and_shards_do_not_share_a_folder(tiny: Tiny, tmp_path: Path
     for num_shards in (1, 3):
         with pytest.raises(UserError, match=rf"num_shards=2, so num_shards={num_shards} cannot"):
             run(tiny(f"num_shards={num_shards}", folder=sharded))
+
+
+def test_a_run_says_which_layers_its_budgets_count():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    gemma = AutoConfig.for_model("gemma2", layer_types=kinds, num_hidden_layers=3, sliding_window=16)
+    (note,) = counted_layers(gemma)
+    assert note.startswith(
+        "Budgets and kept entries count 1 of 3 layers; the others keep a window of 16"
+    )
+    assert counted_layers(AutoConfig.for_model("llama")) == []

@@ -1,58 +1,28 @@
-"""Checkpoint folders: what makes one whole, random models, and the copy converted from a package."""
+"""Checkpoint folders that are made: random models, and the copy converted from a package."""
 
+import errno
 import hashlib
-import json
+import subprocess
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvmerge.errors import UserError
 from kvmerge.files import cache_dir
-from kvmerge.models import ModelSpec, load
+from kvmerge.models import ModelSpec, checkpoints, load
 from kvmerge.models.checkpoints import (
-    INDEX,
     Embedded,
     Random,
-    check_folder,
     converted,
-    damaged_files,
     save_random,
-    weight_files,
 )
 from tests.tiny import new_model, prompt
-
-# --- folders that were given
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": [1]}'])
-def test_an_index_that_cannot_be_read_is_named(tmp_path, text):
-    (tmp_path / INDEX).write_text(text)
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is damaged"):
-        weight_files(tmp_path / INDEX)
-
-
-def test_a_folder_is_whole_when_it_holds_what_its_index_names(tmp_path):
-    (tmp_path / "config.json").touch()
-    check_folder(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "2", "b": "1", "c": "2", "d": "3"}}))
-    assert weight_files(tmp_path / INDEX) == ["1", "2", "3"]
-    (tmp_path / "2").touch()
-    with pytest.raises(UserError, match=r"lacks 2 of the weight files .*: 1, 3\. Copy or download"):
-        check_folder(tmp_path)
-    (tmp_path / "1").touch()
-    (tmp_path / "3").touch()
-    check_folder(tmp_path)
-
-
-def test_a_file_that_is_cut_or_holds_something_else_is_damaged(checkpoint, tmp_path):
-    whole = (checkpoint / "model.safetensors").read_bytes()
-    for name, content in (("whole", whole), ("cut", whole[:-9]), ("empty", b""), ("text", b"oid sha")):
-        (tmp_path / f"{name}.safetensors").write_bytes(content)
-    assert damaged_files(tmp_path) == ["cut.safetensors", "empty.safetensors", "text.safetensors"]
-
 
 # --- random models
 
@@ -148,22 +118,28 @@ def test_a_wrongly_rebuilt_tokenizer_is_refused(package, monkeypatch):
         converted("toy", embedded(probe=probe))
 
 
-def test_the_converted_copy_is_made_once(package, checkpoint, monkeypatch):
-    """The GGUF reader is stood in for by a checkpoint; the second load must not need the package."""
-    source = new_model()
-    source.config.quantization_config = {"quant_method": "gguf"}
+@pytest.fixture
+def source(package, checkpoint, monkeypatch):
+    """The model that the package's file stands for; the GGUF reader is stood in for by a checkpoint."""
+    model = new_model(vocab_size=320)
+    model.config.quantization_config = {"quant_method": "gguf"}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     read_model = AutoModelForCausalLM.from_pretrained
     read_tokenizer = AutoTokenizer.from_pretrained
 
     def model_from(location, gguf_file=None, **settings):
-        return source if gguf_file else read_model(location, **settings)
+        return model if gguf_file else read_model(location, **settings)
 
     def tokenizer_from(location, gguf_file=None, **settings):
         return tokenizer if gguf_file else read_tokenizer(location, **settings)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model_from)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer_from)
+    return model
+
+
+def test_the_converted_copy_is_made_once(package, source):
+    """The second load must not need the package."""
     spec = ModelSpec("toy", 100, "none", embedded=embedded(), device="cpu")
     first, _ = load(spec)
     (copy,) = (cache_dir() / "models").iterdir()  # and no scratch folder beside it
@@ -173,3 +149,89 @@ def test_the_converted_copy_is_made_once(package, checkpoint, monkeypatch):
     for model in (first, second):
         # oneDNN's kernels may round otherwise than MKL's.
         torch.testing.assert_close(model(prompt(9)).logits, source(prompt(9)).logits)
+
+
+def test_a_broken_copy_names_the_folder_to_delete(source):
+    copy = converted("toy", embedded())
+    (copy / "tokenizer.json").write_text("")
+    with pytest.raises(UserError, match=rf"tokenizer\.json is empty\. Delete {copy} to make it again"):
+        load(ModelSpec("toy", 100, "none", embedded=embedded(), device="cpu"))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from kvmerge.files import hold
+cache = Path(sys.argv[1])
+left = cache / "models" / ".converting-abc"
+left.mkdir(parents=True)
+(left / "model.safetensors").write_bytes(b"half")
+lock = hold(cache / "models.lock")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def writer(package):
+    """Another process that is converting."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(cache_dir())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_what_a_killed_conversion_left_is_removed_and_a_living_one_is_waited_for(writer, source):
+    left = cache_dir() / "models" / ".converting-abc"
+    made = []
+    waiting = threading.Thread(target=lambda: made.append(converted("toy", embedded())))
+    waiting.start()
+    waiting.join(timeout=0.5)
+    assert waiting.is_alive()
+    assert (left / "model.safetensors").read_bytes() == b"half"
+    writer.kill()
+    waiting.join(timeout=60)
+    assert not left.exists()
+    assert list((cache_dir() / "models").iterdir()) == made
+
+
+def test_a_copy_that_another_process_made_meanwhile_is_taken(writer, source, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_read_embedded", lambda *_: pytest.fail("converted twice"))
+    made = []
+    waiting = threading.Thread(target=lambda: made.append(converted("toy", embedded())))
+    waiting.start()
+    waiting.join(timeout=0.3)
+    target = cache_dir() / "models" / f"toy-{embedded().sha256[:12]}"
+    target.mkdir()
+    (target / "config.json").touch()
+    writer.kill()
+    waiting.join(timeout=60)
+    assert made == [target]
+
+
+@pytest.mark.parametrize("cache", ["a-file", "a-file/below", "/proc/kvmerge"])
+def test_a_cache_that_cannot_be_written_is_told(source, tmp_path, monkeypatch, cache):
+    (tmp_path / "a-file").touch()
+    monkeypatch.setenv("KVMERGE_CACHE", str(tmp_path / cache))
+    with pytest.raises(UserError, match=rf"cannot write to the cache folder .*{cache}: .*_CACHE"):
+        converted("toy", embedded())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")]
+)
+def test_a_disk_that_fills_while_converting_is_told_and_nothing_is_left(source, monkeypatch, error):
+    def full(folder):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(source, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"cannot write to the cache folder .*No space left.*Make room"):
+        converted("toy", embedded())
+    assert not list((cache_dir() / "models").iterdir())

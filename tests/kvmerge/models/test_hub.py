@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from kvmerge.models import hub
-from kvmerge.models.checkpoints import INDEX
+from kvmerge.models.folder import INDEX
 
 COMMIT = "c" * 40
 
@@ -107,7 +107,7 @@ SHARDS = ["model-1.safetensors", "model-2.safetensors"]
 @pytest.fixture
 def index(fake):
     weights = dict(zip("ab", SHARDS, strict=True))
-    (fake.folder / INDEX).write_text(json.dumps({"weight_map": weights}))
+    (fake.folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights}))
 
 
 @pytest.mark.usefixtures("index")
@@ -145,6 +145,13 @@ def test_a_part_of_a_model_is_not_a_cached_one(fake, cached):
     fake.cached = cached
     assert not hub.prepare("a/b", COMMIT)
     assert fake.calls == ["list", "config.json"]
+
+
+def test_a_broken_index_in_the_cache_is_left_to_the_loader(fake):
+    (fake.folder / INDEX).write_text("")
+    fake.cached = SMALL | {INDEX}
+    assert hub.prepare("a/b", COMMIT)
+    assert not fake.calls
 
 
 def test_a_gated_model_is_refused_before_anything_is_announced(fake, caplog):

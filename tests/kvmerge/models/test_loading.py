@@ -20,6 +20,7 @@ from kvmerge.errors import UserError
 from kvmerge.models import ModelSpec, load, loading, stop_token_ids
 from kvmerge.models import spec as specs
 from kvmerge.models.checkpoints import Embedded, Random
+from kvmerge.models.folder import INDEX
 from kvmerge.resolve import load_method
 from kvmerge.session import Row
 from tests.tiny import new_model, prompt
@@ -140,22 +141,38 @@ def sharded(tmp_path):
     return folder
 
 
+def test_a_family_that_the_engine_does_not_know_is_refused_before_its_weights_are_read(
+    checkpoint, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "bloom")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    monkeypatch.setattr(
+        loading.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *_, **__: pytest.fail("weights were read"),
+    )
+    with pytest.raises(
+        UserError, match=r"model .*: model type 'bloom' is not supported: it adds a bias"
+    ):
+        load(local(folder))
+
+
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"is no whole checkpoint: config\.json is missing"):
         load(local(tmp_path))
 
 
 def test_missing_shards_are_named(sharded):
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(UserError, match=rf"lacks 1 of the weight files.*: {gone.name}\. Copy"):
+    with pytest.raises(UserError, match=rf"{gone.name} is missing \({INDEX} asks for it\)\. Copy"):
         load(local(sharded))
 
 
 def test_a_truncated_file_is_named(sharded):
     cut = sorted(sharded.glob("*.safetensors"))[1]
     cut.write_bytes(cut.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"damaged or truncated weight files: {cut.name}\. Copy"):
+    with pytest.raises(UserError, match=rf"{cut.name} is damaged or truncated .*Copy"):
         load(local(sharded))
 
 
@@ -220,22 +237,6 @@ def test_a_quantized_checkpoint_names_the_package_that_it_needs(checkpoint, tmp_
         load(local(folder))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / "model.safetensors").unlink(), "cannot load .*no file named model.safetensors"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot load .*not a valid JSON file"),
-        (lambda f: (f / "tokenizer.json").unlink(), "cannot load .*tokenizer"),
-    ],
-)
-def test_other_damage_is_reported_with_its_first_line(tmp_path, damage, message):
-    folder = save_checkpoint(tmp_path / "damaged")
-    damage(folder)
-    with pytest.raises(UserError, match=f"model toy: {message}") as caught:
-        load(local(folder))
-    assert "\n" not in str(caught.value)
-
-
 def test_weights_that_fit_nowhere_name_the_ways_out(checkpoint, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -273,7 +274,7 @@ def test_a_damaged_weight_file_in_the_hubs_cache_names_the_folder_to_delete(monk
 
     monkeypatch.setattr(loading, "prepare", lambda *_: True)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", damaged)
-    with pytest.raises(UserError, match=r"weight file of a/b is damaged\. Delete /.*/models--a--b to"):
+    with pytest.raises(UserError, match=r"cannot load a/b: .*header\. Delete /.*/models--a--b to"):
         load(spec())
 
 
