@@ -17,7 +17,8 @@ from torch import Tensor
 
 SCANS = ("anchor", "complete")
 BAND = 64
-"""Tokens before each one in the table. A longer set of the chain is followed on its own."""
+"""Tokens before each one in the table. A longer set is followed on its own, but for the search of a
+budget's threshold, which ends it there."""
 HALVINGS = 12
 """Of the interval in which a budget's threshold is looked for: it is found to 2 / 2^12."""
 
@@ -34,7 +35,9 @@ def scan(
 
     A budget without a threshold takes one at which enough links are left and, by a step of the last
     halving above it, are not. The number of sets is not monotone in the threshold (a set that ends
-    sooner may let the next one reach further), so there may be a larger one that is enough too.
+    sooner may let the next one reach further), so there may be a larger one that is enough too. In the
+    search, sets end with the band; at the threshold that is found they are as long as they are, unless
+    that leaves too few links.
 
     Args:
         keys: `(batch, kv_heads, T, head_dim)`.
@@ -52,10 +55,10 @@ def scan(
     scanned = _Scan(keys.flatten(0, 1).flip(1), protected.flatten(0, 1).flip(1), linkage)
     if threshold is None:
         assert n_links is not None
-        passing = scanned.passing(n_links)
+        passing, opens = scanned.at_budget(n_links)
     else:
         passing = torch.full_like(keys[..., 0, 0].flatten(), threshold)
-    opens = scanned.openers(passing)
+        opens = scanned.openers(passing)
     strength = scanned.strength(opens, passing)
     return (~opens[:, 1:]).flip(1).unflatten(0, shape), strength[:, 1:].flip(1).unflatten(0, shape)
 
@@ -77,24 +80,26 @@ class _Scan:
         """`(heads, T, band)` minus the largest threshold at which a set opened here takes 1, 2, … more
         tokens: rising along a row."""
 
-    def passing(self, n_links: int) -> Tensor:
-        """Return for each head a threshold that leaves enough links, by bisection: `(heads,)`."""
+    def at_budget(self, n_links: int) -> tuple[Tensor, Tensor]:
+        """Return a threshold for each head that leaves enough links, and the places that open a set."""
         # Below any cosine, rounding included; exact in any dtype, and so are all middles.
         low = torch.full_like(self.unit[:, 0, 0], -1 - 2**-7)
         high = -low
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            enough = self.length - self.openers(middle).sum(dim=-1) >= n_links
+            links = self.length - _chain(self._taken(middle)).sum(dim=-1)
+            enough = links >= n_links
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        return low
+        opens, short = self.openers(low), _chain(self._taken(low))
+        links = self.length - torch.stack([opens, short]).sum(dim=-1)
+        too_few = (links[0] < n_links) & (links[1] >= n_links)
+        return low, torch.where(too_few[:, None], short, opens)
 
     def openers(self, threshold: Tensor) -> Tensor:
         """Return which places open a set at a threshold `(heads,)`: `(heads, T)` bool."""
         band = self.refuses_at.shape[-1]
-        wanted = -threshold[:, None, None].expand(-1, self.length, 1).contiguous()
-        within = torch.searchsorted(self.refuses_at, wanted, right=True)[..., 0]
-        taken = torch.minimum(within, self.free)
-        longer = (within == band) & (self.free > band)
+        taken = self._taken(threshold)
+        longer = (taken == band) & (self.free > band)
         while True:
             opens = _chain(taken)
             unsure = opens & longer
@@ -105,26 +110,32 @@ class _Scan:
             heads = (first < self.length).nonzero()[:, 0]
             at = heads, first[heads]
             longer[at] = False
-            taken[at] = band + self._follow(heads, first[heads], band, threshold[heads])
+            taken[at] = self._follow(heads, first[heads], threshold[heads])
 
-    def _follow(self, heads: Tensor, opener: Tensor, taken: int, threshold: Tensor) -> Tensor:
-        """Return how many tokens beyond the `taken` first a set takes, for one opener a head."""
-        more = torch.zeros_like(opener)
+    def _taken(self, threshold: Tensor) -> Tensor:
+        """Return how many places within the band a set opened at each place takes: `(heads, T)`."""
+        wanted = -threshold[:, None, None].expand(-1, self.length, 1).contiguous()
+        within = torch.searchsorted(self.refuses_at, wanted, right=True)[..., 0]
+        return torch.minimum(within, self.free)
+
+    def _follow(self, heads: Tensor, opener: Tensor, threshold: Tensor) -> Tensor:
+        """Return how many places a set takes, however many: for one opener a head, `(heads,)`."""
+        unit, most = self.unit[heads], self.free[heads, opener]
+        if self.linkage == "anchor":
+            similar = torch.matmul(unit, unit.gather(1, _wide(opener[:, None], unit)).mT)[..., 0]
+            refused = (similar < threshold[:, None]) & (self.places > opener[:, None])
+            return torch.minimum(_first(refused) - opener - 1, most)
+        taken = torch.zeros_like(opener)
         going = torch.ones_like(opener, dtype=torch.bool)
-        unit, most = self.unit[heads], self.free[heads, opener] - taken
         while bool(going.any()):
-            # `(heads, BAND)` the next places, and how alike they are to all
-            place = (opener + taken + more)[:, None] + 1 + self.places[:BAND]
-            index = place.clamp_max(self.length - 1)[..., None].expand(-1, -1, unit.shape[-1])
-            similar = torch.matmul(unit.gather(1, index), unit.mT)
-            compared = self.places == opener[:, None, None]
-            if self.linkage == "complete":
-                compared = (self.places >= opener[:, None, None]) & (self.places < place[..., None])
-            weakest = similar.masked_fill(~compared, math.inf).amin(dim=-1)
-            joined = (weakest >= threshold[:, None]).cumprod(dim=-1).sum(dim=-1)
-            more += torch.where(going, joined, 0)
-            going &= (joined == BAND) & (more < most)
-        return torch.minimum(more, most)
+            place = (opener + taken)[:, None] + 1 + self.places[:BAND]
+            rows = unit.gather(1, _wide(place.clamp_max(self.length - 1), unit))
+            members = (self.places >= opener[:, None, None]) & (self.places < place[..., None])
+            weakest = torch.matmul(rows, unit.mT).masked_fill(~members, math.inf).amin(dim=-1)
+            joined = _first(weakest < threshold[:, None])
+            taken += torch.where(going, joined, 0)
+            going &= (joined == rows.shape[1]) & (taken < most)
+        return torch.minimum(taken, most)
 
     def strength(self, opens: Tensor, threshold: Tensor) -> Tensor:
         """Return how strongly each place is held to its set's opener: `(heads, T)`; its own: any."""
@@ -134,6 +145,17 @@ class _Scan:
         slot = opener * band + (distance - 1).clamp(0, band - 1)
         found = -self.refuses_at.flatten(1).gather(1, slot)
         return torch.where(distance <= band, found, threshold[:, None])
+
+
+def _wide(index: Tensor, states: Tensor) -> Tensor:
+    """Return an index `(heads, n)` as `gather` needs it to take whole rows of states."""
+    return index[..., None].expand(-1, -1, states.shape[-1])
+
+
+def _first(found: Tensor) -> Tensor:
+    """Return the first column of each row that is true; their number where none is."""
+    columns = torch.arange(found.shape[-1], device=found.device)
+    return torch.where(found, columns, found.shape[-1]).amin(dim=-1)
 
 
 def _chain(taken: Tensor) -> Tensor:

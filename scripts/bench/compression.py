@@ -12,7 +12,16 @@ from kvmerge.hook import forward, hooked
 from kvmerge.session import COMPRESSION, session_for
 from scripts.bench.measure import Bench, Report, Stopwatch
 
-_CELLS = ("kvmerger@0.5", "kvmerger@0.35", "h2o@0.35", "cam@0.35", "snapkv@0.35", "d2o@0.35")
+_CELLS = (
+    "kvmerger@0.5",
+    "kvmerger@0.35",
+    "kvmerger:linkage=anchor@0.35",
+    "kvmerger:linkage=complete@0.35",
+    "h2o@0.35",
+    "cam@0.35",
+    "snapkv@0.35",
+    "d2o@0.35",
+)
 
 
 def compression(bench: Bench, length: int = 4096) -> Report:
