@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from harness.given import Given
 from kvmerge.errors import UserError, causes, first_line, unknown
@@ -156,7 +156,7 @@ def told() -> Iterator[None]:
 def _sentence(error: Exception) -> UserError:
     first = causes(error)[-1]
     node = getattr(first, "parent_node", None)
-    if isinstance(first, ConfigKeyError) and isinstance(node, DictConfig):
+    if isinstance(first, ConfigKeyError | ConfigAttributeError) and isinstance(node, DictConfig):
         section = node._get_full_key(None)
         known = [str(key) for key in node if not str(key).startswith("_")]
         return unknown(f"setting of {section}" if section else "setting", str(first.key), known)

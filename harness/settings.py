@@ -68,7 +68,10 @@ class Choices:
     def of(cls, hydra: Any) -> Choices:
         """Read them from Hydra's own part of a composed configuration."""
         chosen = hydra.runtime.choices
-        given = {text.lstrip("+").partition("=")[0] for text in hydra.overrides.task}
+        words: Any = OmegaConf.to_container(
+            hydra.overrides.task
+        )  # unresolved: a word may hold a ${...}
+        given = {str(word).lstrip("+").partition("=")[0] for word in words}
         return cls(str(chosen["method"]), chosen.get("experiment"), frozenset(given))
 
 

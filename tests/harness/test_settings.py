@@ -198,6 +198,14 @@ def test_output_dir_is_taken_as_given_and_shards_write_below_it(tmp_path: Path) 
     assert home == Path.home() / "results"
 
 
+@pytest.mark.parametrize(
+    "name", ["a (1)", "b=c#d", "[e", "{f}", "it's", "g,h", "~i", "ü", "back\\", "'q'"]
+)
+def test_a_path_needs_no_quotes_for_hydra(name: str) -> None:
+    folder = f"/tmp/{name}"
+    assert compose(*TREC, f"output_dir={folder}").output_dir == Path(folder)
+
+
 def test_only_methods_that_draw_run_once_a_seed() -> None:
     cells = "cells=[full@1,cam@0.5,'cam:sample=expected@0.5',random@0.5,'kvmerger:pivot=random@0.5']"
     settings = compose(*TREC, cells, "seed=7", "num_seeds=2")
