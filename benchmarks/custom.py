@@ -65,7 +65,7 @@ class Custom:
         subset: str | None = None,
         revision: str | None = None,
         id: str | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str | int] | None = None,
         chat: bool = True,
         name: str | None = None,
     ) -> None:

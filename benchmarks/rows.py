@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvmerge.errors import UserError
+from kvmerge.files import read_regular
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Halves of a character that JSON can escape and no tokenizer can encode."""
@@ -42,7 +43,7 @@ TEXTS_OR_NULL = Kind("a list of strings or null", lambda v: v is None or _are_te
 def read_bytes(path: Path) -> bytes:
     """Return what a file holds. Raises UserError naming the file if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
 

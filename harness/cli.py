@@ -25,18 +25,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.lock import only_writer
+from harness.overrides import MULTIRUN, read_overrides, told
 from harness.plan import print_plan
 from harness.report.gates import log_gate
 from harness.report.run import load_run
 from harness.report.terminal import print_comparison
 from harness.results import Results
 from harness.runner import run
-from harness.settings import Choices, Settings, check_choices, settings_from
+from harness.settings import Choices, Settings, settings_from
 from kvmerge.errors import UserError, first_line
 from kvmerge.files import remove_leftovers
 from kvmerge.resolve import config_dir
 
-FAULT = 1
 USER_ERROR = 2
 _STOPS = (signal.SIGTERM, signal.SIGHUP)
 _SWEEP = "KVMERGE_SWEEP"
@@ -56,26 +56,26 @@ class Stopped(KeyboardInterrupt):
 def main() -> None:
     """Run the command line, as `run.py` and the `kvmerge` command do."""
     _show_log()
-    started: list[bool] = []  # tells an error of the configuration from one of the run
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it raises, and leaves
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def task(config: DictConfig) -> None:
-        started.append(True)
         if _SWEEP in os.environ:
             _run_point(config, Path(os.environ[_SWEEP]))
         else:
             _guarded(lambda: execute(config))
 
-    _guarded(lambda: check_choices(sys.argv[1:]))
     with _stopped_by_signals():
-        try:
-            if {"-m", "--multirun"} & set(sys.argv[1:]):
-                _guarded(lambda: _sweep(task))
-            else:
-                _guarded(task)
-        except SystemExit as stop:
-            # Hydra has printed its message about the configuration and left with 1.
-            sys.exit(USER_ERROR if stop.code == FAULT and not started else stop.code)
+        _guarded(lambda: _start(task))
+
+
+def _start(task: Callable[[], None]) -> None:
+    sys.argv[1:] = read_overrides(sys.argv[1:])
+    with told():
+        if MULTIRUN & set(sys.argv[1:]):
+            _sweep(task)
+        else:
+            task()
 
 
 def _sweep(task: Callable[[], None]) -> None:
@@ -109,7 +109,7 @@ def execute(config: DictConfig) -> None:
     """Run one composed configuration."""
     settings = settings_from(config, Choices.of(HydraConfig.get()))
     console = Console()
-    if config.dry_run:
+    if settings.dry_run:
         print_plan(settings, console)
         return
     with only_writer(settings.results_dir):

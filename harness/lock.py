@@ -32,9 +32,14 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: if another process holds it, naming its host and number and since when.
     """
-    is_new = not folder.exists()
     path = folder / FILE
-    file = _take(path)
+    try:
+        is_new = not folder.exists()
+        file = _take(path)
+    except OSError as error:
+        raise UserError(
+            f"nothing can be written to {folder}: {error.strerror}. Choose another output_dir."
+        ) from error
     try:
         yield
     finally:

@@ -11,17 +11,18 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
+from harness.given import Given
+from harness.overrides import GROUPS, read_overrides, told
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
-from kvmerge.errors import UserError, unknown
+from kvmerge.errors import UserError
+from kvmerge.files import check_name
 from kvmerge.models import ModelSpec
 from kvmerge.resolve import build, choices, config_dir, method_settings
+from kvmerge.schema import construct
 from kvmerge.session import Policy, Row
-
-GROUPS = ("model", "method", "benchmark", "experiment")
 
 
 def _listed() -> str:
@@ -40,40 +41,19 @@ def compose(overrides: Sequence[str]) -> Settings:
     Raises:
         UserError: for a choice, setting or value that does not exist or is not allowed.
     """
-    check_choices(overrides)
+    words = read_overrides(overrides)
     hydra = GlobalHydra.instance()
     outer = hydra.hydra
     hydra.clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = hydra_compose("config", list(overrides), return_hydra_config=True)
-    except HydraException as error:
-        raise UserError(str(error)) from error
+        with told(), initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = hydra_compose("config", words, return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer
     choices = Choices.of(config.hydra)
     with open_dict(config):
         del config["hydra"]
     return settings_from(config, choices)
-
-
-def check_choices(overrides: Sequence[str]) -> None:
-    """Refuse group choices that do not exist, with what does and the nearest to it.
-
-    Also what Hydra's grammar refuses without saying how to write it: a cell's options unquoted.
-    """
-    for override in overrides:
-        group, separator, listed = override.partition("=")
-        if group == "cells" and "=" in listed and not set("'\"") & set(listed):
-            raise UserError(
-                f"{override}: a cell with options needs quotes, as in "
-                "\"cells=[full@1,'kvmerger:sigma=3@0.35']\"."
-            )
-        if not separator or group not in GROUPS:
-            continue
-        for name in listed.split(","):
-            if name not in choices(group):
-                raise unknown(group, name, choices(group))
 
 
 @dataclass(frozen=True)
@@ -88,7 +68,10 @@ class Choices:
     def of(cls, hydra: Any) -> Choices:
         """Read them from Hydra's own part of a composed configuration."""
         chosen = hydra.runtime.choices
-        given = {text.lstrip("+").partition("=")[0] for text in hydra.overrides.task}
+        words: Any = OmegaConf.to_container(
+            hydra.overrides.task
+        )  # unresolved: a word may hold a ${...}
+        given = {str(word).lstrip("+").partition("=")[0] for word in words}
         return cls(str(chosen["method"]), chosen.get("experiment"), frozenset(given))
 
 
@@ -109,6 +92,7 @@ class Settings:
     fidelity: bool
     batch_size: int | str
     """Samples run at once: a number, or `auto`."""
+    dry_run: bool
     resolved: dict[str, Any]
     """The configuration as plain data, for provenance."""
 
@@ -144,55 +128,50 @@ class Settings:
 
 def settings_from(config: DictConfig, choices: Choices) -> Settings:
     """Validate a composed configuration. Raises `UserError` naming the setting."""
-    cells = _cells(config, choices)
-    model = build(config.model)
+    with told():
+        resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    given = construct(Given, resolved)
+    cells = _cells(given, choices)
+    model: ModelSpec = build(given.model, "model")
     if {"model.path"} <= choices.given and not {"model", "model.name"} & choices.given:
         # Not the default model's weights any more, so neither its name nor, unless given, its context.
         context = model.context if "model.context" in choices.given else None
-        model = replace(model, name=Path(str(model.path)).name, context=context)
-    benchmark = build(config.benchmark)
-    seed = _whole(config, "seed", least=0)
-    num_seeds = _whole(config, "num_seeds", least=1)
-    num_shards = _whole(config, "num_shards", least=1)
-    shard = _whole(config, "shard", least=0)
-    if shard >= num_shards:
-        raise UserError(f"shard={shard} must be below num_shards={num_shards}; shards count from 0.")
-    limit = None if config.limit is None else _whole(config, "limit", least=1)
-    fidelity = config.fidelity
-    if fidelity is None:
-        fidelity = any(cell.is_full for cell in cells)
-    elif not isinstance(fidelity, bool):
-        raise UserError(f"fidelity={fidelity!r} must be true, false or null.")
-    output_dir = config.output_dir or _default_output_dir(cells, choices, benchmark.name, model.name)
+        model = replace(model, name=Path(str(model.path)).absolute().name, context=context)
+    benchmark: Benchmark = build(given.benchmark, "benchmark")
+    check_name("model.name", model.name)
+    check_name("benchmark.name", benchmark.name)
+    if given.shard >= given.num_shards:
+        raise UserError(
+            f"shard={given.shard} must be below num_shards={given.num_shards}; shards count from 0."
+        )
     return Settings(
         cells=cells,
         model=model,
         benchmark=benchmark,
-        output_dir=Path(str(output_dir)).expanduser(),
-        seed=seed,
-        num_seeds=num_seeds,
-        policy=_policy(config, cells),
-        limit=limit,
-        shard=shard,
-        num_shards=num_shards,
-        fidelity=fidelity,
-        batch_size="auto" if config.batch_size == "auto" else _whole(config, "batch_size", least=1),
-        resolved=_plain(config),
+        output_dir=_output_dir(given, cells, choices, benchmark.name, model.name),
+        seed=given.seed,
+        num_seeds=given.num_seeds,
+        policy=_policy(given, cells),
+        limit=given.limit,
+        shard=given.shard,
+        num_shards=given.num_shards,
+        fidelity=any(cell.is_full for cell in cells) if given.fidelity is None else given.fidelity,
+        batch_size=given.batch_size,
+        dry_run=given.dry_run,
+        resolved=resolved,
     )
 
 
-def _cells(config: DictConfig, choices: Choices) -> list[Cell]:
-    if config.cells is None:
-        settings = _plain(config.method)
+def _cells(given: Given, choices: Choices) -> list[Cell]:
+    if given.cells is None:
+        defaults = method_settings(choices.method)
         options = {
             key: value
-            for key, value in settings.items()
-            if value != method_settings(choices.method).get(key, object())
+            for key, value in given.method.items()
+            if key not in defaults or value != defaults[key]
         }
-        budget = config.budget
-        if choices.method == "full" and "budget" not in choices.given:
-            budget = 1
-        return [make_cell(choices.method, options, budget)]
+        full = choices.method == "full" and "budget" not in choices.given
+        return [make_cell(choices.method, options, 1 if full else given.budget)]
     clash = sorted(key for key in choices.given if key.partition(".")[0] in ("method", "budget"))
     if clash:
         chosen = f"experiment={choices.experiment}" if choices.experiment else "cells=[...]"
@@ -200,16 +179,11 @@ def _cells(config: DictConfig, choices: Choices) -> list[Cell]:
             f"{chosen} says what runs, so {' and '.join(clash)} cannot be given as well. "
             "Leave one of them out, or list cells=[method@budget,...] yourself."
         )
-    cells = _plain_value(config.cells)
-    if not isinstance(cells, list):
-        raise UserError(f"cells={cells!r} must be a list, e.g. cells=[full@1,kvmerger@0.35].")
-    return parse_cells(cells)
+    return parse_cells(given.cells)
 
 
-def _policy(config: DictConfig, cells: Sequence[Cell]) -> Policy:
-    skip = _plain_value(config.layers_skip)
-    layers = tuple(skip) if isinstance(skip, list) else skip
-    policy = Policy(config.decode_policy, config.pos, layers, config.skip_budget)
+def _policy(given: Given, cells: Sequence[Cell]) -> Policy:
+    policy = Policy(given.decode_policy, given.pos, tuple(given.layers_skip), given.skip_budget)
     for cell in cells:
         policy.check(cell.method)
     without = [cell.name for cell in cells if not (cell.is_full or cell.method.holds)]
@@ -221,14 +195,13 @@ def _policy(config: DictConfig, cells: Sequence[Cell]) -> Policy:
     return policy
 
 
-def _whole(config: DictConfig, key: str, least: int) -> int:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{key}={value!r} must be a whole number of {least} or more.")
-    return value
-
-
-def _default_output_dir(cells: Sequence[Cell], choices: Choices, benchmark: str, model: str) -> Path:
+def _output_dir(
+    given: Given, cells: Sequence[Cell], choices: Choices, benchmark: str, model: str
+) -> Path:
+    if given.output_dir is not None:
+        if not given.output_dir:
+            raise UserError("output_dir='' names no folder; give one, or null.")
+        return Path(given.output_dir).expanduser()
     if choices.experiment and "cells" not in choices.given:
         run = choices.experiment
     elif len(cells) == 1:
@@ -237,13 +210,3 @@ def _default_output_dir(cells: Sequence[Cell], choices: Choices, benchmark: str,
         names = ",".join(cell.name for cell in cells)
         run = f"cells-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
     return Path("results") / "runs" / run / benchmark / model
-
-
-def _plain_value(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}

@@ -77,7 +77,7 @@ class Budget:
             raise UserError(f"budget={given!r} is not a number. {_ALLOWED}")
         if 0 < number <= 1:  # False for NaN
             return cls(float(number))
-        if isinstance(number, int) and number >= 2:
+        if isinstance(number, int) and 2 <= number < 2**31:
             return cls(number)
         raise UserError(f"budget={given} is out of range. {_ALLOWED}")
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from kvmerge.budget import Budget
 from kvmerge.errors import UserError
+from kvmerge.files import check_name
 from kvmerge.method import Method
 from kvmerge.resolve import load_method, method_settings
 
@@ -92,7 +93,9 @@ def make_cell(method_name: str, options: Mapping[str, Any], budget: object) -> C
             f"full@{parsed}: the full cache keeps everything, its budget is 1. "
             "To keep part of the cache choose a method that compresses."
         )
-    return Cell(method_name, tuple(sorted(changed.items())), parsed, method)
+    cell = Cell(method_name, tuple(sorted(changed.items())), parsed, method)
+    check_name("cell", file_name(cell.name))
+    return cell
 
 
 def parse_cell(text: object) -> Cell:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import re
+import stat
 from pathlib import Path
 from typing import IO
 
 import psutil
 
+from kvmerge.errors import UserError
+
 logger = logging.getLogger(__name__)
+
+_LONGEST = 200
+"""Bytes of a name: file systems allow 255, and what is added to names takes some."""
 
 _PARTIAL = re.compile(r"\..+\.(\d+)")
 """Name of a file that is being written: the file's own and the number of the process."""
@@ -19,10 +26,43 @@ _PARTIAL = re.compile(r"\..+\.(\d+)")
 
 def cache_dir() -> Path:
     """Return where converted models and measurements are kept; `KVMERGE_CACHE` moves it."""
-    base = os.environ.get("KVMERGE_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvmerge"
+    own, shared = os.environ.get("KVMERGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return _folder("KVMERGE_CACHE", own)
+    if shared:
+        return _folder("XDG_CACHE_HOME", shared) / "kvmerge"
+    return Path.home() / ".cache" / "kvmerge"
+
+
+def _folder(variable: str, given: str) -> Path:
+    """Return the folder that an environment variable names, unless it cannot be one."""
+    folder = Path(given)
+    try:
+        there = folder.lstat() and folder.is_dir()  # a link that leads nowhere is there too
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        raise UserError(f"{variable}={given}: {error.strerror}. Give it a folder.") from error
+    if not there:
+        raise UserError(f"{variable}={given} is not a folder. Give it one, or unset it.")
+    return folder
+
+
+def check_name(setting: str, name: str) -> None:
+    """Refuse a name that no file or folder can have. Raises `UserError`."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > _LONGEST:
+        shown = name if len(name) <= _LONGEST else f"{name[:40]}... ({len(name)} characters)"
+        raise UserError(
+            f"{setting}={shown!r} must name a file: without /, and of at most {_LONGEST} bytes."
+        )
+
+
+def read_regular(path: Path) -> bytes:
+    """Return what a file holds. Raises `OSError`, also for a pipe or device, which might never end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return path.read_bytes()
 
 
 def hold(path: Path) -> IO[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from kvmerge import merging
 from kvmerge.budget import at_least_one, count, recent_share, top_share
 from kvmerge.errors import UserError, unknown
+from kvmerge.files import read_regular
 from kvmerge.method import (
     Allowance,
     DecodeStep,
@@ -260,7 +261,7 @@ class KVMerger(Method):
         if not path.exists() and shipped.is_file():
             path = shipped
         try:
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
+            content: Any = json.loads(read_regular(path).decode("utf-8"))
         except (OSError, ValueError) as error:
             names = ", ".join(sorted(file.stem for file in THRESHOLDS.glob("*.json")))
             raise UserError(

@@ -8,17 +8,18 @@ that differs from another in a few settings names that one under `defaults`, as 
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from kvmerge.errors import UserError, first_line, unknown
 from kvmerge.method import Method
+from kvmerge.schema import construct
 
+_TARGET = "_target_"
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -76,32 +77,44 @@ def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     """
     resolved = method_settings(name)
     for key, value in (settings or {}).items():
-        if key not in resolved or key == "_target_":
-            raise unknown(f"setting of {name}", key, set(resolved) - {"_target_"})
+        if key not in resolved or key == _TARGET:
+            raise unknown(f"setting of {name}", key, set(resolved) - {_TARGET})
         resolved[key] = value
-    given = ", ".join(f"{key}={value!r}" for key, value in (settings or {}).items())
-    method = build(resolved, f"{name} cannot take {given}" if given else name)
+    method = build(resolved)
     assert isinstance(method, Method)
     return method
 
 
-def build(config: Any, what: str | None = None) -> Any:
-    """Build the object that a configuration describes, its own `UserError` coming through as it is.
+def build(config: Any, section: str = "") -> Any:
+    """Build the object that a configuration describes, and those inside it.
 
     Args:
         config: settings with a `_target_`, plain or composed by Hydra.
-        what: how a message begins if the target does not take the settings; None: the target's name.
+        section: how the command line calls it, e.g. `model`, for messages; empty: by its target.
 
     Raises:
         UserError: what the target raises, and for settings that it does not have or cannot use.
     """
+    is_composed = OmegaConf.is_config(config)
+    plain: Any = OmegaConf.to_container(config, resolve=True) if is_composed else config
+    settings = {
+        key: build(value, f"{section}.{key}" if section else key) if _describes(value) else value
+        for key, value in plain.items()
+        if key != _TARGET
+    }
+    return construct(_locate(plain[_TARGET]), settings, section)
+
+
+def _describes(value: Any) -> bool:
+    return isinstance(value, Mapping) and _TARGET in value
+
+
+def _locate(name: str) -> Any:
+    """Return what a dotted name names; it must be something that can be called."""
     try:
-        return instantiate(config, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        if cause is None or isinstance(cause, TypeError | ValueError | AttributeError | ImportError):
-            why = first_line(cause or error).rstrip(".")
-            raise UserError(f"{what or config.get('_target_')}: {why}.") from error
-        raise
+        target = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{name} cannot be loaded: {first_line(error)}.") from error
+    if not callable(target):
+        raise UserError(f"{name} is no class.")
+    return target

@@ -126,7 +126,7 @@ def test_settings_are_all_of_them_and_reach_the_method() -> None:
         ("kvmerger:sigma@0.5", "cannot read 'sigma' in the cell.*no value"),
         ("kvmerger:sigma=3,sigma=4@0.5", "cannot read 'sigma=4' in the cell.*twice"),
         ("kvmerger:sigma=[@0.5", r"cannot read 'sigma=\['"),
-        ("kvmerger:sigma=null@0.5", "kvmerger cannot take sigma=None"),
+        ("kvmerger:sigma=null@0.5", "sigma=None must be a number or a text"),
         ("kvmerger:sigma=-1@0.5", "sigma=-1 must be"),
     ],
 )

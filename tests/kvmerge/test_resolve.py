@@ -3,7 +3,6 @@
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from baselines.h2o import H2O
@@ -63,9 +62,15 @@ def test_a_setting_out_of_range_is_told_without_hydras_wrapping():
     ("config", "why"),
     [
         ({"_target_": "baselines.h2o.H2O", "score_dtype": "half"}, r"^unknown score_dtype 'half'"),
-        ({"_target_": "baselines.h2o.H2O", "heavvy": 3}, r"^baselines\.h2o\.H2O: .*'heavvy'"),
-        ({"_target_": "kvmerge.kvmerger.KVMerger", "sigma": None}, r"^kvmerge\.kvmerger\.KVMerger: "),
-        ({"_target_": "baselines.nowhere.None"}, r"^baselines\.nowhere\.None: Error loading"),
+        (
+            {"_target_": "baselines.h2o.H2O", "heavvy": 3},
+            r"^unknown setting of baselines\.h2o\.H2O 'heavvy'\. Did you mean 'heavy'",
+        ),
+        (
+            {"_target_": "kvmerge.kvmerger.KVMerger", "sigma": None},
+            r"^sigma=None must be a number or a text\.$",
+        ),
+        ({"_target_": "baselines.nowhere.None"}, r"^baselines\.nowhere\.None cannot be loaded: "),
     ],
 )
 def test_what_cannot_be_built_is_told_in_a_sentence(config: dict[str, object], why: str) -> None:
@@ -79,9 +84,8 @@ def broken() -> None:
 
 
 def test_an_error_inside_a_part_keeps_its_traceback() -> None:
-    with pytest.raises(InstantiationException) as caught:
+    with pytest.raises(KeyError, match="absent"):
         build({"_target_": f"{__name__}.broken"})
-    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_lists_of_a_configuration_arrive_as_lists() -> None:

@@ -235,9 +235,9 @@ def test_compression_is_the_time_inside_the_method_as_a_share_of_the_prefill(
     clock.spend(KVMerger, "compress", lambda *_: 1)
     report = compression(tiny, length=40)
     shares = column(report, "share of the prefill %")
-    assert len(shares) == 6
-    assert shares.pop("kvmerger@0.5") == shares.pop("kvmerger@0.35") == 20
-    assert set(shares.values()) == {0}
+    merging = {cell for cell in shares if cell.startswith("kvmerger")}
+    assert len(merging) == 4
+    assert {cell: share for cell, share in shares.items() if share} == dict.fromkeys(merging, 20)
     assert column(report, "compress s")["kvmerger@0.35"] == LAYERS
     assert column(report, "prefill s")["kvmerger@0.35"] == 8 + LAYERS
 
