@@ -111,6 +111,8 @@ def _check(word: str, override: Override) -> None:
                 f"{word}: this setting of Hydra is fixed here. Where results go is output_dir; "
                 f"of Hydra's own there are {', '.join(_OF_HYDRA)}."
             )
+        if "/" in key and not isinstance(override.value(), str):
+            raise UserError(f"{word}: {key} takes a name, e.g. hydra/launcher=joblib.")
         return
     known = {each.name for each in fields(Given)} | set(GROUPS)
     if top not in known:

@@ -26,26 +26,10 @@ _PARTIAL = re.compile(r"\..+\.(\d+)")
 
 def cache_dir() -> Path:
     """Return where converted models and measurements are kept; `KVMERGE_CACHE` moves it."""
-    own, shared = os.environ.get("KVMERGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    own = os.environ.get("KVMERGE_CACHE")
     if own:
-        return _folder("KVMERGE_CACHE", own)
-    if shared:
-        return _folder("XDG_CACHE_HOME", shared) / "kvmerge"
-    return Path.home() / ".cache" / "kvmerge"
-
-
-def _folder(variable: str, given: str) -> Path:
-    """Return the folder that an environment variable names, unless it cannot be one."""
-    folder = Path(given)
-    try:
-        there = folder.lstat() and folder.is_dir()  # a link that leads nowhere is there too
-    except FileNotFoundError:
-        return folder
-    except OSError as error:
-        raise UserError(f"{variable}={given}: {error.strerror}. Give it a folder.") from error
-    if not there:
-        raise UserError(f"{variable}={given} is not a folder. Give it one, or unset it.")
-    return folder
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvmerge"
 
 
 def check_name(setting: str, name: str) -> None:
