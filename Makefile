@@ -55,7 +55,7 @@ regression-accept: $(READY)  ## record anew what the regression compares, after 
 	$(BIN)/python -m tests.regression.mini record
 
 bench: $(READY) $(if $(PEER),$(PEER_READY))  ## measure speed and memory (an hour or two); PEER=1: beside kvpress too
-	$(BIN)/python -m scripts.bench $(if $(PEER),--peer $(VENV)-peer/bin/python)
+	GOMP_SPINCOUNT=10000 $(BIN)/python -m scripts.bench $(if $(PEER),--peer $(VENV)-peer/bin/python)
 
 # kvpress asks for an older transformers, so it has an environment of its own.
 $(PEER_READY):
@@ -64,7 +64,7 @@ $(PEER_READY):
 	@touch $@
 
 bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
-	$(BIN)/python -m scripts.bench gpu
+	GOMP_SPINCOUNT=10000 $(BIN)/python -m scripts.bench gpu
 
 $(VENV)/.docs: $(READY) requirements-docs.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-docs.lock

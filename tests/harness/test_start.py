@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.start import settle_threads, usable_processors
+from harness.start import SPINS, settle_threads, usable_processors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,3 +58,18 @@ def test_an_interrupt_while_torch_is_imported_has_no_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130
     assert done.stderr == ""
+
+
+def test_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch):
+    for given, wanted in (
+        ({}, SPINS),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        settle_threads()
+        assert os.environ.get("GOMP_SPINCOUNT") == wanted
+        monkeypatch.undo()
