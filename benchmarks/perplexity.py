@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_LARGEST = math.log(sys.float_info.max)
+
+
 def _marks(nll: float, tokens: int) -> dict[str, float]:
-    return {"score": math.exp(nll / tokens), "nll": nll, "tokens": tokens}
+    mean = nll / tokens
+    # Of a model that is certain of other tokens it may be more than a float holds.
+    score = math.inf if mean > _LARGEST else math.exp(mean)
+    return {"score": score, "nll": nll, "tokens": tokens}
 
 
 def _perplexity(means: Array) -> Array:

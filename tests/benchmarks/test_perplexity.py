@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.perplexity import Perplexity
+from benchmarks.perplexity import PERPLEXITY, Perplexity
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError
 
@@ -88,3 +88,10 @@ def test_the_default_text_is_long_enough_for_its_passages():
     # Prose has more than 2.5 characters a token in any tokenizer made for English.
     assert min(len(sample.prompt) for sample in samples) > 2.5 * (1024 + 512)
     assert any("Python" in note for note in benchmark.notes())
+
+
+@pytest.mark.parametrize(("nll", "score"), [(0.0, 1.0), (20.0, math.e**2), (1e6, math.inf)])
+def test_a_perplexity_beyond_any_float_is_infinite(nll, score):
+    marks = PERPLEXITY.sample(nll, 10)
+    assert marks == {"score": pytest.approx(score), "nll": nll, "tokens": 10}
+    assert math.isnan(PERPLEXITY.sample(math.nan, 10)["score"])
