@@ -59,11 +59,12 @@ class Record:
     """Tokens really fed to prefill (T)."""
     generated_tokens: Count
     kept_entries: Positive
-    """Mean over layers and KV heads, after prefill."""
+    """Mean over KV heads and the layers that a budget counts, after prefill: not those that are left
+    to a window of their own."""
     budget_achieved: Positive
     """`kept_entries` divided by `prompt_tokens`."""
     kv_bytes: Count
-    """Bytes of K and V alone, after prefill."""
+    """Bytes of K and V alone, after prefill, of all layers."""
     kl_to_full: Positive | None = None
     """KL(full || cell) in nats, mean over the compared positions, to `KL_DECIMALS`."""
     top1_agreement: Share | None = None

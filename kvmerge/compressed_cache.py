@@ -13,6 +13,15 @@ from transformers.cache_utils import CacheLayerMixin
 from kvmerge.errors import UserError
 from kvmerge.session import CacheSession, RowStats
 
+ELSEWHERE = (
+    "this cache was made inside a `with compressed(...)` block, and can be used only there and only by "
+    "the model of that block. Keep the whole loop inside the block."
+)
+BEAMS = (
+    "beam search is not supported on a compressed cache: each beam would need its own compressed copy. "
+    "Use num_beams=1 (greedy or sampling)."
+)
+
 
 class CompressedCache(Cache):
     """A cache that counts tokens, while the entries live in a session.
@@ -125,13 +134,3 @@ def left_padded(lengths: Sequence[int], width: int, columns: int) -> Tensor:
     """
     padding = width - torch.tensor(list(lengths)).unsqueeze(-1)
     return torch.arange(columns) >= padding
-
-
-ELSEWHERE = (
-    "this cache was made inside a `with compressed(...)` block, and can be used only there and only by "
-    "the model of that block. Keep the whole loop inside the block."
-)
-BEAMS = (
-    "beam search is not supported on a compressed cache: each beam would need its own compressed copy. "
-    "Use num_beams=1 (greedy or sampling)."
-)

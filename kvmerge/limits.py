@@ -42,7 +42,9 @@ def check_fits(
         )
     for parameters in rope_parameters(config):
         rope = parameters["rope_type"]
-        if rope == "dynamic" and prompt + answer >= (top := _dynamic_limit(config)):
+        if rope == "dynamic" and prompt + answer >= (
+            top := text_config(config).max_position_embeddings
+        ):
             raise UserError(
                 f"{kind}'s dynamic RoPE turns each token by the longest text seen so far beyond {top} "
                 f"tokens, so that cached keys disagree; {has}. {shorter} or use another rope_type."
@@ -82,7 +84,3 @@ def is_past_the_switch(config: PretrainedConfig, length: int) -> bool:
         each["rope_type"] == "longrope" and length > each["original_max_position_embeddings"]
         for each in rope_parameters(config)
     )
-
-
-def _dynamic_limit(config: PretrainedConfig) -> int:
-    return int(text_config(config).max_position_embeddings)
