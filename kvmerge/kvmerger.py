@@ -49,8 +49,8 @@ class KVMerger(Method):
     """Settings of KVMerger; the defaults are the reading documented in docs/methods.md."""
 
     budget_mode: str = "exact_links"
-    """`exact_links` meets the budget by linking the most similar neighbours; `eps_evict` links
-    above `epsilon`, then evicts or splits; `eps_free` links above `epsilon` and takes what comes;
+    """`exact_links` meets the budget by the threshold that it needs; `eps_evict` links from
+    `epsilon` on, then evicts or splits; `eps_free` links from `epsilon` on and takes what comes;
     `eps_layer` is `eps_evict` with a threshold for each layer, from `thresholds`."""
     epsilon: float = 0.75
     """Cosine threshold of `eps_evict` and `eps_free` (the paper's value)."""
@@ -65,8 +65,9 @@ class KVMerger(Method):
     """`none` stores mean values, `size` multiplies them by the set's size (as printed)."""
     attn_bias: str = "none"
     """`log_size` adds log(size) to each entry's attention logit; not in the paper."""
-    linkage: str = "adjacent"
-    """What a token is compared with: `adjacent`, `anchor` or `complete`."""
+    linkage: str = "anchor"
+    """What a token is compared with: the token that opened the set (`anchor`, the paper's Figure 4),
+    all members (`complete`), or its neighbour (`adjacent`)."""
     pivot: str = "score"
     """Which member is the pivot: `score` (the paper), `random`, `first` or `last`."""
     rope: str = "post"
@@ -254,7 +255,8 @@ class KVMerger(Method):
         """Read the calibrated threshold of each layer.
 
         Raises:
-            UserError: if there is no such file or name, or it does not hold a number for each layer.
+            UserError: if there is no such file or name, it does not hold a number for each layer, or it
+                was made for another linkage.
         """
         path = Path(str(self.thresholds)).expanduser()
         shipped = THRESHOLDS / f"{self.thresholds}.json"
@@ -268,6 +270,13 @@ class KVMerger(Method):
                 f"thresholds={path} cannot be read: {error}. Give a file, or the name of what is here: "
                 f"{names}."
             ) from error
+        if isinstance(content, dict):
+            made_for = content.get("linkage", "adjacent")  # files of earlier versions do not say
+            if made_for != self.linkage:
+                raise UserError(
+                    f"thresholds={path} were calibrated for linkage={made_for}, not {self.linkage}; "
+                    f"give linkage={made_for}, or calibrate anew with `python -m scripts.calibrate`."
+                )
         values = content.get("thresholds") if isinstance(content, dict) else content
         if not isinstance(values, list) or not all(isinstance(value, float) for value in values):
             raise UserError(f"thresholds={path} must hold a list with a number for each layer.")

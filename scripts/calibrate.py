@@ -3,7 +3,7 @@
     python -m scripts.calibrate model=smollm2-135m benchmark=mini budget=0.35 limit=4
 
 The paper remarks that compression ratios per layer hardly vary between samples, so they can be fixed
-in advance. For each layer, the threshold is bisected until the mean number of entries over KV heads
+in advance. For each layer, the threshold is the one at which the mean number of entries over KV heads
 and samples meets the budget. Overrides are those of run.py; settings of the method hold. The file goes
 to results/calibration, named by model and budget.
 """
@@ -33,45 +33,46 @@ from kvmerge.session import Row
 
 SAMPLES = 20
 """Samples used where the command sets no limit (docs/methods.md)."""
+GRID = [step / 50 for step in range(-50, 51)]
+"""Thresholds at which sets are counted."""
 OUT = Path("results") / "calibration"
 
 
-class Links:
-    """Observe layers and keep the similarity of every link that may be made."""
+class Counts:
+    """Observe layers and count the sets that each threshold of the grid leaves."""
 
     def __init__(self, method: KVMerger, budget: Budget) -> None:
-        """Collect links as `method` would see them at `budget`."""
+        """Count sets as `method` would find them at `budget`."""
         self.method, self.budget = method, budget
-        self.by_layer: dict[int, list[tuple[Tensor, int]]] = {}
+        self.excess: dict[int, list[Tensor]] = {}
+        """Of each layer, for each sample `(grid,)`: mean entries of a KV head beyond the budget."""
 
     def __call__(self, row: int, layer_idx: int, layer: PrefillLayer, kept: Entries) -> None:
-        """Add one layer: link similarities of each KV head, -inf where protected, and the budget."""
+        """Add one layer of a sample."""
         allowance = Allowance(self.budget.entries(layer.length), self.budget.fraction(layer.length))
         if allowance.n_keep >= layer.length:
             return  # nothing is merged, whatever the threshold
         protected = self.method.protected(layer.column_scores(), layer.length, allowance)
-        similarity = merging.cosine(layer.keys[:, :, :-1].float(), layer.keys[:, :, 1:].float())
-        closed = protected[..., :-1] | protected[..., 1:]
-        links = similarity.masked_fill(closed, -torch.inf)[0]
-        self.by_layer.setdefault(layer_idx, []).append((links, allowance.n_keep))
+        sets = merging.set_counts(layer.keys, protected, GRID, linkage=self.method.linkage)
+        self.excess.setdefault(layer_idx, []).append(sets[0].double().mean(0).cpu() - allowance.n_keep)
 
     def threshold(self, layer_idx: int) -> float:
         """Return the threshold at which the mean number of entries is the budget's.
 
-        A layer that is left to a window of its own has none: 1, which links nothing, holds its place.
+        The largest such one, between two of the grid on a straight line. A layer that is left to a
+        window of its own has none: 1, which links next to nothing, holds its place.
         """
-        if layer_idx not in self.by_layer:
+        if layer_idx not in self.excess:
             return 1.0
-        low, high = -1.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            excess = [
-                float((links.shape[-1] + 1 - (links > middle).sum(-1)).float().mean()) - n_keep
-                for links, n_keep in self.by_layer[layer_idx]
-            ]
-            # A higher threshold links less and leaves more entries.
-            low, high = (middle, high) if sum(excess) < 0 else (low, middle)
-        return round((low + high) / 2, 6)
+        excess = torch.stack(self.excess[layer_idx]).mean(0)
+        enough = (excess <= 0).nonzero().flatten()
+        if not len(enough):
+            return GRID[0]
+        below = int(enough[-1])
+        if below == len(GRID) - 1:
+            return GRID[-1]
+        share = float(excess[below] / (excess[below] - excess[below + 1]))
+        return round(GRID[below] + share * (GRID[below + 1] - GRID[below]), 6)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,19 +106,19 @@ def calibrate(settings: Settings) -> Path:
         )
     cell = settings.cells[0]
     method = cell.method
-    if not isinstance(method, KVMerger) or method.linkage != "adjacent":
+    if not isinstance(method, KVMerger):
         raise UserError(
-            f"{cell.name} has no thresholds to calibrate: only KVMerger with linkage=adjacent has. "
-            "Leave method=... out, or give method=kvmerger."
+            f"{cell.name} has no thresholds to calibrate: only KVMerger has. Leave method=... out, or "
+            "give method=kvmerger."
         )
     model, tokenizer = load(settings.model)
-    links = Links(method, cell.budget)
+    counts = Counts(method, cell.budget)
     jobs = [(task, sample) for task in settings.benchmark.tasks for sample in settings.samples(task)]
     for task, sample in tqdm(jobs, unit="sample", desc="calibrate"):
         ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format).prompt
         prompt = torch.tensor([ids], device=model.device)
-        run_sample(model, prompt, [Row(method, cell.budget)], Stop(1, frozenset()), observer=links)
-    if not links.by_layer:
+        run_sample(model, prompt, [Row(method, cell.budget)], Stop(1, frozenset()), observer=counts)
+    if not counts.excess:
         raise UserError(f"budget={cell.budget} holds every prompt; lower it, or take longer prompts.")
     path = OUT / f"{settings.model.name}@{cell.budget}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,8 @@ def calibrate(settings: Settings) -> Path:
         "benchmark": settings.benchmark.name,
         "samples": len(jobs),
         "cell": cell.name,
-        "thresholds": [links.threshold(layer) for layer in range(layers)],
+        "linkage": method.linkage,
+        "thresholds": [counts.threshold(layer) for layer in range(layers)],
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path

@@ -133,7 +133,7 @@ def test_each_of_kvmergers_readings_runs_in_an_experiment() -> None:
         ("budget_mode", "eps_evict"),
         ("budget_mode", "eps_layer"),
         ("underfill", "keep"),
-        ("linkage", "anchor"),
+        ("linkage", "adjacent"),
         ("linkage", "complete"),
     } <= tried
 

@@ -99,7 +99,7 @@ def merging_sets(
         links = {i: c for i, c in strengths.items() if threshold is None or c > threshold}
     else:
         if threshold is None:
-            threshold = bisected(k, fixed, linkage, len(k) - budget)
+            threshold = searched(k, fixed, linkage, len(k) - budget)
         links = backward_scan(k, fixed, threshold, linkage)
     wanted = None
     if budget is not None and (threshold is None or underfill == "split"):
@@ -150,16 +150,36 @@ def backward_scan(
     return links
 
 
-def bisected(keys: list[list[float]], protected: list[bool], linkage: str, n_links: int) -> float:
-    """The threshold of a budget: the lower end of twelve halvings, at which enough links are left."""
-    low, high = -1 - 2**-7, 1 + 2**-7
-    for _ in range(12):
-        middle = (low + high) / 2
-        if len(backward_scan(keys, protected, middle, linkage)) >= n_links:
-            low = middle
+def searched(keys: list[list[float]], protected: list[bool], linkage: str, n_links: int) -> float:
+    """The threshold of a budget: enough links at it, not enough at one 8/4096 above it at most.
+
+    Regula falsi; an end that stays twice counts half. It begins below what neighbours would need.
+    """
+
+    def spare(on_grid: int) -> int:
+        return len(backward_scan(keys, protected, (on_grid + 0.5) / 4096, linkage)) - n_links
+
+    open_ = [not protected[i] and not protected[i + 1] for i in range(len(keys) - 1)]
+    chained = [cosine(keys[i], keys[i + 1]) if linkable else -1.0 for i, linkable in enumerate(open_)]
+    needed = sorted([-1.0, *chained], reverse=True)[max(1, n_links) - 1]
+    low, high, last = -4128, 4128, ""
+    above, below = max(0, sum(open_) - n_links), n_links
+    middle = math.floor((needed - 0.0801) * 4096)
+    for step in range(1, 100):
+        if high - low <= 8:
+            break
+        middle = min(max(middle, low + 1), high - 1)
+        found = spare(middle)
+        if found >= 0:
+            low, above, below = middle, found, below // 2 if last == "low" else below
+            last = "low"
         else:
-            high = middle
-    return low
+            high, below, above = middle, -found, above // 2 if last == "high" else above
+            last = "high"
+        if step > 12:
+            above = below = 0
+        middle = low + (high - low) * (2 * above + 1) // (2 * (above + below + 1))
+    return (low + 0.5) / 4096
 
 
 def set_summary(set_ids: Tensor, scores: Tensor) -> list[tuple[int, int, float]]:

@@ -9,6 +9,7 @@ import torch
 
 from kvmerge.linkage import BAND, SCANS, scan
 from kvmerge.merging import merging_sets, pivot_tokens
+from tests.kvmerge import oracles
 
 # --- Figure 4 (arXiv 2407.08454): cosines of eight keys, the lower triangle by rows
 
@@ -128,6 +129,39 @@ def test_a_budget_is_met_whatever_the_keys(linkage, seed):
             keys[:1, 1:], closed[:1, 1:], budget=budget, scores=scores[:1, 1:], linkage=linkage
         )
         assert torch.equal(again, ids[:1, 1:])
+
+
+# Keys whose cosines are exact, so that links are equally strong for the slow version, too.
+EXACT = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0, 2, 0, 0], [1, 1, 1, 1], [-1, 1, -1, 1]]).double()
+
+
+@pytest.mark.parametrize("linkage", SCANS)
+@pytest.mark.parametrize("part", range(4))
+def test_sets_at_a_budget_are_those_of_the_literal_search(linkage, part):
+    """4 x 250 cases of four heads and two budgets, for either linkage."""
+    for seed in range(part * 250, (part + 1) * 250):
+        draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        length = draw.choice([2, 3, 7, 16, 24])
+        keys = torch.randn(2, 2, length, 4, generator=generator, dtype=torch.float64)
+        kind = draw.choice(["noise", "walk", "alike", "equal", "exact"])
+        if kind == "walk":
+            keys = keys.cumsum(dim=2)
+        elif kind in ("alike", "equal"):
+            keys = 1 + keys * (1e-3 if kind == "alike" else 0)
+        elif kind == "exact":
+            keys = EXACT[torch.randint(len(EXACT), keys.shape[:3], generator=generator)]
+        closed = torch.rand(2, 2, length, generator=generator) < draw.choice([0, 0, 0.1, 0.4])
+        scores = torch.rand(2, 2, length, generator=generator)
+        for share in (0.35, 0.7):
+            budget = max(1, int(closed.sum(-1).max()), round(share * length))
+            found = merging_sets(keys, closed, budget=budget, scores=scores, linkage=linkage)
+            wanted = oracles.each_head(
+                lambda k, p, s, b=budget: oracles.merging_sets(k, p, s, budget=b, linkage=linkage),
+                keys,
+                closed,
+                scores,
+            )
+            assert found.flatten(0, 1).tolist() == wanted, (seed, share)
 
 
 @pytest.mark.parametrize("linkage", SCANS)

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from harness.runner import run
+from kvmerge import merging
+from kvmerge.budget import Budget
+from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
+from kvmerge.kvmerger import KVMerger
+from kvmerge.method import Allowance
+from kvmerge.models import load
+from kvmerge.session import Row
 from scripts import calibrate
 from tests.tiny_run import read_lines
 
@@ -22,7 +29,7 @@ def test_thresholds_meet_the_budget_on_average(tiny, tmp_path, monkeypatch, caps
     content = json.loads(path.read_text())
     assert content["samples"] == len(settings.samples(settings.benchmark.tasks[0]))
     assert len(content["thresholds"]) == 2
-    assert all(-1 < threshold < 1 for threshold in content["thresholds"])
+    assert all(-1 < threshold <= 1 for threshold in content["thresholds"])
 
     free = tiny(
         "benchmark.tasks=[trec]",
@@ -39,19 +46,44 @@ def test_thresholds_meet_the_budget_on_average(tiny, tmp_path, monkeypatch, caps
     assert all(0.45 < share <= 0.5 for share in achieved)
 
 
-def test_the_threshold_is_where_the_mean_number_of_sets_is_the_budget():
-    links = calibrate.Links(method=None, budget=None)
-    similarity = torch.linspace(-0.9, 0.9, 10).expand(3, 10)
-    links.by_layer[0] = [(similarity, 6)]  # 11 tokens: 5 links leave 6 entries
-    threshold = links.threshold(0)
-    assert (similarity[0] > threshold).sum() == 5
+@pytest.mark.parametrize("linkage", merging.LINKAGES)
+def test_the_thresholds_leave_the_budget_on_average(tiny, tmp_path, monkeypatch, linkage):
+    monkeypatch.chdir(tmp_path)
+    settings = tiny(
+        "benchmark.tasks=[trec]",
+        "limit=1",
+        "method=kvmerger",
+        "budget=0.5",
+        f"method.linkage={linkage}",
+    )
+    content = json.loads(calibrate.calibrate(settings).read_text())
+    assert content["linkage"] == linkage
+    (cell,), (task,) = settings.cells, settings.benchmark.tasks
+    shares = []
+
+    def observe(row, layer_idx, layer, kept):
+        allowance = Allowance(cell.budget.entries(layer.length), cell.budget.fraction(layer.length))
+        protected = cell.method.protected(layer.column_scores(), layer.length, allowance)
+        threshold = content["thresholds"][layer_idx]
+        ids = merging.merging_sets(layer.keys, protected, threshold=threshold, linkage=linkage)
+        shares.append(float((ids.amax(-1) + 1).double().mean()) / allowance.n_keep)
+
+    model, tokenizer = load(settings.model)
+    (sample,) = settings.samples(task)
+    ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format).prompt
+    rows, stop = [Row(cell.method, cell.budget)], Stop(1, frozenset())
+    run_sample(model, torch.tensor([ids]), rows, stop, observer=observe)
+    assert shares == pytest.approx([1, 1], abs=0.02)
+
+
+def test_a_layer_that_was_not_seen_links_next_to_nothing():
+    assert calibrate.Counts(KVMerger(), Budget.parse(0.5)).threshold(0) == 1
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["method=h2o", "budget=0.5"], r"h2o@0\.5 has no thresholds to calibrate: only KVMerger"),
-        (["method.linkage=anchor"], r"kvmerger:linkage=anchor@0\.5 has no thresholds"),
         (["cells=[full@1,kvmerger@0.5]"], "2 cells were given"),
         (["method=nonsense"], "unknown method 'nonsense'"),
         (["nonsense=1"], "nonsense"),
