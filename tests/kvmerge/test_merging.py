@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmerge.errors import UserError
+from kvmerge.linkage import SCANS
 from kvmerge.merging import (
     LINKAGES,
     SIGMA_RULES,
@@ -15,6 +16,7 @@ from kvmerge.merging import (
     cosine,
     gaussian_merge,
     merging_sets,
+    set_counts,
     set_summary,
 )
 from tests.kvmerge import oracles
@@ -90,6 +92,59 @@ def test_the_member_with_the_largest_score_is_the_pivot():
     assert sizes.tolist() == [[[1, 1, 4, 1, 1]]]
     assert pivots.tolist() == [[[0, 1, 3, 6, 7]]]
     close(scores, [[[3, 0.9, 1.8, 0.8, 0.3]]])
+
+
+# --- the same head, scanned backwards; `anchor` and `complete` agree on it
+
+
+@pytest.mark.parametrize("linkage", SCANS)
+@pytest.mark.parametrize(
+    ("budget", "set_ids"),
+    [
+        (8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (7, [0, 1, 2, 3, 3, 4, 5, 6]),  # 3 and 4 have a cosine of .96
+        (6, [0, 1, 2, 2, 3, 3, 4, 5]),  # 5 takes 4 (.8), not 3 (.6); 3 takes 2 (.8), not 1 (0)
+        (5, [0, 1, 1, 2, 2, 2, 3, 4]),  # at .6, 5 takes 3 as well, and 2 is left to take 1 (.6)
+        (4, [0, 1, 1, 1, 1, 2, 2, 3]),  # at -.6, 6 takes 5, not 4 (-.96); 4 takes all others
+        (3, [0, 1, 1, 1, 1, 1, 1, 2]),
+    ],
+)
+def test_a_backward_scan_leaves_the_budget_as_worked_out_by_hand(budget, set_ids, linkage):
+    assert golden_sets(budget=budget, linkage=linkage) == set_ids
+
+
+@pytest.mark.parametrize("linkage", SCANS)
+@pytest.mark.parametrize(
+    ("threshold", "set_ids"),
+    [
+        (1.1, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (0.9, [0, 1, 2, 3, 3, 4, 5, 6]),
+        (0.7, [0, 1, 2, 2, 3, 3, 4, 5]),
+        (0.5, [0, 1, 1, 2, 2, 2, 3, 4]),
+        (-0.1, [0, 1, 2, 2, 2, 2, 3, 4]),  # lower, and no fewer sets: 5 takes 2, and 1 is alone
+        (-0.7, [0, 1, 1, 1, 1, 2, 2, 3]),
+    ],
+)
+def test_a_backward_scan_at_a_threshold_as_worked_out_by_hand(threshold, set_ids, linkage):
+    assert golden_sets(threshold=threshold, linkage=linkage) == set_ids
+    assert set_counts(KEYS, PROTECTED, [threshold], linkage=linkage)[0, 0, 0] == set_ids[-1] + 1
+
+
+@pytest.mark.parametrize("linkage", SCANS)
+def test_a_backward_scan_that_leaves_too_many_sets_evicts_as_worked_out_by_hand(linkage):
+    found = golden_sets(budget=5, threshold=0.9, linkage=linkage)
+    assert found == [0, 1, -1, 2, 2, -1, 3, 4]  # {2} has .4 and {5} .5, the least of the scores
+
+
+def test_the_sets_of_a_backward_scan_merge_as_worked_out_by_hand():
+    ids = merging_sets(KEYS, PROTECTED, budget=5, linkage="anchor")
+    assert set_summary(ids, SCORES)[1].tolist() == [[[0, 1, 3, 6, 7]]]
+    keys, mean = gaussian_merge(KEYS, VALUES, ids, SCORES)
+    # 2 is sqrt(.8) from its pivot 1: weights 1 / (1 + exp(-.8 / 50)) = .504 and .496
+    close(keys[0, 0, 1], [0.4032, 0.7984])
+    close(mean[0, 0, 1], [1.496])
+    close(keys[0, 0, 2], [-0.798936, 0.469079])
+    close(mean[0, 0, 2], [11.984034 / 3])
 
 
 # --- K2: merged states
@@ -310,6 +365,17 @@ def test_scanning_linkages_equal_the_literal_scan(problem, linkage, threshold, b
     keys, protected, scores = problem
     budget = feasible_budget(data.draw, protected) if budgeted else None
     same_as_oracle(keys, protected, scores, threshold=threshold, linkage=linkage, budget=budget)
+
+
+@quick
+@given(problems(), st.sampled_from(LINKAGES))
+def test_sets_are_counted_as_they_are_found(problem, linkage):
+    keys, protected, scores = problem
+    thresholds = [-1.1, -0.5, 0.1, 0.6, 0.75]
+    found = set_counts(keys, protected, thresholds, linkage=linkage)
+    for i, threshold in enumerate(thresholds):
+        ids = merging_sets(keys, protected, threshold=threshold, scores=scores, linkage=linkage)
+        assert torch.equal(found[..., i], ids.amax(-1) + 1)
 
 
 @quick

@@ -73,7 +73,7 @@ def test_the_thresholds_leave_the_budget_on_average(tiny, tmp_path, monkeypatch,
     ids = settings.benchmark.encode(sample, task, tokenizer, settings.prompt_format).prompt
     rows, stop = [Row(cell.method, cell.budget)], Stop(1, frozenset())
     run_sample(model, torch.tensor([ids]), rows, stop, observer=observe)
-    assert shares == pytest.approx([1, 1], abs=0.02)
+    assert shares == pytest.approx([1, 1], abs=0.05)
 
 
 def test_a_layer_that_was_not_seen_links_next_to_nothing():
