@@ -15,8 +15,8 @@ from scripts.bench.measure import Bench, Report, Stopwatch
 _CELLS = (
     "kvmerger@0.5",
     "kvmerger@0.35",
-    "kvmerger:linkage=anchor@0.35",
     "kvmerger:linkage=complete@0.35",
+    "kvmerger:linkage=adjacent@0.35",
     "h2o@0.35",
     "cam@0.35",
     "snapkv@0.35",

@@ -68,7 +68,7 @@ def test_a_files_name_has_no_mark_that_a_file_system_minds() -> None:
         (" kvmerger : sigma = mean_distance @0.35", "kvmerger:sigma=mean_distance@0.35"),
         ("kvmerger:top=0.1,recent=0.2@0.5", "kvmerger:recent=0.2,top=0.1@0.5"),
         ("kvmerger:sigma=5,epsilon=0.75@0.5", "kvmerger@0.5"),
-        ("kvmerger:sigma=5.0,linkage=anchor@0.5", "kvmerger:linkage=anchor@0.5"),
+        ("kvmerger:sigma=5.0,linkage=adjacent@0.5", "kvmerger:linkage=adjacent@0.5"),
         ("kvmerger:recent=null@0.5", "kvmerger@0.5"),
         ("kvmerger_log:attn_bias=none@0.5", "kvmerger_log:attn_bias=none@0.5"),
         ("kvmerger:sigma=1e-05@0.5", "kvmerger:sigma=1e-05@0.5"),
