@@ -52,7 +52,9 @@ class Gate:
         if self.published is None:
             return f"{self.task}{ours}"
         band = "" if self.published.tolerance is None else f" ± {self.published.tolerance:g}"
-        return f"{self.task}{ours} (published {self.published.published}{band})"
+        source = self.published.source
+        quoted = f", {source.words}" if source.is_quoted else ""
+        return f"{self.task}{ours} (published {self.published.published}{band}{quoted})"
 
 
 def gates(run: Run, references: Iterable[Reference]) -> list[Gate]:
@@ -66,8 +68,9 @@ def gates(run: Run, references: Iterable[Reference]) -> list[Gate]:
         return []
     found: list[Gate] = []
     for task in run.tasks:
-        bands = [r for r in fitting if r.task == task and r.tolerance is not None]
-        found += [_judge(run, band) for band in bands] or [_unpublished(run, task)]
+        of_task = [r for r in fitting if r.task == task]
+        bands = [_judge(run, r) for r in of_task if r.tolerance is not None]
+        found += bands or [_without_band(run, r) for r in of_task] or [_unpublished(run, task)]
     return found + [_orientation(run, r) for r in fitting if r.is_aggregate and not r.over]
 
 
@@ -142,6 +145,12 @@ def _unpublished(run: Run, task: str) -> Gate:
     ours, samples = _full_score(run, task)
     reason = f"no task scores published for {run.model}"
     return Gate(task, samples, ours, None, Verdict.NOT_COMPARABLE, reason)
+
+
+def _without_band(run: Run, published: Reference) -> Gate:
+    ours, samples = _full_score(run, published.task)
+    reason = "no band is set for what was " + published.source.words
+    return Gate(published.task, samples, ours, published, Verdict.NOT_COMPARABLE, reason)
 
 
 def _orientation(run: Run, published: Reference) -> Gate:

@@ -17,7 +17,7 @@ from rich.console import Console
 import harness.report.gates
 from harness.report.gates import Gate, Verdict, gates, log_gate, outside, summary_lines
 from harness.report.page import write_report
-from harness.report.published import Reference, load_references
+from harness.report.published import Reference, Source, load_references
 from harness.report.run import Run, load_run
 from harness.report.tables import gate_table, reference_table, score_table
 from harness.report.terminal import print_comparison
@@ -36,7 +36,7 @@ BAND = Reference(
     samples=4,
     tolerance=1.0,
     over=(),
-    confidence="O",
+    source=Source.OFFICIAL,
     provenance="somewhere",
     note="",
 )
@@ -104,7 +104,29 @@ def test_what_cannot_be_compared_says_why(tmp_path: Path, changes: dict[str, Any
 def test_a_number_without_a_band_judges_nothing(tmp_path: Path) -> None:
     gate = only(gates(a_run(tmp_path, {"qasper": 50}), [replace(BAND, tolerance=None)]))
     assert gate.verdict is Verdict.NOT_COMPARABLE
-    assert gate.reason == "no task scores published for llama2-7b-chat"
+    assert gate.reason == "no band is set for what was read in the authors' repository"
+
+
+def test_a_number_that_was_only_quoted_is_shown_as_such_and_judges_nothing(tmp_path: Path) -> None:
+    run = a_run(tmp_path, {"narrativeqa": 5.0, "qasper": 5.0}, model="mistral-7b-instruct-v0.2")
+    quoted, unpublished, _ = gates(run, REFERENCES)
+    assert quoted.verdict is Verdict.NOT_COMPARABLE
+    assert quoted.reason == "no band is set for what was quoted in a review of the paper"
+    assert quoted.text == "narrativeqa 5.00 (published 21.96, quoted in a review of the paper)"
+    assert unpublished.published is None
+    table = gate_table(run, REFERENCES)
+    assert table is not None
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert (cells["published"], cells["read in"]) == ("21.96‡", "review")
+    assert table.notes[0].startswith("‡: quoted by somebody else")
+    assert table.data["source"].fillna("").tolist() == ["review", "", "secondary"]
+
+
+def test_what_its_authors_published_carries_no_mark(tmp_path: Path) -> None:
+    table = gate_table(a_run(tmp_path, {"qasper": 19.2}), [BAND])
+    assert table is not None
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert (cells["published"], cells["read in"], table.notes) == ("19.2", "official", ())
 
 
 def test_other_methods_numbers_judge_nothing(tmp_path: Path) -> None:
@@ -134,7 +156,7 @@ def test_mistrals_average_is_for_orientation(tmp_path: Path, version: str) -> No
     assert (average.task, average.published.published) == ("average", "38.44")
     assert average.ours == pytest.approx(40)
     assert average.verdict is Verdict.NOT_COMPARABLE
-    assert average.reason.startswith("for orientation only, benchmark presumed; model version")
+    assert average.reason.startswith("for orientation only, benchmark by a review; model version")
 
 
 def test_an_orientation_needs_every_task(tmp_path: Path) -> None:
@@ -148,7 +170,7 @@ def test_zero_scrolls_judges_nothing(tmp_path: Path) -> None:
     found = gates(run, REFERENCES)
     assert [gate.task for gate in found] == ["qasper", "average"]
     assert outside(found) == set()
-    assert found[1].text == "average 1.00 (published 15.30)"
+    assert found[1].text == "average 1.00 (published 15.30, quoted by a secondary public source)"
 
 
 def test_every_longbench_task_of_llama2_has_the_documented_band() -> None:
@@ -158,8 +180,8 @@ def test_every_longbench_task_of_llama2_has_the_documented_band() -> None:
     assert {task: r.tolerance for task, r in bands.items()} == {
         task: 2.0 if task in wide else 1.0 for task in bands
     }
-    assert {(r.model, r.cell, r.confidence) for r in bands.values()} == {
-        ("llama2-7b-chat", "full@1", "O")
+    assert {(r.model, r.cell, r.source) for r in bands.values()} == {
+        ("llama2-7b-chat", "full@1", Source.OFFICIAL)
     }
     assert sum(r.samples or 0 for r in bands.values()) == 4750
 
