@@ -13,9 +13,10 @@ from typing import Any
 import pandas as pd
 import pytest
 from rich.console import Console
+from scipy.stats import binomtest
 
 import harness.report.gates
-from harness.report.gates import Gate, Verdict, gates, log_gate, outside, summary_lines
+from harness.report.gates import Gate, Verdict, gates, log_gate, outside, sampled_gates, summary_lines
 from harness.report.page import write_report
 from harness.report.published import Reference, Source, load_references
 from harness.report.run import Run, load_run
@@ -184,6 +185,68 @@ def test_every_longbench_task_of_llama2_has_the_documented_band() -> None:
         ("llama2-7b-chat", "full@1", Source.OFFICIAL)
     }
     assert sum(r.samples or 0 for r in bands.values()) == 4750
+
+
+# Some samples of a task
+
+
+def some(folder: Path, scores: list[float], **info: Any) -> Run:
+    """A run whose full cell has these scores, one a sample, on qasper."""
+    records = {"full@1": {"qasper": [record(str(i), each / 100) for i, each in enumerate(scores)]}}
+    settings = {"benchmark": "longbench", "model": "llama2-7b-chat", "config": CONFIG} | info
+    write_run(folder, {"qasper": "qa_f1"}, records, **settings)
+    return load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("scores", "verdict"),
+    [
+        ([0, 40] * 10, Verdict.INSIDE),
+        ([0, 20] * 10, Verdict.OUTSIDE),  # the highest mean that is possible is about 15
+        ([30, 31] * 10, Verdict.OUTSIDE),
+        ([0] * 20, Verdict.OUTSIDE),  # 18.2 and more would leave a trace in 20 samples: 16.8 at most
+        ([0] * 10, Verdict.INSIDE),  # but not in 10
+    ],
+)
+def test_some_samples_are_outside_only_if_their_interval_leaves_the_band_out(
+    tmp_path: Path, scores: list[float], verdict: Verdict
+) -> None:
+    gate = only(sampled_gates(some(tmp_path, scores), [BAND]))
+    assert gate.verdict is verdict, gate.reason
+    assert gate.reason.startswith(f"by {len(scores)} samples, whose interval is ")
+
+
+def test_samples_that_are_all_alike_have_the_exact_binomial_interval(tmp_path: Path) -> None:
+    gate = only(sampled_gates(some(tmp_path, [0] * 20), [BAND]))
+    exact = binomtest(0, 20).proportion_ci(0.95, method="exact")
+    assert gate.reason.endswith(f"is 0.0 to {100 * exact.high:.1f}")
+
+
+def test_more_tasks_have_wider_intervals_each(tmp_path: Path) -> None:
+    run = a_run(tmp_path, {"qasper": 0.0, "trec": 0.0}, n=20)
+    found = sampled_gates(run, [BAND, replace(BAND, task="trec")])
+    exact = binomtest(0, 20).proportion_ci(0.975, method="exact")
+    assert {gate.reason[-4:] for gate in found} == {f"{100 * exact.high:.1f}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"config": {"benchmark": {"profile": "kcf"}}}, "profile kcf, published under official"),
+        ({"model": "llama2-13b-chat"}, "no task scores published for llama2-13b-chat"),
+        ({"benchmark": "mini"}, "no task scores published for llama2-7b-chat"),
+    ],
+)
+def test_some_samples_without_a_band_of_their_own_judge_nothing(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    gate = only(sampled_gates(some(tmp_path, [0] * 20, **changes), [BAND]))
+    assert (gate.verdict, gate.reason) == (Verdict.NOT_COMPARABLE, reason)
+
+
+def test_one_sample_judges_nothing(tmp_path: Path) -> None:
+    gate = only(sampled_gates(some(tmp_path, [0]), [BAND]))
+    assert (gate.verdict, gate.reason) == (Verdict.NOT_COMPARABLE, "one sample has no interval")
 
 
 # What is said of it
