@@ -32,6 +32,7 @@ from harness.report.run import load_run
 from harness.report.terminal import print_comparison
 from harness.results import Results
 from harness.runner import run
+from harness.selfcheck import selfcheck
 from harness.settings import Choices, Settings, settings_from
 from kvmerge.errors import UserError, first_line
 from kvmerge.files import remove_leftovers
@@ -108,7 +109,11 @@ def _run_point(config: DictConfig, failures: Path) -> None:
 def execute(config: DictConfig) -> None:
     """Run one composed configuration."""
     settings = settings_from(config, Choices.of(HydraConfig.get()))
-    console = Console()
+    _KINDS[settings.kind](settings, Console())
+
+
+def compare(settings: Settings, console: Console) -> None:
+    """Run a comparison and report it, or print its plan."""
     if settings.dry_run:
         print_plan(settings, console)
         return
@@ -116,6 +121,13 @@ def execute(config: DictConfig) -> None:
         remove_leftovers(settings.results_dir)
         results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
         report(settings, results, console)
+
+
+_KINDS: dict[str, Callable[[Settings, Console], None]] = {
+    "comparison": compare,
+    "selfcheck": selfcheck,
+}
+"""What is done with the settings, by `kind`."""
 
 
 def report(settings: Settings, results: Results, console: Console) -> None:

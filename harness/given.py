@@ -16,6 +16,8 @@ Index = Annotated[int, Within(0)]
 class Given:
     """A composed configuration as plain data. What a text may say is checked where it is used."""
 
+    kind: Literal["comparison", "selfcheck"]
+    """What is done with the settings (`harness.cli`)."""
     model: Mapping[str, Any]
     benchmark: Mapping[str, Any]
     method: Mapping[str, Any]
@@ -35,3 +37,15 @@ class Given:
     num_shards: Count
     output_dir: str | None
     dry_run: bool
+    selfcheck: Mapping[str, Any] | None
+    """Of `SelfcheckOptions`, for `kind=selfcheck`."""
+
+
+@dataclass(frozen=True)
+class SelfcheckOptions:
+    """What `kind=selfcheck` has of its own."""
+
+    tasks: Mapping[str, Any]
+    """Tasks to take by benchmark, where `benchmark.tasks` names none."""
+    tokens: Annotated[int, Within(2)]
+    """Tokens of each answer that are compared with plain transformers'."""

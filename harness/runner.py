@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Set
 from itertools import groupby
+from typing import TypeAlias
 
 from tqdm import tqdm
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.answering import Answerer, Job
 from harness.provenance import check_resumable, fingerprint, run_info
@@ -22,12 +23,15 @@ from kvmerge.errors import UserError
 from kvmerge.families import local_windows
 from kvmerge.models import load
 
+Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 _COMPARED = 3
 """Finished samples of a task whose prompts are made again before others are added to them."""
 
 
 def run(
-    settings: Settings, after_task: Callable[[Results, str], None] = lambda results, task: None
+    settings: Settings,
+    after_task: Callable[[Results, str], None] = lambda results, task: None,
+    loaded: Loaded | None = None,
 ) -> Results:
     """Run everything that has no line yet and return what lies in `settings.results_dir` then.
 
@@ -35,6 +39,7 @@ def run(
         settings: the run.
         after_task: called with the results so far and the name of each task that gained a line, as
             soon as the task is finished.
+        loaded: the model and its tokenizer, where they are loaded already.
 
     Raises:
         UserError: if data, weights or settings cannot be used, or the folder holds results made
@@ -52,7 +57,7 @@ def run(
             results.write_info(run_info(settings, results, prints, counts, notes, seconds=0.0))
         return results
     results.write_info(run_info(settings, results, prints, counts, notes))
-    model, tokenizer = load(settings.model)
+    model, tokenizer = loaded or load(settings.model)
     notes += counted_layers(model.config)
     answerer = Answerer(settings, model, tokenizer)
     answerer.check_prompts(finished)

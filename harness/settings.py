@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
-from harness.given import Given
+from harness.given import Given, SelfcheckOptions
 from harness.overrides import GROUPS, read_overrides, told
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
 from kvmerge.errors import UserError
@@ -79,6 +79,8 @@ class Choices:
 class Settings:
     """Everything one run needs."""
 
+    kind: str
+    """What is done with the rest: `comparison`, `selfcheck`."""
     cells: list[Cell]
     model: ModelSpec
     benchmark: Benchmark
@@ -93,6 +95,8 @@ class Settings:
     batch_size: int | str
     """Samples run at once: a number, or `auto`."""
     dry_run: bool
+    selfcheck: SelfcheckOptions | None
+    """Where `kind` is `selfcheck`."""
     resolved: dict[str, Any]
     """The configuration as plain data, for provenance."""
 
@@ -145,6 +149,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
             f"shard={given.shard} must be below num_shards={given.num_shards}; shards count from 0."
         )
     return Settings(
+        kind=given.kind,
         cells=cells,
         model=model,
         benchmark=benchmark,
@@ -158,8 +163,17 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         fidelity=any(cell.is_full for cell in cells) if given.fidelity is None else given.fidelity,
         batch_size=given.batch_size,
         dry_run=given.dry_run,
+        selfcheck=_selfcheck(given),
         resolved=resolved,
     )
+
+
+def _selfcheck(given: Given) -> SelfcheckOptions | None:
+    if given.kind != "selfcheck":
+        return None
+    if given.selfcheck is None:
+        raise UserError("kind=selfcheck needs its options; experiment=selfcheck has them.")
+    return construct(SelfcheckOptions, given.selfcheck, "selfcheck")
 
 
 def _cells(given: Given, choices: Choices) -> list[Cell]:

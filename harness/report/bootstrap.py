@@ -106,6 +106,18 @@ class Scored:
         """Return the score with its 95% interval."""
         return estimate(self.value, self.replicates)
 
+    def interval(self, level: float, n: int) -> tuple[float, float]:
+        """Return the interval of a score of 0 to 100 over `n` samples that errs with this level.
+
+        Percentiles of the replicates. Where all samples score alike these say nothing, so the ends are
+        those of the exact binomial interval (Clopper and Pearson) for `n` equal outcomes.
+        """
+        if np.ptp(self.replicates) > 0:
+            low, high = np.percentile(self.replicates, [50 * level, 100 - 50 * level])
+            return float(low), float(high)
+        reach = 100 * (1 - (level / 2) ** (1 / n))
+        return max(0.0, self.value - reach), min(100.0, self.value + reach)
+
     def minus(self, other: Scored) -> Scored:
         """Return the difference; paired if both come from the same task and sample ids."""
         paired = self.replicates.size and other.replicates.size

@@ -8,9 +8,10 @@ Whatever cannot be compared is named with its reason, never passed in silence.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from harness.report.published import Reference, load_references
 from harness.report.run import Run, load_run
@@ -52,7 +53,9 @@ class Gate:
         if self.published is None:
             return f"{self.task}{ours}"
         band = "" if self.published.tolerance is None else f" ± {self.published.tolerance:g}"
-        return f"{self.task}{ours} (published {self.published.published}{band})"
+        source = self.published.source
+        quoted = f", {source.words}" if source.is_quoted else ""
+        return f"{self.task}{ours} (published {self.published.published}{band}{quoted})"
 
 
 def gates(run: Run, references: Iterable[Reference]) -> list[Gate]:
@@ -66,9 +69,44 @@ def gates(run: Run, references: Iterable[Reference]) -> list[Gate]:
         return []
     found: list[Gate] = []
     for task in run.tasks:
-        bands = [r for r in fitting if r.task == task and r.tolerance is not None]
-        found += [_judge(run, band) for band in bands] or [_unpublished(run, task)]
+        found += _of_task(run, fitting, task, partial(_judge, run))
     return found + [_orientation(run, r) for r in fitting if r.is_aggregate and not r.over]
+
+
+def sampled_gates(run: Run, references: Iterable[Reference]) -> list[Gate]:
+    """Judge every task of a run that took only some samples, by the interval that these give.
+
+    A task is outside only if the interval leaves its whole band out. The intervals hold 95% for all
+    judged tasks together: each has a level of 5% divided by their number.
+    """
+    full = [r for r in references if r.benchmark == run.benchmark and r.method == "full"]
+    fitting = [r for r in full if r.fits(run.model) and r.published]
+    judged = [r for r in fitting if r.tolerance is not None and r.task in run.tasks]
+    judge = partial(_judge_some, run, level=0.05 / max(1, len(judged)))
+    return [gate for task in run.tasks for gate in _of_task(run, fitting, task, judge)]
+
+
+def _of_task(
+    run: Run, fitting: Iterable[Reference], task: str, judge: Callable[[Reference], Gate]
+) -> list[Gate]:
+    """Judge the bands of a task; without one, show what is published or say that nothing is."""
+    of_task = [r for r in fitting if r.task == task]
+    bands = [judge(r) for r in of_task if r.tolerance is not None]
+    return bands or [_without_band(run, r) for r in of_task] or [_unpublished(run, task)]
+
+
+def _judge_some(run: Run, band: Reference, level: float) -> Gate:
+    ours, samples = _full_score(run, band.task)
+    reason = _another_protocol(run, samples)
+    if not reason and samples < 2:
+        reason = "one sample has no interval"
+    if reason or ours is None or band.score is None or band.tolerance is None:
+        return Gate(band.task, samples, ours, band, Verdict.NOT_COMPARABLE, reason)
+    scored = run.scores[band.task, run.full_cell or ""]
+    low, high = scored.interval(level, samples)
+    off = low > band.score + band.tolerance or high < band.score - band.tolerance
+    reason = f"by {samples} samples, whose interval is {low:.1f} to {high:.1f}"
+    return Gate(band.task, samples, ours, band, Verdict.OUTSIDE if off else Verdict.INSIDE, reason)
 
 
 def profile_of(run: Run) -> str:
@@ -129,12 +167,18 @@ def _judge(run: Run, band: Reference) -> Gate:
 
 def _obstacle(run: Run, band: Reference, samples: int) -> str:
     """Return what keeps a score from being compared with a band; empty if nothing does."""
+    if reason := _another_protocol(run, samples):
+        return reason
+    if samples != band.samples:
+        return f"{samples} samples run, published on {band.samples}"
+    return ""
+
+
+def _another_protocol(run: Run, samples: int) -> str:
     if not samples:
         return "no full cell was run"
     if profile_of(run) != PROFILE:
         return f"profile {profile_of(run)}, published under {PROFILE}"
-    if samples != band.samples:
-        return f"{samples} samples run, published on {band.samples}"
     return ""
 
 
@@ -142,6 +186,12 @@ def _unpublished(run: Run, task: str) -> Gate:
     ours, samples = _full_score(run, task)
     reason = f"no task scores published for {run.model}"
     return Gate(task, samples, ours, None, Verdict.NOT_COMPARABLE, reason)
+
+
+def _without_band(run: Run, published: Reference) -> Gate:
+    ours, samples = _full_score(run, published.task)
+    reason = "no band is set for what was " + published.source.words
+    return Gate(published.task, samples, ours, published, Verdict.NOT_COMPARABLE, reason)
 
 
 def _orientation(run: Run, published: Reference) -> Gate:

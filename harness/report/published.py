@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from kvmerge.errors import UserError
@@ -23,10 +24,44 @@ _COLUMNS = [
     "samples",
     "tolerance",
     "over",
-    "confidence",
+    "source",
     "provenance",
     "note",
 ]
+
+
+class Source(StrEnum):
+    """Where a published number was read, the best evidence first."""
+
+    OFFICIAL = "official"
+    FIGURE = "figure"
+    REVIEW = "review"
+    SECONDARY = "secondary"
+
+    @property
+    def words(self) -> str:
+        """How a sentence says it."""
+        return _WORDS[self]
+
+    @property
+    def is_quoted(self) -> bool:
+        """Whether somebody else was read instead of the authors: such a number is marked."""
+        return self in (Source.REVIEW, Source.SECONDARY)
+
+    @property
+    def rank(self) -> int:
+        """Position among the sources, 0 for the best evidence."""
+        return list(Source).index(self)
+
+
+_WORDS = {
+    Source.OFFICIAL: "read in the authors' repository",
+    Source.FIGURE: "seen in a figure of the paper",
+    Source.REVIEW: "quoted in a review of the paper",
+    Source.SECONDARY: "quoted by a secondary public source",
+}
+QUOTED = "‡"
+"""Stands behind every number that was not read where its authors published it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +83,7 @@ class Reference:
     """Points by which a full cache may differ and still reproduce the number; None: no band."""
     over: tuple[str, ...]
     """An aggregate's members (tasks or aggregates), whose plain mean it is; empty if unknown."""
-    confidence: str
-    """`O`: read in the official repository; `S`: a secondary public source."""
+    source: Source
     provenance: str
     note: str
 
@@ -57,6 +91,11 @@ class Reference:
     def score(self) -> float | None:
         """The number; None where it was not found."""
         return float(self.published) if self.published else None
+
+    @property
+    def text(self) -> str:
+        """The number as printed, marked where it was quoted; empty where it was not found."""
+        return self.published + QUOTED * bool(self.published and self.source.is_quoted)
 
     def fits(self, model: str) -> bool:
         """Return whether a model is the one named, or a version of it where the source states none.
@@ -67,8 +106,8 @@ class Reference:
 
     @property
     def cell(self) -> str:
-        """The cell this number is for, named as runs name theirs."""
-        return f"{self.method}@{self.budget}"
+        """The cell this number is for, named as runs name theirs; the method if no budget is said."""
+        return f"{self.method}@{self.budget}" if self.budget else self.method
 
     @property
     def is_aggregate(self) -> bool:
@@ -113,32 +152,36 @@ def load_references(source: Path | None = None) -> tuple[Reference, ...]:
 def _reference(row: Mapping[str, str]) -> Reference:
     if len(row) != len(_COLUMNS) or None in row.values():
         raise ValueError(f"{len(_COLUMNS)} columns are needed")
-    if row["confidence"] not in ("O", "S") or not row["provenance"]:
-        raise ValueError("confidence must be O or S, and provenance must not be empty")
+    if row["source"] not in list(Source) or not row["provenance"]:
+        raise ValueError(f"source must be one of {', '.join(Source)}, and provenance not empty")
     if row["score"]:
         float(row["score"])
     samples = int(row["samples"]) if row["samples"] else None
     tolerance = float(row["tolerance"]) if row["tolerance"] else None
     if tolerance is not None and not (row["score"] and samples and 0 < tolerance < math.inf):
         raise ValueError("a tolerance must be above 0, and needs score and samples")
-    parsed = ("score", "samples", "tolerance", "over")
+    source = Source(row["source"])
+    if tolerance is not None and source.is_quoted:
+        raise ValueError(f"a {source} source cannot carry a tolerance: nobody is held to a quotation")
+    parsed = ("score", "samples", "tolerance", "over", "source")
     return Reference(
         **{name: text for name, text in row.items() if name not in parsed},
         published=row["score"],
         samples=samples,
         tolerance=tolerance,
         over=tuple(row["over"].split()),
+        source=source,
     )
 
 
 def for_benchmark(references: Iterable[Reference], benchmark: str, model: str) -> list[Reference]:
     """Return those of a benchmark: that fit this model if there are any, otherwise for every model.
 
-    What was read in an official repository comes first.
+    The best evidence comes first.
     """
     found = [reference for reference in references if reference.benchmark == benchmark]
     found = [reference for reference in found if reference.fits(model)] or found
-    return sorted(found, key=lambda reference: reference.confidence != "O")
+    return sorted(found, key=lambda reference: reference.source.rank)
 
 
 def members(name: str, over: Mapping[str, Iterable[str]]) -> set[str]:

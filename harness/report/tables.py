@@ -14,7 +14,7 @@ from harness.report.bootstrap import Scored, aggregate
 from harness.report.columns import COLUMNS, TABLE, Column
 from harness.report.gates import PROFILE, Gate, gates, outside, profile_of
 from harness.report.groups import group_values, scores_by
-from harness.report.published import Reference, for_benchmark, members
+from harness.report.published import QUOTED, Reference, Source, for_benchmark, members
 from harness.report.run import Run, averages, differences
 from harness.report.summary import summarise
 from harness.report.words import INTERVAL, count_tasks, gaps, sample_counts, setting, span, task_label
@@ -24,6 +24,7 @@ MARK = " †"
 MARK_NOTE = (
     "†: the full cache is outside its published band, so these rows do not count as a reproduction."
 )
+QUOTED_NOTE = f"{QUOTED}: quoted by somebody else than its authors, and not checked against their text."
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def official_aggregates(run: Run, references: Iterable[Reference]) -> dict[str, 
 
 
 def _official_members(run: Run, references: Iterable[Reference]) -> dict[str, tuple[str, ...]]:
-    official = [r for r in references if r.benchmark == run.benchmark and r.confidence == "O"]
+    official = [r for r in references if r.benchmark == run.benchmark and r.source is Source.OFFICIAL]
     return {r.task: r.over for r in official if r.over}
 
 
@@ -112,9 +113,19 @@ def gate_table(run: Run, references: Iterable[Reference]) -> Table | None:
         title="Gate: does the full cache reproduce the published scores?",
         caption=f"Full cache: {setting(run)}. Where it is outside the band, the other rows of that "
         "task do not count as a reproduction. The bands and their reasons: docs/reproducing.md.",
-        header=("task", "n", "ours", "published", "tolerance", "verdict", "reason", "source"),
+        header=(
+            "task",
+            "n",
+            "ours",
+            "published",
+            "tolerance",
+            "verdict",
+            "reason",
+            "read in",
+            "source",
+        ),
         rows=tuple(_gate_row(gate) for gate in found),
-        notes=(),
+        notes=_quoted_note(gate.published for gate in found),
         data=_tidy(
             run,
             [
@@ -126,10 +137,11 @@ def gate_table(run: Run, references: Iterable[Reference]) -> Table | None:
                     "tolerance": gate.published and gate.published.tolerance,
                     "verdict": str(gate.verdict),
                     "reason": gate.reason,
+                    "source": gate.published and str(gate.published.source),
                 }
                 for gate in found
             ],
-            ["task", "n", "ours", "published", "tolerance", "verdict", "reason"],
+            ["task", "n", "ours", "published", "tolerance", "verdict", "reason", "source"],
         ),
     )
 
@@ -141,12 +153,19 @@ def _gate_row(gate: Gate) -> tuple[str, ...]:
         gate.task,
         str(gate.samples),
         "" if gate.ours is None else f"{gate.ours:.2f}",
-        published.published if published else "",
+        published.text if published else "",
         "" if tolerance is None else f"{tolerance:g}",
         str(gate.verdict),
         gate.reason,
+        str(published.source) if published else "",
         published.provenance if published else "",
     )
+
+
+def _quoted_note(shown: Iterable[Reference | None]) -> tuple[str, ...]:
+    """Say what the mark of quoted numbers means, where one is shown."""
+    quoted = any(each and each.published and each.source.is_quoted for each in shown)
+    return (QUOTED_NOTE,) if quoted else ()
 
 
 def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
@@ -337,8 +356,8 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
                 reference.task + MARK * bool(members(reference.task, over) & marked),
                 reference.cell,
                 reference.model,
-                reference.published,
-                reference.confidence,
+                reference.text,
+                str(reference.source),
                 _score_text(scored),
                 _number(difference, "+.2f"),
                 "; ".join(filter(None, (reference.provenance, reference.note))),
@@ -351,7 +370,7 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
                 "budget": reference.budget,
                 "published_model": reference.model,
                 "published": reference.score,
-                "confidence": reference.confidence,
+                "source": str(reference.source),
                 "ours": np.nan if scored is None else scored.value,
                 "difference": difference,
                 "provenance": reference.provenance,
@@ -368,11 +387,13 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
         notes.append(f"Ours is by profile {profile_of(run)}, the published numbers are not.")
     if marked:
         notes.append(MARK_NOTE)
+    notes += _quoted_note(published)
+    kinds = "; ".join(f"{kind}: {kind.words}" for kind in Source)
     return Table(
         name="published",
         title="Published numbers beside ours",
-        caption=f"Ours: {setting(run)}. In brackets: {INTERVAL}. Published numbers: O was read in "
-        "the official repository, S in a secondary public source; blank where none was found.",
+        caption=f"Ours: {setting(run)}. In brackets: {INTERVAL}. Published numbers by where they "
+        f"were read ({kinds}); blank where none was found.",
         header=("task", "cell", "model", "published", "read in", "ours", "difference", "source"),
         rows=tuple(rows),
         notes=tuple(notes),

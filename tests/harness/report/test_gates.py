@@ -13,11 +13,12 @@ from typing import Any
 import pandas as pd
 import pytest
 from rich.console import Console
+from scipy.stats import binomtest
 
 import harness.report.gates
-from harness.report.gates import Gate, Verdict, gates, log_gate, outside, summary_lines
+from harness.report.gates import Gate, Verdict, gates, log_gate, outside, sampled_gates, summary_lines
 from harness.report.page import write_report
-from harness.report.published import Reference, load_references
+from harness.report.published import Reference, Source, load_references
 from harness.report.run import Run, load_run
 from harness.report.tables import gate_table, reference_table, score_table
 from harness.report.terminal import print_comparison
@@ -36,7 +37,7 @@ BAND = Reference(
     samples=4,
     tolerance=1.0,
     over=(),
-    confidence="O",
+    source=Source.OFFICIAL,
     provenance="somewhere",
     note="",
 )
@@ -104,7 +105,29 @@ def test_what_cannot_be_compared_says_why(tmp_path: Path, changes: dict[str, Any
 def test_a_number_without_a_band_judges_nothing(tmp_path: Path) -> None:
     gate = only(gates(a_run(tmp_path, {"qasper": 50}), [replace(BAND, tolerance=None)]))
     assert gate.verdict is Verdict.NOT_COMPARABLE
-    assert gate.reason == "no task scores published for llama2-7b-chat"
+    assert gate.reason == "no band is set for what was read in the authors' repository"
+
+
+def test_a_number_that_was_only_quoted_is_shown_as_such_and_judges_nothing(tmp_path: Path) -> None:
+    run = a_run(tmp_path, {"narrativeqa": 5.0, "qasper": 5.0}, model="mistral-7b-instruct-v0.2")
+    quoted, unpublished, _ = gates(run, REFERENCES)
+    assert quoted.verdict is Verdict.NOT_COMPARABLE
+    assert quoted.reason == "no band is set for what was quoted in a review of the paper"
+    assert quoted.text == "narrativeqa 5.00 (published 21.96, quoted in a review of the paper)"
+    assert unpublished.published is None
+    table = gate_table(run, REFERENCES)
+    assert table is not None
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert (cells["published"], cells["read in"]) == ("21.96‡", "review")
+    assert table.notes[0].startswith("‡: quoted by somebody else")
+    assert table.data["source"].fillna("").tolist() == ["review", "", "secondary"]
+
+
+def test_what_its_authors_published_carries_no_mark(tmp_path: Path) -> None:
+    table = gate_table(a_run(tmp_path, {"qasper": 19.2}), [BAND])
+    assert table is not None
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert (cells["published"], cells["read in"], table.notes) == ("19.2", "official", ())
 
 
 def test_other_methods_numbers_judge_nothing(tmp_path: Path) -> None:
@@ -134,7 +157,7 @@ def test_mistrals_average_is_for_orientation(tmp_path: Path, version: str) -> No
     assert (average.task, average.published.published) == ("average", "38.44")
     assert average.ours == pytest.approx(40)
     assert average.verdict is Verdict.NOT_COMPARABLE
-    assert average.reason.startswith("for orientation only, benchmark presumed; model version")
+    assert average.reason.startswith("for orientation only, benchmark by a review; model version")
 
 
 def test_an_orientation_needs_every_task(tmp_path: Path) -> None:
@@ -148,7 +171,7 @@ def test_zero_scrolls_judges_nothing(tmp_path: Path) -> None:
     found = gates(run, REFERENCES)
     assert [gate.task for gate in found] == ["qasper", "average"]
     assert outside(found) == set()
-    assert found[1].text == "average 1.00 (published 15.30)"
+    assert found[1].text == "average 1.00 (published 15.30, quoted by a secondary public source)"
 
 
 def test_every_longbench_task_of_llama2_has_the_documented_band() -> None:
@@ -158,10 +181,72 @@ def test_every_longbench_task_of_llama2_has_the_documented_band() -> None:
     assert {task: r.tolerance for task, r in bands.items()} == {
         task: 2.0 if task in wide else 1.0 for task in bands
     }
-    assert {(r.model, r.cell, r.confidence) for r in bands.values()} == {
-        ("llama2-7b-chat", "full@1", "O")
+    assert {(r.model, r.cell, r.source) for r in bands.values()} == {
+        ("llama2-7b-chat", "full@1", Source.OFFICIAL)
     }
     assert sum(r.samples or 0 for r in bands.values()) == 4750
+
+
+# Some samples of a task
+
+
+def some(folder: Path, scores: list[float], **info: Any) -> Run:
+    """A run whose full cell has these scores, one a sample, on qasper."""
+    records = {"full@1": {"qasper": [record(str(i), each / 100) for i, each in enumerate(scores)]}}
+    settings = {"benchmark": "longbench", "model": "llama2-7b-chat", "config": CONFIG} | info
+    write_run(folder, {"qasper": "qa_f1"}, records, **settings)
+    return load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("scores", "verdict"),
+    [
+        ([0, 40] * 10, Verdict.INSIDE),
+        ([0, 20] * 10, Verdict.OUTSIDE),  # the highest mean that is possible is about 15
+        ([30, 31] * 10, Verdict.OUTSIDE),
+        ([0] * 20, Verdict.OUTSIDE),  # 18.2 and more would leave a trace in 20 samples: 16.8 at most
+        ([0] * 10, Verdict.INSIDE),  # but not in 10
+    ],
+)
+def test_some_samples_are_outside_only_if_their_interval_leaves_the_band_out(
+    tmp_path: Path, scores: list[float], verdict: Verdict
+) -> None:
+    gate = only(sampled_gates(some(tmp_path, scores), [BAND]))
+    assert gate.verdict is verdict, gate.reason
+    assert gate.reason.startswith(f"by {len(scores)} samples, whose interval is ")
+
+
+def test_samples_that_are_all_alike_have_the_exact_binomial_interval(tmp_path: Path) -> None:
+    gate = only(sampled_gates(some(tmp_path, [0] * 20), [BAND]))
+    exact = binomtest(0, 20).proportion_ci(0.95, method="exact")
+    assert gate.reason.endswith(f"is 0.0 to {100 * exact.high:.1f}")
+
+
+def test_more_tasks_have_wider_intervals_each(tmp_path: Path) -> None:
+    run = a_run(tmp_path, {"qasper": 0.0, "trec": 0.0}, n=20)
+    found = sampled_gates(run, [BAND, replace(BAND, task="trec")])
+    exact = binomtest(0, 20).proportion_ci(0.975, method="exact")
+    assert {gate.reason[-4:] for gate in found} == {f"{100 * exact.high:.1f}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"config": {"benchmark": {"profile": "kcf"}}}, "profile kcf, published under official"),
+        ({"model": "llama2-13b-chat"}, "no task scores published for llama2-13b-chat"),
+        ({"benchmark": "mini"}, "no task scores published for llama2-7b-chat"),
+    ],
+)
+def test_some_samples_without_a_band_of_their_own_judge_nothing(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    gate = only(sampled_gates(some(tmp_path, [0] * 20, **changes), [BAND]))
+    assert (gate.verdict, gate.reason) == (Verdict.NOT_COMPARABLE, reason)
+
+
+def test_one_sample_judges_nothing(tmp_path: Path) -> None:
+    gate = only(sampled_gates(some(tmp_path, [0]), [BAND]))
+    assert (gate.verdict, gate.reason) == (Verdict.NOT_COMPARABLE, "one sample has no interval")
 
 
 # What is said of it

@@ -300,14 +300,23 @@ def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
     table = reference_table(run, load_references())
     assert table is not None
     rows = {(row[0], row[1], row[4]): row for row in table.rows}
-    assert rows["qasper", "full@1", "O"][3:7] == ("19.2", "O", "1.00", "-18.20")
-    assert rows["triviaqa", "kvmerger@0.5", "S"][3:7] == ("83.62", "S", "11.00", "-72.62")
-    assert rows["qasper", "full@1", "S"][3:7] == ("", "S", "1.00", "")
-    assert rows["trec", "h2o@0.5", "S"][5:7] == ("", "")  # this run has no such cell
+    assert rows["qasper", "full@1", "official"][3:7] == ("19.2", "official", "1.00", "-18.20")
+    assert rows["triviaqa", "kvmerger@0.5", "secondary"][3:7] == (
+        "83.62‡",
+        "secondary",
+        "11.00",
+        "-72.62",
+    )
+    assert rows["qasper", "full@1", "secondary"][3:7] == ("", "secondary", "1.00", "")
+    assert rows["trec", "h2o@0.5", "secondary"][5:7] == ("", "")  # this run has no such cell
     nine = [4, 6, 0, 13, 2, 9, 8, 10, 1]
-    assert rows["average", "kvmerger@0.5", "S"][5] == f"{sum(nine) / 9 + 1:.2f}"
-    assert rows["average_zh", "full@1", "O"][5] == ""  # its Chinese tasks were not run
+    assert rows["average", "kvmerger@0.5", "secondary"][5] == f"{sum(nine) / 9 + 1:.2f}"
+    assert rows["average_zh", "full@1", "official"][5] == ""  # its Chinese tasks were not run
     assert all(row[7] for row in table.rows)
+    assert any(note.startswith("‡: quoted") for note in table.notes)
+    assert "review: quoted in a review of the paper" in table.caption
+    marked = {row[4] for row in table.rows if row[3].endswith("‡")}
+    assert marked == {"review", "secondary"}
 
 
 def test_the_official_average_is_of_category_means(tmp_path: Path) -> None:
@@ -332,7 +341,7 @@ def test_another_models_numbers_are_shown_without_a_difference(tmp_path: Path) -
     table = reference_table(run, load_references())
     assert table is not None
     (row,) = [row for row in table.rows if row[:2] == ("qasper", "kvmerger@0.5")]
-    assert row[2:7] == ("llama2-7b-chat", "20.04", "S", "1.00", "")
+    assert row[2:7] == ("llama2-7b-chat", "20.04‡", "secondary", "1.00", "")
     assert "the models differ" in table.notes[0]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.report import published
-from harness.report.published import Reference, for_benchmark, load_references, members
+from harness.report.published import Reference, Source, for_benchmark, load_references, members
 from kvmerge.errors import UserError
 
 REFERENCES = load_references()
@@ -20,19 +20,25 @@ def find(method: str, task: str, budget: str, model: str = "llama2-7b-chat") -> 
 
 def test_every_published_number_is_there_and_none_was_invented() -> None:
     counts = Counter(
-        (r.confidence, r.method.split(":")[0], r.benchmark) for r in REFERENCES if r.published
+        (str(r.source), r.method.split(":")[0], r.benchmark) for r in REFERENCES if r.published
     )
     assert counts == {
-        ("O", "full", "longbench"): 21 + 6 + 2,  # tasks, categories, averages
-        ("S", "full", "longbench"): 3 + 1,  # tasks; the Mistral average
-        ("S", "kvmerger", "longbench"): 10 + 2,
-        ("S", "h2o", "longbench"): 10 + 2 + 2,  # one task and the average have two sources
-        ("S", "cam", "longbench"): 1,
-        ("S", "full", "zero_scrolls"): 1,
-        ("S", "kvmerger", "zero_scrolls"): 2,
-        ("S", "h2o", "zero_scrolls"): 2,
-        ("S", "cam", "zero_scrolls"): 1,
-        ("S", "kvmerger", ""): 2,  # ablations on an unknown task set
+        ("official", "full", "longbench"): 21 + 6 + 2,  # tasks, categories, averages
+        ("secondary", "full", "longbench"): 3 + 1,  # tasks; the Mistral average
+        ("secondary", "kvmerger", "longbench"): 10 + 2,
+        ("secondary", "h2o", "longbench"): 10 + 2,
+        ("secondary", "cam", "longbench"): 1,
+        ("secondary", "full", "zero_scrolls"): 1,
+        ("secondary", "kvmerger", "zero_scrolls"): 2,
+        ("secondary", "h2o", "zero_scrolls"): 2,
+        ("secondary", "cam", "zero_scrolls"): 1,
+        ("review", "full", "longbench"): 1,  # Mistral on NarrativeQA
+        ("review", "kvmerger", "longbench"): 1 + 2,  # the same; ablations over five unnamed tasks
+        (
+            "review",
+            "h2o",
+            "longbench",
+        ): 2,  # NarrativeQA and the average, again
     }
 
 
@@ -58,10 +64,23 @@ def test_numbers_are_as_printed(method: str, task: str, budget: str, published: 
 
 def test_the_two_sources_disagreement_on_h2o_is_kept() -> None:
     found = [r for r in find("h2o", "average", "0.5") if r.benchmark == "longbench"]
-    assert [(r.score, r.provenance[-10:]) for r in found] == [
-        (33.49, "(source 2)"),
-        (34.0, "(source 1)"),
+    assert [(r.score, str(r.source)) for r in found] == [(33.49, "secondary"), (34.0, "review")]
+
+
+def test_mistrals_narrativeqa_is_quoted_in_a_review() -> None:
+    found = [
+        *find("full", "narrativeqa", "1", "mistral-7b-instruct"),
+        *find("kvmerger", "narrativeqa", "0.35", "mistral-7b-instruct"),
     ]
+    assert [(r.benchmark, r.published, r.source, r.text) for r in found] == [
+        ("longbench", "21.96", Source.REVIEW, "21.96‡"),
+        ("longbench", "23.58", Source.REVIEW, "23.58‡"),
+    ]
+
+
+def test_a_number_of_no_known_budget_is_named_by_its_method() -> None:
+    ablation = next(r for r in REFERENCES if r.method == "kvmerger:pivot=random")
+    assert (ablation.cell, ablation.source) == ("kvmerger:pivot=random", Source.REVIEW)
 
 
 def test_mistral_h2o_carries_its_warning() -> None:
@@ -85,7 +104,7 @@ def plain_mean(aggregate: Reference) -> float:
 
 @pytest.mark.parametrize(
     "reference",
-    [r for r in REFERENCES if r.over and r.published and "source 1" not in r.provenance],
+    [r for r in REFERENCES if r.over and r.published and r.source is not Source.REVIEW],
     ids=lambda r: f"{r.method}-{r.task}",
 )
 def test_aggregates_agree_with_their_members(reference: Reference) -> None:
@@ -103,10 +122,11 @@ def test_kvmerger_average_is_over_nine_tasks() -> None:
 def test_a_benchmark_prefers_its_own_model_and_official_numbers() -> None:
     llama = for_benchmark(REFERENCES, "longbench", "llama2-7b-chat")
     assert {r.model for r in llama} == {"llama2-7b-chat"}
-    confidence = [r.confidence for r in llama]
-    assert confidence == sorted(confidence)
+    order = [str(r.source) for r in llama]
+    assert list(dict.fromkeys(order)) == ["official", "review", "secondary"]
+    assert order == sorted(order)
     other = for_benchmark(REFERENCES, "longbench", "smollm2-135m")
-    assert {r.model for r in other} == {"llama2-7b-chat", "mistral-7b-instruct"}
+    assert {r.model for r in other} == {"llama2-7b-chat", "mistral-7b-instruct", ""}
     assert for_benchmark(REFERENCES, "mini", "smollm2-135m") == []
 
 
@@ -145,24 +165,28 @@ def test_a_folder_without_published_numbers_is_an_error_not_a_run_without_gates(
         published.folder()
 
 
-HEADER = "benchmark,model,method,budget,task,score,samples,tolerance,over,confidence,provenance,note\n"
+HEADER = "benchmark,model,method,budget,task,score,samples,tolerance,over,source,provenance,note\n"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("benchmark,score\n", "must have the columns"),
-        (HEADER + "b,m,full,1,t,high,,,,O,p,\n", "line 2: could not convert"),
-        (HEADER + "b,m,full,1,t,1,,,,X,p,\n", "line 2: confidence must be O or S"),
-        (HEADER + "b,m,full,1,t,1,,,,O,,\n", "provenance must not be empty"),
-        (HEADER + "b,m,full,1,t,1,,,,O,p\n", "12 columns"),
-        (HEADER + "b,m,full,1,t,1,,,,O,p,note, with a comma\n", "12 columns"),
-        (HEADER + "b,m,full,1,t,1,many,,,O,p,\n", "line 2: invalid literal for int"),
-        (HEADER + "b,m,full,1,t,1,5,wide,,O,p,\n", "line 2: could not convert"),
-        (HEADER + "b,m,full,1,t,1,5,0,,O,p,\n", "a tolerance must be above 0"),
-        (HEADER + "b,m,full,1,t,1,5,inf,,O,p,\n", "a tolerance must be above 0"),
-        (HEADER + "b,m,full,1,t,1,,2,,O,p,\n", "and needs score and samples"),
-        (HEADER + "b,m,full,1,t,,5,2,,O,p,\n", "and needs score and samples"),
+        (HEADER + "b,m,full,1,t,high,,,,official,p,\n", "line 2: could not convert"),
+        (
+            HEADER + "b,m,full,1,t,1,,,,X,p,\n",
+            "line 2: source must be one of official, figure",
+        ),
+        (HEADER + "b,m,full,1,t,1,,,,official,,\n", "provenance not empty"),
+        (HEADER + "b,m,full,1,t,1,,,,official,p\n", "12 columns"),
+        (HEADER + "b,m,full,1,t,1,,,,official,p,note, with a comma\n", "12 columns"),
+        (HEADER + "b,m,full,1,t,1,many,,,official,p,\n", "line 2: invalid literal for int"),
+        (HEADER + "b,m,full,1,t,1,5,wide,,official,p,\n", "line 2: could not convert"),
+        (HEADER + "b,m,full,1,t,1,5,0,,official,p,\n", "a tolerance must be above 0"),
+        (HEADER + "b,m,full,1,t,1,5,inf,,official,p,\n", "a tolerance must be above 0"),
+        (HEADER + "b,m,full,1,t,1,,2,,official,p,\n", "and needs score and samples"),
+        (HEADER + "b,m,full,1,t,,5,2,,official,p,\n", "and needs score and samples"),
+        (HEADER + "b,m,full,1,t,1,5,2,,review,p,\n", "a review source cannot carry a tolerance"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:
