@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from kvmerge.observations import Measures
 from kvmerge.schema import Within
 
 Count = Annotated[int, Within(1)]
@@ -35,3 +36,27 @@ class Given:
     num_shards: Count
     output_dir: str | None
     dry_run: bool
+    observe: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Observe(Measures):
+    """What a run observes of each sample's prefill, where it answers nothing."""
+
+    map_sample: str | None = None
+    """Sample whose cosines are drawn as maps, `<task>/<id>`; None: the first that the run takes."""
+    map_layers: Sequence[int] | None = None
+    """Layers of the maps; negative ones count from the end. None: four from the first to the last."""
+    map_heads: Sequence[Index] | None = None
+    """KV heads of the maps. None: the first four, or as many as there are."""
+
+    def measured(self) -> dict[str, Any]:
+        """Return the settings that decide what a sample's record holds."""
+        return {each.name: getattr(self, each.name) for each in fields(Measures)}
+
+
+OF_CELLS = (
+    *("method", "budget", "cells", "seed", "num_seeds", "decode_policy", "pos", "layers_skip"),
+    *("skip_budget", "fidelity", "batch_size"),
+)
+"""Settings of what is answered, which a run that observes has no use for."""

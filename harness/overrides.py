@@ -161,6 +161,10 @@ def _sentence(error: Exception) -> UserError:
     if isinstance(first, ConfigKeyError | ConfigAttributeError) and isinstance(node, DictConfig):
         section = node._get_full_key(None)
         known = [str(key) for key in node if not str(key).startswith("_")]
+        if section == "observe" and not known:
+            return UserError(
+                f"observe.{first.key}: this run observes nothing. Give experiment=observations as well."
+            )
         return unknown(f"setting of {section}" if section else "setting", str(first.key), known)
     key = getattr(first, "full_key", None)
     parts = [f"{key} cannot be used"] if key else []

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
-from harness.given import Given
+from harness.given import OF_CELLS, Given, Observe
 from harness.overrides import GROUPS, read_overrides, told
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
 from kvmerge.errors import UserError
@@ -80,6 +80,7 @@ class Settings:
     """Everything one run needs."""
 
     cells: list[Cell]
+    """What answers; empty where the run observes."""
     model: ModelSpec
     benchmark: Benchmark
     output_dir: Path
@@ -93,6 +94,8 @@ class Settings:
     batch_size: int | str
     """Samples run at once: a number, or `auto`."""
     dry_run: bool
+    observe: Observe | None
+    """What is observed of each prefill, where nothing is answered."""
     resolved: dict[str, Any]
     """The configuration as plain data, for provenance."""
 
@@ -131,7 +134,8 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
     with told():
         resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     given = construct(Given, resolved)
-    cells = _cells(given, choices)
+    observe = _observe(given, choices)
+    cells = [] if observe else _cells(given, choices)
     model: ModelSpec = build(given.model, "model")
     if {"model.path"} <= choices.given and not {"model", "model.name"} & choices.given:
         # Not the default model's weights any more, so neither its name nor, unless given, its context.
@@ -158,8 +162,21 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         fidelity=any(cell.is_full for cell in cells) if given.fidelity is None else given.fidelity,
         batch_size=given.batch_size,
         dry_run=given.dry_run,
+        observe=observe,
         resolved=resolved,
     )
+
+
+def _observe(given: Given, choices: Choices) -> Observe | None:
+    if given.observe is None:
+        return None
+    idle = sorted(key for key in choices.given if key.partition(".")[0] in OF_CELLS)
+    if idle:
+        raise UserError(
+            f"a run that observes has a prefill and nothing else, so {' and '.join(idle)} cannot be "
+            "given as well. Leave it out, or give observe=null to answer with cells."
+        )
+    return construct(Observe, given.observe, "observe")
 
 
 def _cells(given: Given, choices: Choices) -> list[Cell]:
@@ -204,6 +221,8 @@ def _output_dir(
         return Path(given.output_dir).expanduser()
     if choices.experiment and "cells" not in choices.given:
         run = choices.experiment
+    elif not cells:
+        run = "observations"
     elif len(cells) == 1:
         run = file_name(cells[0].name)
     else:
