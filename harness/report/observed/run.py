@@ -204,7 +204,8 @@ def load_observed(output_dir: Path, results: Observed | None = None) -> Observed
         ids = [each.id for each in of_task]
         if len(set(ids)) < len(ids):
             raise UserError(f"{output_dir}: samples of {name} are in more than one shard.")
-    tasks = {name: of_task for name, of_task in found.items() if of_task}
+    # Sorted, so that the order in which samples finished has no effect.
+    tasks = {name: sorted(each, key=lambda one: one.id) for name, each in found.items() if each}
     if not tasks:
         raise UserError(f"{output_dir} holds no observation yet.")
     drawn = [read_maps(part.map_file) for part in parts]
