@@ -1,4 +1,4 @@
-"""Components of variance against known ones, means against slow ones, and verdicts that can go each way."""
+"""Components of variance against known ones, means, and verdicts that can go each way."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def observation(sample: int, **changes: Any) -> Observation:
         "layers": [0, 1, 2, 3],
         "cosine": {kind: [[near[kind]] * 2] * 4 for kind in KINDS},
         "ratio": [
-            [[0.1 * layer + 0.01 * head + 0.001 * sample] for head in range(2)] for layer in range(1, 5)
+            [[0.1 * layer + 0.01 * head + 0.001 * sample] for head in (0, 1)] for layer in (1, 2, 3, 4)
         ],
         "sizes": [[1] * (len(SIZES) + 1)] * 4,
         "distance": [[1.0, 2.0, 3.0]] * 4,
@@ -171,10 +171,7 @@ def test_a_run_that_agrees_supports_every_claim() -> None:
         ("similar_keys", {"cosine": {kind: [[[0.7, 0.1]] * 2] * 4 for kind in KINDS}}),
         ("local", {"cosine": {kind: [[[0.8, 0.9]] * 2] * 4 for kind in KINDS}}),
         ("values", {"cosine": {kind: [[[0.8, 0.1]] * 2] * 4 for kind in KINDS}}),
-        *(
-            (f"sigma_{rule}", {"sigma": {each: [[7.0, 8.0, 9.0]] * 4 for each in RULES}})
-            for rule in RULES
-        ),
+        *((f"sigma_{rule}", {"sigma": dict.fromkeys(RULES, [[7.0, 8.0, 9.0]] * 4)}) for rule in RULES),
         ("flat_first", {"flatness": [[0.1, 0.1], [0.1, 0.1], [0.3, 0.3], [0.8, 0.8]]}),
         ("flat_last", {"flatness": [[0.9, 0.9], [0.9, 0.9], [0.3, 0.3], [0.2, 0.2]]}),
     ],
@@ -187,10 +184,7 @@ def test_ratios_that_differ_by_task_refute_that_they_do_not() -> None:
     def of(sample: int, base: float) -> Observation:
         return observation(sample, ratio=[[[base + 0.001 * sample]] * 2] * 4)
 
-    tasks = {
-        "a": [of(sample, 0.2) for sample in range(4)],
-        "b": [of(sample, 0.6) for sample in range(4)],
-    }
+    tasks = {name: [of(sample, base) for sample in range(4)] for name, base in (("a", 0.2), ("b", 0.6))}
     found = {claim.name: claim for claim in claims(observed(tasks))}
     assert found["ratio_of_the_model"].verdict == REFUTED
     assert found["ratio_independent_of_data"].verdict == REFUTED
