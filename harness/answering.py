@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,28 +94,9 @@ class Answerer:
             for prepared, result in zip(batch, results, strict=True):
                 yield self._lines(prepared, result)
 
-    def check_prompts(self, jobs: Iterable[Job]) -> None:
-        """Refuse finished samples whose prompts would be others today. Raises `UserError`."""
-        for job in jobs:
-            self._encode(job)
-
-    def _encode(self, job: Job) -> Encoded:
-        settings = self.settings
-        encoded = settings.benchmark.encode(
-            job.sample, job.task, self.tokenizer, settings.prompt_format
-        )
-        if job.recorded not in (None, prompt_hash(encoded.prompt)):
-            raise UserError(
-                f"task {job.task.name}, sample {job.sample.id!r}: the prompt is not the one that "
-                f"{settings.results_dir} holds results of. The chat template may write today's date "
-                "(fix it, e.g. model.template_options.date_string='26 Jul 2024'), or the tokenizer or "
-                "the rows changed. Undo that, or choose another output_dir."
-            )
-        return encoded
-
     def _prepare(self, job: Job) -> Prepared:
         settings = self.settings
-        encoded = self._encode(job)
+        encoded = encode(settings, self.tokenizer, job)
         rows = [settings.row(cell, seed) for cell, seed in job.missing]
         reference = None
         if settings.fidelity:
@@ -208,6 +189,23 @@ class Answerer:
         if encoded.continuation is None or result.nll is None:
             return self.settings.benchmark.score(job.sample, job.task, prediction)
         return job.task.metric.sample(result.nll, len(encoded.continuation))
+
+
+def encode(settings: Settings, tokenizer: PreTrainedTokenizerBase, job: Job) -> Encoded:
+    """Return a sample as token ids.
+
+    Raises:
+        UserError: if it has lines that were made with another prompt.
+    """
+    encoded = settings.benchmark.encode(job.sample, job.task, tokenizer, settings.prompt_format)
+    if job.recorded not in (None, prompt_hash(encoded.prompt)):
+        raise UserError(
+            f"task {job.task.name}, sample {job.sample.id!r}: the prompt is not the one that "
+            f"{settings.results_dir} holds results of. The chat template may write today's date "
+            "(fix it, e.g. model.template_options.date_string='26 Jul 2024'), or the tokenizer or "
+            "the rows changed. Undo that, or choose another output_dir."
+        )
+    return encoded
 
 
 def stop_rule(

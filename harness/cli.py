@@ -25,6 +25,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.lock import only_writer
+from harness.observation import Observed
+from harness.observing import observe_all
 from harness.overrides import MULTIRUN, read_overrides, told
 from harness.plan import print_plan
 from harness.report.gates import log_gate
@@ -123,21 +125,27 @@ def compare(settings: Settings, console: Console) -> None:
         report(settings, results, console)
 
 
+def observe(settings: Settings, console: Console) -> None:
+    """Observe prefills and report what was seen, or print the plan."""
+    if settings.dry_run:
+        print_plan(settings, console)
+        return
+    with only_writer(settings.results_dir):
+        remove_leftovers(settings.results_dir)
+        report_observed(settings, observe_all(settings), console)
+
+
 _KINDS: dict[str, Callable[[Settings, Console], None]] = {
     "comparison": compare,
     "selfcheck": selfcheck,
+    "observations": observe,
 }
 """What is done with the settings, by `kind`."""
 
 
 def report(settings: Settings, results: Results, console: Console) -> None:
     """Write summary, tables and plots of a finished run, show the table and name the files."""
-    if settings.num_shards > 1:
-        console.print(
-            f"shard {settings.shard} of {settings.num_shards} is done: {settings.results_dir}\n"
-            f"When all are: make report DIRS={settings.output_dir}",
-            soft_wrap=True,
-        )
+    if _left_to_shards(settings, console):
         return
     from harness.report.page import write_report  # matplotlib is slow to import
 
@@ -147,6 +155,30 @@ def report(settings: Settings, results: Results, console: Console) -> None:
     for path in ("summary.csv", "run.json", "predictions/", "tables/", "plots/"):
         console.print(f"  {settings.output_dir / path}", soft_wrap=True, highlight=False)
     console.print(f"  {page}", soft_wrap=True, highlight=False)
+
+
+def report_observed(settings: Settings, results: Observed, console: Console) -> None:
+    """Write tables and plots of a finished run that observes, show its claims and name the files."""
+    if _left_to_shards(settings, console):
+        return
+    from harness.report.observed.page import print_claims, write_observed  # as above
+    from harness.report.observed.run import load_observed
+
+    loaded = load_observed(settings.output_dir, results)
+    print_claims(loaded, write_observed(loaded), console)
+    for path in ("run.json", "observations/", "tables/", "plots/"):
+        console.print(f"  {settings.output_dir / path}", soft_wrap=True, highlight=False)
+
+
+def _left_to_shards(settings: Settings, console: Console) -> bool:
+    """Say how to join a run's shards, and return whether it has any."""
+    if settings.num_shards > 1:
+        console.print(
+            f"shard {settings.shard} of {settings.num_shards} is done: {settings.results_dir}\n"
+            f"When all are: make report DIRS={settings.output_dir}",
+            soft_wrap=True,
+        )
+    return settings.num_shards > 1
 
 
 def _show_log() -> None:

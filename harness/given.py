@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from kvmerge.observations import Measures
 from kvmerge.schema import Within
 
 Count = Annotated[int, Within(1)]
@@ -16,7 +17,7 @@ Index = Annotated[int, Within(0)]
 class Given:
     """A composed configuration as plain data. What a text may say is checked where it is used."""
 
-    kind: Literal["comparison", "selfcheck"]
+    kind: Literal["comparison", "selfcheck", "observations"]
     """What is done with the settings (`harness.cli`)."""
     model: Mapping[str, Any]
     benchmark: Mapping[str, Any]
@@ -39,6 +40,8 @@ class Given:
     dry_run: bool
     selfcheck: Mapping[str, Any] | None
     """Of `SelfcheckOptions`, for `kind=selfcheck`."""
+    observe: Mapping[str, Any] | None
+    """Of `Observe`, for `kind=observations`."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,26 @@ class SelfcheckOptions:
     """Tasks to take by benchmark, where `benchmark.tasks` names none."""
     tokens: Annotated[int, Within(2)]
     """Tokens of each answer that are compared with plain transformers'."""
+
+
+@dataclass(frozen=True)
+class Observe(Measures):
+    """What a run observes of each sample's prefill, where it answers nothing."""
+
+    map_sample: str | None = None
+    """Sample whose cosines are drawn as maps, `<task>/<id>`; None: the first that the run takes."""
+    map_layers: Sequence[int] | None = None
+    """Layers of the maps; negative ones count from the end. None: four from the first to the last."""
+    map_heads: Sequence[Index] | None = None
+    """KV heads of the maps. None: the first four, or as many as there are."""
+
+    def measured(self) -> dict[str, Any]:
+        """Return the settings that decide what a sample's record holds."""
+        return {each.name: getattr(self, each.name) for each in fields(Measures)}
+
+
+OF_CELLS = (
+    *("method", "budget", "cells", "seed", "num_seeds", "decode_policy", "pos", "layers_skip"),
+    *("skip_budget", "fidelity", "batch_size"),
+)
+"""Settings of what is answered, which a run that observes has no use for."""

@@ -23,6 +23,8 @@ from kvmerge.errors import UserError, causes, first_line, unknown
 from kvmerge.resolve import choices
 
 GROUPS = ("model", "method", "benchmark", "experiment")
+_SECTIONS = {"selfcheck": "selfcheck", "observe": "observations"}
+"""Options that one kind of run has, and the experiment that sets it."""
 MULTIRUN = frozenset({"-m", "--multirun"})
 PATHS = (
     "output_dir",
@@ -161,6 +163,11 @@ def _sentence(error: Exception) -> UserError:
     if isinstance(first, ConfigKeyError | ConfigAttributeError) and isinstance(node, DictConfig):
         section = node._get_full_key(None)
         known = [str(key) for key in node if not str(key).startswith("_")]
+        if section in _SECTIONS and not known:
+            return UserError(
+                f"{section}.{first.key} belongs to another kind of run. Give "
+                f"experiment={_SECTIONS[section]} as well."
+            )
         return unknown(f"setting of {section}" if section else "setting", str(first.key), known)
     key = getattr(first, "full_key", None)
     parts = [f"{key} cannot be used"] if key else []

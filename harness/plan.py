@@ -6,6 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.source import NeedsDownload, no_downloads
+from harness.answering import Job
+from harness.observation import Observed
+from harness.observing import pending_observations
 from harness.results import Results
 from harness.runner import pending
 from harness.settings import Settings
@@ -19,7 +22,7 @@ def print_plan(settings: Settings, console: Console) -> None:
     """Print samples, answers and the estimated cost of what is left to run. Writes nothing."""
     try:
         with no_downloads():
-            jobs, *_ = pending(settings, Results(settings.results_dir))
+            jobs = _pending(settings)
     except NeedsDownload as error:
         console.print(
             f"{error} A run fetches it first; `python scripts/data.py fetch "
@@ -28,17 +31,12 @@ def print_plan(settings: Settings, console: Console) -> None:
             highlight=False,
         )
         return
+    answering = settings.observe is None
     table = Table(title=f"{settings.model.name} on {settings.benchmark.name}", title_justify="left")
-    for column in (
-        "task",
-        "samples to run",
-        "answers",
-        "prompt tokens (about)",
-        "answer tokens up to",
-    ):
-        table.add_column(
-            column, justify="left" if column == "task" else "right", no_wrap=column == "task"
-        )
+    table.add_column("task", no_wrap=True)
+    for column in ("samples to run", "answers", "prompt tokens (about)", "answer tokens up to"):
+        if answering or "answer" not in column:
+            table.add_column(column, justify="right")
     total_prompt = total_answer = longest = 0
     for task in settings.benchmark.tasks:
         task_jobs = [job for job in jobs if job.task == task]
@@ -47,16 +45,18 @@ def print_plan(settings: Settings, console: Console) -> None:
             or min(round(len(job.sample.prompt) / _CHARACTERS_PER_TOKEN), settings.model.max_length)
             for job in task_jobs
         ]
-        answers = sum(len(job.missing) for job in task_jobs)
         mean = round(sum(prompts) / len(prompts)) if prompts else 0
-        table.add_row(
-            task.name, str(len(task_jobs)), str(answers), f"{mean:,}", str(task.max_new_tokens)
-        )
+        row = [task.name, str(len(task_jobs)), f"{mean:,}"]
+        if answering:
+            answers = sum(len(job.missing) for job in task_jobs)
+            row = [*row[:2], str(answers), row[2], str(task.max_new_tokens)]
+        table.add_row(*row)
         total_prompt += sum(prompts)
         longest = max(longest, *prompts, 0)
         total_answer += task.max_new_tokens * len(task_jobs)
     console.print(table)
-    console.print("cells: " + ", ".join(cell.name for cell in settings.cells), highlight=False)
+    if answering:
+        console.print("cells: " + ", ".join(cell.name for cell in settings.cells), highlight=False)
     console.print(f"output_dir: {settings.output_dir}", soft_wrap=True, highlight=False)
     shape = settings.model.shape
     if not jobs:
@@ -66,11 +66,22 @@ def print_plan(settings: Settings, console: Console) -> None:
         itemsize = DTYPES[settings.model.dtype].itemsize
         entry = 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
         console.print(
-            f"prefill: one per sample for all cells, {total_prompt:,} tokens, about "
-            f"{operations / 1e12:,.1f} TFLOP in the weights\n"
+            f"prefill: one per sample{' for all cells' * answering}, {total_prompt:,} tokens, about "
+            f"{operations / 1e12:,.1f} TFLOP in the weights"
+        )
+        if not answering:
+            return
+        console.print(
             f"decode: at most {total_answer:,} steps, each reading "
             f"{shape.parameters * itemsize / 2**30:.2f} GiB of weights once "
             "for all cells\n"
             f"full cache: {entry / 2**10:,.1f} KiB a token, up to {entry * longest / 2**20:,.0f} MiB a "
             "sample"
         )
+
+
+def _pending(settings: Settings) -> list[Job]:
+    """Return the samples that are left to answer, or to observe."""
+    if settings.observe is not None:
+        return pending_observations(settings, Observed(settings.results_dir))[0]
+    return pending(settings, Results(settings.results_dir))[0]

@@ -84,6 +84,8 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
         "data": dict(data),
         "cells": {cell.name: cell.settings() for cell in settings.cells},
     }
+    if settings.observe is not None:
+        prints["observe"] = settings.observe.measured()
     return dict(json.loads(json.dumps(prints)))  # as it is read back
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, Self, get_type_hints
 
 from harness.typed import Count, Misfit, Positive, Share, parse_object, shape_of
 from kvmerge.cells import file_name
@@ -162,7 +162,25 @@ def prediction_path(output_dir: Path, task: str, cell_name: str) -> Path:
     return output_dir / "predictions" / task / f"{cell}.jsonl"
 
 
-def append_record(path: Path, record: Record) -> None:
+class Line(Protocol):
+    """What a line of a records file is made of, and read back into."""
+
+    @property
+    def id(self) -> str:
+        """The sample that it is of."""
+        ...
+
+    def to_json(self) -> str:
+        """Return it as one line of JSON."""
+        ...
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Self:
+        """Read one line back. Raises `ValueError`: `Misfit` where the line was written whole."""
+        ...
+
+
+def append_record(path: Path, record: Line) -> None:
     """Add one line and have it on the disk before returning; a half-written last line goes first.
 
     Raises `UserError` when the disk is full; the file then ends after its last whole line.
@@ -173,7 +191,7 @@ def append_record(path: Path, record: Record) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered, so that nothing is left to be flushed when a write has failed.
         with path.open("a+b", buffering=0) as file:
-            end = _sound_end(file)
+            end = _sound_end(file, type(record))
             if end < file.seek(0, os.SEEK_END):
                 logger.warning("%s ends in a half-written line; it is cut off", path)
                 file.truncate(end)
@@ -339,7 +357,7 @@ def _refusal(folder: Path, faults: list[str]) -> str:
     return "\n".join(listed)
 
 
-def _sound_end(file: FileIO) -> int:
+def _sound_end(file: FileIO, kind: type[Line]) -> int:
     """Find the offset after the last line that is not half-written."""
     size = file.seek(0, os.SEEK_END)
     block = 1 << 16
@@ -355,7 +373,7 @@ def _sound_end(file: FileIO) -> int:
     if last != len(tail) - 1 or last < 0:
         return start + last + 1
     try:
-        Record.from_json(tail[before + 1 : last])
+        kind.from_json(tail[before + 1 : last])
     except Misfit:
         return size
     except ValueError:

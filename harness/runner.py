@@ -7,14 +7,17 @@ sample) that has its line; when nothing is left to do, the model is not even loa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from harness.answering import Answerer, Job
+from benchmarks.task import Task
+from harness.answering import Answerer, Job, encode
+from harness.observation import FOLDER
 from harness.provenance import check_resumable, fingerprint, run_info
 from harness.results import Results
 from harness.settings import Settings
@@ -24,8 +27,11 @@ from kvmerge.families import local_windows
 from kvmerge.models import load
 
 Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-_COMPARED = 3
+COMPARED = 3
 """Finished samples of a task whose prompts are made again before others are added to them."""
+Pending = tuple[list[Job], list[Job], dict[str, int]]
+"""The jobs; a few finished samples of the same tasks, to compare their prompts; how many samples each
+task has in all, whatever this run takes of them."""
 
 
 def run(
@@ -45,34 +51,78 @@ def run(
         UserError: if data, weights or settings cannot be used, or the folder holds results made
             with other settings. What is finished stays.
     """
-    started = time.perf_counter()
-    _refuse_mixed(settings)
     results = Results(settings.results_dir)
-    jobs, finished, counts = pending(settings, results)
+
+    def begin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Begun:
+        answerer = Answerer(settings, model, tokenizer)
+
+        def work(task: Task, jobs: Sequence[Job]) -> Iterator[None]:
+            for lines in answerer.answer(jobs):
+                for cell, record in lines:
+                    results.add(task.name, cell.name, record)
+                yield
+            after_task(results, task.name)
+
+        return Begun(work, counted_layers(model.config))
+
+    carry_out(settings, results, lambda: pending(settings, results), begin, loaded)
+    return results
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a run does with its samples, once the model is there."""
+
+    work: Callable[[Task, Sequence[Job]], Iterator[None]]
+    """Does the jobs of one task, and yields as each is on the disk."""
+    notes: Sequence[str]
+    """What a reader of the results must know of the model."""
+
+
+def carry_out(
+    settings: Settings,
+    results: Results,
+    find: Callable[[], Pending],
+    begin: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Begun],
+    loaded: Loaded | None = None,
+) -> None:
+    """Do what is left of a run, and describe it in run.json before and after.
+
+    Args:
+        settings: the run.
+        results: where it writes.
+        find: returns what is left.
+        begin: called with the loaded model, where anything is left.
+        loaded: the model and its tokenizer, where they are loaded already.
+
+    Raises:
+        UserError: as `run` does.
+    """
+    started = time.perf_counter()
+    refuse_mixed(settings)
+    jobs, finished, counts = find()
     notes = list(settings.benchmark.notes())
     prints = check_resumable(results, fingerprint(settings, settings.benchmark.fingerprint()))
     if not jobs:
         # a shard that got no samples of a task still shares its run's tasks and cells
         if results.info.get("fingerprint") != prints:
             results.write_info(run_info(settings, results, prints, counts, notes, seconds=0.0))
-        return results
+        return
     results.write_info(run_info(settings, results, prints, counts, notes))
     model, tokenizer = loaded or load(settings.model)
-    notes += counted_layers(model.config)
-    answerer = Answerer(settings, model, tokenizer)
-    answerer.check_prompts(finished)
-    work = sum(len(job.missing) for job in jobs)
-    with tqdm(total=len(jobs), unit="sample", desc=f"{work} answers", smoothing=0.05) as bar:
+    begun = begin(model, tokenizer)
+    notes += begun.notes
+    for job in finished:
+        encode(settings, tokenizer, job)  # refuses a prompt that would be another today
+    answers = sum(len(job.missing) for job in jobs)
+    what = f"{answers} answers" if answers else "observing"
+    with tqdm(total=len(jobs), unit="sample", desc=what, smoothing=0.05) as bar:
         for task, task_jobs in groupby(jobs, key=lambda job: job.task):
             bar.set_postfix_str(task.name)
-            for lines in answerer.answer(list(task_jobs)):
-                for cell, record in lines:
-                    results.add(task.name, cell.name, record)
+            for _ in begun.work(task, list(task_jobs)):
                 bar.update()
-            after_task(results, task.name)
     seconds = round(time.perf_counter() - started, 1)
     results.write_info(run_info(settings, results, prints, counts, notes, seconds))
-    return results
 
 
 def counted_layers(config: PretrainedConfig) -> list[str]:
@@ -87,14 +137,18 @@ def counted_layers(config: PretrainedConfig) -> list[str]:
     ]
 
 
-def _refuse_mixed(settings: Settings) -> None:
-    """Refuse to share an output_dir between a whole run and shards, or between two splits.
+def refuse_mixed(settings: Settings) -> None:
+    """Refuse to share an output_dir between a whole run and shards, between two splits, or between a
+    run that answers and one that observes.
 
     They would overlap, and the report could not merge them.
     """
     folder = settings.output_dir
+    kept, other = ("predictions", FOLDER) if settings.observe is None else (FOLDER, "predictions")
+    if (folder / other).exists() or any(folder.glob(f"shards/*/{other}")):
+        raise UserError(f"{folder} holds {other}, so no {kept} go there. Choose another output_dir.")
     found = {path.name.partition("-of-")[2] for path in folder.glob("shards/*-of-*")}
-    if (folder / "predictions").exists():
+    if (folder / kept).exists():
         found.add("1")
     others = sorted(found - {str(settings.num_shards)})
     if others:
@@ -104,13 +158,8 @@ def _refuse_mixed(settings: Settings) -> None:
         )
 
 
-def pending(settings: Settings, results: Results) -> tuple[list[Job], list[Job], dict[str, int]]:
-    """Find the samples with lines missing, task by task in the benchmark's order.
-
-    Returns:
-        the jobs; a few finished samples of the same tasks, to compare their prompts; how many samples
-        each task has in all, whatever this run takes of them.
-    """
+def pending(settings: Settings, results: Results) -> Pending:
+    """Find the samples with lines missing, task by task in the benchmark's order."""
     jobs: list[Job] = []
     compared: list[Job] = []
     counts = {}
@@ -131,7 +180,7 @@ def pending(settings: Settings, results: Results) -> tuple[list[Job], list[Job],
         jobs += left
         if left:
             finished = [job for job in of_task if job.recorded and not job.missing]
-            compared += finished[:_COMPARED]
+            compared += finished[:COMPARED]
     return jobs, compared, counts
 
 

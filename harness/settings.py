@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
-from harness.given import Given, SelfcheckOptions
+from harness.given import OF_CELLS, Given, Observe, SelfcheckOptions
 from harness.overrides import GROUPS, read_overrides, told
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
 from kvmerge.errors import UserError
@@ -23,6 +23,8 @@ from kvmerge.models import ModelSpec
 from kvmerge.resolve import build, choices, config_dir, method_settings
 from kvmerge.schema import construct
 from kvmerge.session import Policy, Row
+
+Options = TypeVar("Options")
 
 
 def _listed() -> str:
@@ -82,6 +84,7 @@ class Settings:
     kind: str
     """What is done with the rest: `comparison`, `selfcheck`."""
     cells: list[Cell]
+    """What answers; empty where the run observes."""
     model: ModelSpec
     benchmark: Benchmark
     output_dir: Path
@@ -97,6 +100,8 @@ class Settings:
     dry_run: bool
     selfcheck: SelfcheckOptions | None
     """Where `kind` is `selfcheck`."""
+    observe: Observe | None
+    """Where `kind` is `observations`."""
     resolved: dict[str, Any]
     """The configuration as plain data, for provenance."""
 
@@ -135,7 +140,8 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
     with told():
         resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     given = construct(Given, resolved)
-    cells = _cells(given, choices)
+    observe = _observe(given, choices)
+    cells = [] if observe else _cells(given, choices)
     model: ModelSpec = build(given.model, "model")
     if {"model.path"} <= choices.given and not {"model", "model.name"} & choices.given:
         # Not the default model's weights any more, so neither its name nor, unless given, its context.
@@ -163,17 +169,33 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         fidelity=any(cell.is_full for cell in cells) if given.fidelity is None else given.fidelity,
         batch_size=given.batch_size,
         dry_run=given.dry_run,
-        selfcheck=_selfcheck(given),
+        selfcheck=_options(given, "selfcheck", "selfcheck", SelfcheckOptions),
+        observe=observe,
         resolved=resolved,
     )
 
 
-def _selfcheck(given: Given) -> SelfcheckOptions | None:
-    if given.kind != "selfcheck":
+def _options(given: Given, kind: str, section: str, options: type[Options]) -> Options | None:
+    """Return what a kind of run has of its own; None for the other kinds."""
+    found: Mapping[str, Any] | None = getattr(given, section)
+    if given.kind != kind:
+        if found is not None:
+            raise UserError(f"{section}=... belongs to kind={kind}, and kind={given.kind} was given.")
         return None
-    if given.selfcheck is None:
-        raise UserError("kind=selfcheck needs its options; experiment=selfcheck has them.")
-    return construct(SelfcheckOptions, given.selfcheck, "selfcheck")
+    if found is None:
+        raise UserError(f"kind={kind} needs its options, {section}; experiment={kind} has them.")
+    return construct(options, found, section)
+
+
+def _observe(given: Given, choices: Choices) -> Observe | None:
+    observe = _options(given, "observations", "observe", Observe)
+    idle = sorted(key for key in choices.given if key.partition(".")[0] in OF_CELLS)
+    if observe is not None and idle:
+        raise UserError(
+            f"kind=observations has a prefill and nothing else, so {' and '.join(idle)} cannot be "
+            "given as well. Leave it out, or run another experiment to answer with cells."
+        )
+    return observe
 
 
 def _cells(given: Given, choices: Choices) -> list[Cell]:
@@ -218,6 +240,8 @@ def _output_dir(
         return Path(given.output_dir).expanduser()
     if choices.experiment and "cells" not in choices.given:
         run = choices.experiment
+    elif not cells:
+        run = "observations"
     elif len(cells) == 1:
         run = file_name(cells[0].name)
     else:

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from harness.given import Observe
 from harness.settings import GROUPS, Settings
 from kvmerge import resolve
 from kvmerge.cells import parse_cells
@@ -21,6 +22,9 @@ from kvmerge.resolve import choices, config_dir, load_method, method_settings
 from tests.tiny_run import compose as settings
 
 FILES = [(group, name) for group in GROUPS for name in choices(group)]
+OBSERVING = ["observations"]
+ANSWERING = [name for name in choices("experiment") if name not in OBSERVING]
+"""Experiments by what they do: those that observe have no cells."""
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -99,7 +103,7 @@ def test_a_benchmarks_file_builds_it_with_all_its_tasks(name: str) -> None:
     assert len(set(names)) == len(names) > 0
 
 
-@pytest.mark.parametrize("name", choices("experiment"))
+@pytest.mark.parametrize("name", ANSWERING)
 def test_an_experiment_has_cells_that_parse_and_its_own_output_dir(name: str) -> None:
     config = composed(f"experiment={name}")
     cells = parse_cells(config.cells)
@@ -108,6 +112,20 @@ def test_an_experiment_has_cells_that_parse_and_its_own_output_dir(name: str) ->
     run: Settings = settings(f"experiment={name}")
     assert run.fidelity
     assert run.output_dir.parts[:3] == ("results", "runs", name)
+
+
+@pytest.mark.parametrize("name", OBSERVING)
+def test_an_experiment_that_observes_lists_every_setting_with_its_default(name: str) -> None:
+    config = composed(f"experiment={name}")
+    assert config.cells is None
+    assert list(config.observe) == [each.name for each in fields(Observe)]
+    run: Settings = settings(f"experiment={name}")
+    assert run.cells == []
+    assert run.observe is not None
+    assert run.output_dir.parts[:3] == ("results", "runs", name)
+    for each in fields(Observe):
+        given = getattr(run.observe, each.name)
+        assert (tuple(given) if isinstance(given, list) else given) == each.default
 
 
 def test_an_experiment_says_what_it_needs_and_leaves_the_model_open() -> None:
@@ -122,11 +140,7 @@ def test_an_experiment_says_what_it_needs_and_leaves_the_model_open() -> None:
 
 def test_each_of_kvmergers_readings_runs_in_an_experiment() -> None:
     options = {"budget_mode", "thresholds", "underfill", "linkage"}
-    cells = [
-        cell
-        for name in choices("experiment")
-        for cell in parse_cells(composed(f"experiment={name}").cells)
-    ]
+    cells = [cell for name in ANSWERING for cell in parse_cells(composed(f"experiment={name}").cells)]
     tried = {pair for cell in cells for pair in cell.options if pair[0] in options}
     assert {
         ("budget_mode", "eps_free"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,17 +65,31 @@ def resampled_scores(task: str, samples: Samples, metric: Metric) -> Array:
 
     The draw is seeded by the task's name and the ids, never by the cell. Empty for n < 2.
     """
-    n = len(samples.ids)
-    if n < 2:
+    if len(samples.ids) < 2:
         return np.empty(0)
-    key = "\n".join((task, *samples.ids)).encode()
+    return metric.score(resampled_means(task, samples.ids, samples.parts))
+
+
+def resampled_means(
+    task: str, ids: Sequence[str], values: Array, mean: Callable[..., Array] = np.mean
+) -> Array:
+    """Return the means of `RESAMPLES` bootstrap samples, `(resamples, parts)`.
+
+    Args:
+        task: seeds the draw, together with the ids.
+        ids: of the samples, two or more.
+        values: `(samples, parts)`.
+        mean: how the values of a resample are averaged along an axis.
+    """
+    n = len(ids)
+    key = "\n".join((task, *ids)).encode()
     digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
     generator = np.random.default_rng([SEED, digest])
     chunks = []
     for start in range(0, RESAMPLES, _CHUNK):
         rows = generator.integers(0, n, size=(min(_CHUNK, RESAMPLES - start), n))
-        chunks.append(samples.parts[rows].mean(axis=1))
-    return metric.score(np.concatenate(chunks))
+        chunks.append(mean(values[rows], axis=1))
+    return np.concatenate(chunks)
 
 
 @dataclass(frozen=True)

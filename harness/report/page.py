@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
+from rich.console import Console
 
+from harness.report.observed.page import print_claims, write_observed
+from harness.report.observed.run import is_observed, load_observed
 from harness.report.plots import Look, Plot, draw_all, looks
 from harness.report.published import Reference, load_references
 from harness.report.render import is_numeric, write_table
@@ -63,12 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"folder for the report (default: the output_dir itself; {_OUT} for several)",
     )
     arguments = parser.parse_args(argv)
+    observed = [folder for folder in arguments.output_dir if is_observed(folder)]
+    answered = [folder for folder in arguments.output_dir if folder not in observed]
     try:
-        page = write_report(_load_all(arguments.output_dir), arguments.out)
+        if arguments.out and observed and len(arguments.output_dir) > 1:
+            raise UserError("--out takes one run that observes at a time; leave it out for several.")
+        for folder in observed:
+            run = load_observed(folder)
+            print_claims(run, write_observed(run, arguments.out), Console())
+        if answered:
+            print(write_report(_load_all(answered), arguments.out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(page)
     return 0
 
 

@@ -25,16 +25,16 @@ from harness.report.words import INTERVAL, count_tasks, gaps, setting, task_labe
 from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
 
-# Okabe and Ito's colours; with a marker each, so that no method is told by colour alone.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+# Okabe and Ito's colours; with a marker each, so that nothing is told by colour alone.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _FULL = "#444444"
-_INK = "#222222"
-_STYLE: Any = {
+INK = "#222222"
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": "#888888",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -43,8 +43,8 @@ _STYLE: Any = {
     "axes.grid.axis": "y",
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.8,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
     "pdf.fonttype": 42,
 }
@@ -83,14 +83,14 @@ def looks(runs: Iterable[Run]) -> dict[str, Look]:
     names = dict.fromkeys(parse_name(cell).variant for run in runs for cell in run.cells)
     others = [name for name in names if name != "full"]
     return {"full": Look(_FULL, "_")} | {
-        name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)])
+        name: Look(COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])
         for i, name in enumerate(others)
     }
 
 
 def draw_all(run: Run, by_method: Mapping[str, Look]) -> list[Plot]:
     """Draw every figure that the run has numbers for."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         drawn = [
             scores_by_task(run, by_method),
             average_by_budget(run, by_method),
@@ -137,7 +137,7 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
                 [shown.value for _, shown in bars],
                 yerr=_bars([shown for _, shown in bars]),
                 fmt="none",
-                ecolor=_INK,
+                ecolor=INK,
                 elinewidth=0.8,
                 capsize=1.5,
                 capthick=0.8,
@@ -158,7 +158,7 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
     ]
     _legend(figure, columns)
     caption = f"Score by task: {setting(run)}. Bars: {INTERVAL}."
-    return _render(figure, "scores_by_task", title, " ".join((caption, *gaps(run))))
+    return render(figure, "scores_by_task", title, " ".join((caption, *gaps(run))))
 
 
 def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
@@ -182,7 +182,7 @@ def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
         f"Average score (plain mean over {over}): {setting(run)}. Bars and band: "
         f"{INTERVAL}, each cell on its own; the table of differences has the paired intervals."
     )
-    return _render(figure, "average_by_budget", title, " ".join((caption, *gaps(run))))
+    return render(figure, "average_by_budget", title, " ".join((caption, *gaps(run))))
 
 
 def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
@@ -212,7 +212,7 @@ def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | None:
         "KL(full || cell) along the full cache's own answer, mean over positions, samples, then "
         f"{count_tasks(len(tasks))}: {setting(run)}."
     )
-    return _render(figure, "kl_by_budget", title, " ".join((caption, *gaps(run))))
+    return render(figure, "kl_by_budget", title, " ".join((caption, *gaps(run))))
 
 
 def heat_maps(run: Run) -> list[Plot]:
@@ -235,7 +235,7 @@ def _heat_map(run: Run, task: str, scores: Sequence[GroupScore]) -> Plot:
         f"a square: {n}, grey where there are none. {setting(run)}."
     )
     figure = _heat_map_figure(run, title, scores)
-    return _render(figure, f"heat_map_{task}", title, " ".join((caption, *gaps(run))))
+    return render(figure, f"heat_map_{task}", title, " ".join((caption, *gaps(run))))
 
 
 def _heat_map_figure(run: Run, title: str, scores: Sequence[GroupScore]) -> Figure:
@@ -246,7 +246,7 @@ def _heat_map_figure(run: Run, title: str, scores: Sequence[GroupScore]) -> Figu
     n_rows = math.ceil(len(cells) / n_columns)
     width = max(2.1 * n_columns + 1.2, 5.0)
     figure = Figure((width, n_rows * (0.22 * len(depths) + 1.0) + 0.9), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
     # Perceptually uniform, and read alike without colour vision and in grey.
     colours = mpl.colormaps["viridis"].with_extremes(bad="#e4e4e4")
@@ -279,7 +279,7 @@ def _number_squares(axis: Axes, grid: np.ndarray) -> None:
     """Write each score into its square, light on the dark end of the colours."""
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            ink = _INK if value > 60 else "white"
+            ink = INK if value > 60 else "white"
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=ink)
 
 
@@ -315,7 +315,7 @@ def _task_by_budget(run: Run, task: str, by_method: Mapping[str, Look]) -> Plot:
         f"{name.capitalize()} of {task}, {better} is better: {setting(run)}. Bars: {INTERVAL}, each "
         "cell alone."
     )
-    return _render(figure, f"{name}_{task}", title, " ".join((caption, *gaps(run))))
+    return render(figure, f"{name}_{task}", title, " ".join((caption, *gaps(run))))
 
 
 def _lines(axis: Axes, run: Run, points: dict[str, Estimate], by_method: Mapping[str, Look]) -> None:
@@ -375,7 +375,7 @@ def _figure(
 ) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, n_rows * row_height + 1.2), layout="constrained")
     axes = figure.subplots(n_rows, 1, squeeze=False)[:, 0]
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     subtitle = "\n".join(textwrap.wrap(setting(run), int(width * 15)))
     axes[0].set_title(subtitle, loc="left", fontsize=7.5, color="#555555", pad=8)
     return figure, list(axes)
@@ -395,7 +395,8 @@ def _legend(figure: Figure, columns: Sequence[Sequence[Artist]]) -> None:
     )
 
 
-def _render(figure: Figure, name: str, title: str, caption: str) -> Plot:
+def render(figure: Figure, name: str, title: str, caption: str) -> Plot:
+    """Return a finished figure as files' contents."""
     png, pdf = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=160)
     # Without its date a file changes only where the numbers do.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.metric import Metric
 from benchmarks.metrics import find_metric
@@ -19,6 +19,8 @@ from harness.report.columns import COLUMNS, figures
 from harness.results import Results
 from kvmerge.cells import file_name, parse_name
 from kvmerge.errors import UserError
+
+R = TypeVar("R", bound=Results)
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,14 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
             f"{output_dir} holds predictions/ of its own and shards/ too, and one of them would be "
             "counted twice. Move one of the two elsewhere."
         )
-    parts = _complete_shards(output_dir, shards) if shards else [results or Results(output_dir)]
+    parts = (
+        complete_shards(output_dir, [Results(shard) for shard in shards])
+        if shards
+        else [results or Results(output_dir)]
+    )
     first = parts[0].info
     for part in parts:
-        _check_info(part)
+        check_info(part)
         for key in ("fingerprint", "model", "benchmark"):
             if part.info.get(key) != first.get(key):
                 raise UserError(
@@ -165,13 +171,15 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
     return Run(output_dir, first, tasks, tuple(cells), records)
 
 
-def _complete_shards(output_dir: Path, shards: Sequence[Path]) -> list[Results]:
+def complete_shards(output_dir: Path, shards: Sequence[R]) -> list[R]:
+    """Return the shards of a run in their order. Raises `UserError` where they are not all of them."""
     numbers = {}
-    for shard in shards:
+    for each in shards:
+        shard = each.folder
         match = re.fullmatch(r"(\d+)-of-(\d+)", shard.name)
         if not match:
             raise UserError(f"{shard} is not a shard folder; those are named k-of-n, as in 0-of-4.")
-        numbers[int(match[1]), int(match[2])] = shard
+        numbers[int(match[1]), int(match[2])] = each
     totals = sorted({total for _, total in numbers})
     if len(totals) > 1:
         raise UserError(
@@ -189,9 +197,9 @@ def _complete_shards(output_dir: Path, shards: Sequence[Path]) -> list[Results]:
             f"{output_dir / 'shards'} {what} {', '.join(names)}. "
             f"{fix} shard=0..{total - 1} num_shards={total}."
         )
-    ordered = [Results(numbers[k, total]) for k in range(total)]
+    ordered = [numbers[k, total] for k in range(total)]
     for k, part in enumerate(ordered):
-        _check_info(part)
+        check_info(part)
         says = part.info.get("shard"), part.info.get("num_shards")
         if says != (k, total):
             raise UserError(
@@ -201,7 +209,7 @@ def _complete_shards(output_dir: Path, shards: Sequence[Path]) -> list[Results]:
     return ordered
 
 
-def _check_info(results: Results) -> None:
+def check_info(results: Results) -> None:
     """Refuse a folder whose run.json is missing or does not say enough."""
     if not results.info:
         raise UserError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from harness.report.bootstrap import RESAMPLES
 from harness.report.run import Run
@@ -31,15 +32,21 @@ def setting(run: Run) -> str:
         f"n = {sample_counts(run)} samples a task",
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
     ]
-    for name in ("dtype", "device"):
-        value = run.recorded(name)
-        if isinstance(value, str):
-            parts.append(value.removeprefix("torch."))
-    commit = run.recorded("git", "commit")
-    if isinstance(commit, str):
-        modified = " with local changes" if run.recorded("git", "dirty") else ""
+    return ", ".join([*parts, *made_by(run.info)])
+
+
+def made_by(info: Mapping[str, Any]) -> list[str]:
+    """Say what made a run's numbers, as far as its run.json tells: dtype, device and commit."""
+    parts = [
+        value.removeprefix("torch.")
+        for name in ("dtype", "device")
+        if isinstance(value := info.get(name), str)
+    ]
+    git = info.get("git")
+    if isinstance(git, Mapping) and isinstance(commit := git.get("commit"), str):
+        modified = " with local changes" if git.get("dirty") else ""
         parts.append(f"commit {commit[:10]}{modified}")
-    return ", ".join(parts)
+    return parts
 
 
 def count_tasks(count: int) -> str:
