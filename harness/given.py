@@ -33,5 +33,6 @@ class Given:
     batch_size: Literal["auto"] | Count
     shard: Index
     num_shards: Count
+    margin: float
     output_dir: str | None
     dry_run: bool

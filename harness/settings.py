@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
 from harness.given import Given
+from harness.margin import check_margin
 from harness.overrides import GROUPS, read_overrides, told
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
 from kvmerge.errors import UserError
@@ -92,6 +93,8 @@ class Settings:
     fidelity: bool
     batch_size: int | str
     """Samples run at once: a number, or `auto`."""
+    margin: float
+    """Points within which the report calls two scores equivalent; no part of the measurement."""
     dry_run: bool
     resolved: dict[str, Any]
     """The configuration as plain data, for provenance."""
@@ -157,6 +160,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         num_shards=given.num_shards,
         fidelity=any(cell.is_full for cell in cells) if given.fidelity is None else given.fidelity,
         batch_size=given.batch_size,
+        margin=check_margin(given.margin),
         dry_run=given.dry_run,
         resolved=resolved,
     )

@@ -60,8 +60,8 @@ def gather(records: Iterable[Record], metric: Metric) -> Samples:
     return Samples(ids, parts.reshape(len(ids), len(metric.parts)))
 
 
-def resampled_scores(task: str, samples: Samples, metric: Metric) -> Array:
-    """Return the scores of `RESAMPLES` bootstrap samples, drawn with replacement over samples.
+def resampled_scores(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Array:
+    """Return the scores of bootstrap samples, drawn with replacement over samples.
 
     The draw is seeded by the task's name and the ids, never by the cell. Empty for n < 2.
     """
@@ -72,8 +72,8 @@ def resampled_scores(task: str, samples: Samples, metric: Metric) -> Array:
     digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
     generator = np.random.default_rng([SEED, digest])
     chunks = []
-    for start in range(0, RESAMPLES, _CHUNK):
-        rows = generator.integers(0, n, size=(min(_CHUNK, RESAMPLES - start), n))
+    for start in range(0, resamples, _CHUNK):
+        rows = generator.integers(0, n, size=(min(_CHUNK, resamples - start), n))
         chunks.append(samples.parts[rows].mean(axis=1))
     return metric.score(np.concatenate(chunks))
 
@@ -87,14 +87,6 @@ class Estimate:
     high: float
 
 
-def estimate(value: float, replicates: Array) -> Estimate:
-    """Put the 2.5th and 97.5th percentile of the replicates beside a value."""
-    if not replicates.size:
-        return Estimate(value, np.nan, np.nan)
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
-
-
 @dataclass(frozen=True)
 class Scored:
     """A score and its bootstrap replicates (empty where there is no interval)."""
@@ -104,7 +96,14 @@ class Scored:
 
     def estimate(self) -> Estimate:
         """Return the score with its 95% interval."""
-        return estimate(self.value, self.replicates)
+        return Estimate(self.value, *self.interval(95))
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Return the percentile interval of a level in percent; NaN where there is none."""
+        if not self.replicates.size:
+            return np.nan, np.nan
+        low, high = np.percentile(self.replicates, [50 - level / 2, 50 + level / 2])
+        return float(low), float(high)
 
     def minus(self, other: Scored) -> Scored:
         """Return the difference; paired if both come from the same task and sample ids."""
@@ -113,12 +112,12 @@ class Scored:
         return Scored(self.value - other.value, replicates)
 
 
-def score_task(task: str, samples: Samples, metric: Metric) -> Scored:
+def score_task(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Scored:
     """Score one task and cell with its replicates; NaN without samples."""
     if not samples.ids:
         return Scored(np.nan, np.empty(0))
     value = float(metric.score(samples.parts.mean(axis=0)))
-    return Scored(value, resampled_scores(task, samples, metric))
+    return Scored(value, resampled_scores(task, samples, metric, resamples))
 
 
 def average(scores: Sequence[Scored]) -> Scored:
