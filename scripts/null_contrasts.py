@@ -69,11 +69,13 @@ def scores(generator: np.random.Generator, n: int, cells: int, shift: float = 0.
     return np.asarray(drawn)
 
 
-def tables(count: int, shift: float = 0.0, seed: int = 0) -> Iterator[Simulated]:
-    """Simulate tables and compare their cells as a report does."""
+def tables(
+    count: int, shift: float = 0.0, seed: int = 0, sizes: Sequence[int] = SIZES
+) -> Iterator[Simulated]:
+    """Simulate tables, of samples as many as `sizes` says in turn, and compare as a report does."""
     for number in range(count):
         generator = np.random.default_rng([seed, number])
-        yield _table(generator, SIZES[number % len(SIZES)], shift)
+        yield _table(generator, sizes[number % len(sizes)], shift)
 
 
 def _table(generator: np.random.Generator, n: int, shift: float) -> Simulated:

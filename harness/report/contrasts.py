@@ -33,7 +33,7 @@ FLIPS = 9_999
 """Random flips of a family of up to 200 contrasts; all 2^n where those are fewer."""
 MOST_FLIPS = 49_999
 """Beyond `FLIPS` a family gets 50 for each contrast, as Holm's first step divides by their number."""
-AVERAGE, KL = "average", "kl_to_full"
+AVERAGE, KL = "average", "kl"
 
 _BATCH = 500  # flips held at once: bounds memory; the draw does not depend on it
 _DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
@@ -41,7 +41,7 @@ _DIGITS = 10  # decimals of a statistic: equal differences must tie, however the
 _KL = Metric(
     KL,
     lambda prediction, answers, all_classes=None: {},
-    parts=("kl",),
+    parts=(KL,),
     score=lambda means: means[..., 0],
     higher_is_better=False,
     averaged=False,
@@ -62,7 +62,7 @@ class Contrast:
     """Cell A against cell B, on a task, on the average over tasks, or on KL to the full cache."""
 
     task: str
-    """A task, `average` or `kl_to_full`."""
+    """A task, `average` or `kl`."""
     first: str
     """Cell A."""
     second: str
@@ -254,7 +254,7 @@ def _measured(run: Run) -> dict[tuple[str, str], list[Record]]:
 
 def _with_kl(record: Record) -> Record:
     """Put a record's KL where metrics look for their parts."""
-    return replace(record, extra={"kl": record.kl_to_full})
+    return replace(record, extra={KL: record.kl_to_full})
 
 
 def _terms(run: Run, tasks: Sequence[str], first: str, second: str) -> tuple[Term, ...]:
