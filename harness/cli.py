@@ -31,7 +31,6 @@ from harness.overrides import MULTIRUN, read_overrides, told
 from harness.plan import print_plan
 from harness.report.gates import log_gate
 from harness.report.run import load_run
-from harness.report.terminal import print_comparison
 from harness.results import Results
 from harness.runner import run
 from harness.selfcheck import selfcheck
@@ -147,11 +146,12 @@ def report(settings: Settings, results: Results, console: Console) -> None:
     """Write summary, tables and plots of a finished run, show the table and name the files."""
     if _left_to_shards(settings, console):
         return
-    from harness.report.page import write_report  # matplotlib is slow to import
+    from harness.report.page import write_report  # matplotlib and scipy are slow to import
+    from harness.report.terminal import print_comparison
 
     loaded = load_run(settings.output_dir, results)
-    page = write_report([loaded])
-    print_comparison(loaded, console)
+    page = write_report([loaded], margin=settings.margin)
+    print_comparison(loaded, console, settings.margin)
     for path in ("summary.csv", "run.json", "predictions/", "tables/", "plots/"):
         console.print(f"  {settings.output_dir / path}", soft_wrap=True, highlight=False)
     console.print(f"  {page}", soft_wrap=True, highlight=False)

@@ -36,6 +36,7 @@ class Given:
     batch_size: Literal["auto"] | Count
     shard: Index
     num_shards: Count
+    margin: float
     output_dir: str | None
     dry_run: bool
     selfcheck: Mapping[str, Any] | None

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
 from harness.given import OF_CELLS, Given, Observe, SelfcheckOptions
+from harness.margin import check_margin
 from harness.overrides import GROUPS, read_overrides, told
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
 from kvmerge.errors import UserError
@@ -97,6 +98,8 @@ class Settings:
     fidelity: bool
     batch_size: int | str
     """Samples run at once: a number, or `auto`."""
+    margin: float
+    """Points within which the report calls two scores equivalent; no part of the measurement."""
     dry_run: bool
     selfcheck: SelfcheckOptions | None
     """Where `kind` is `selfcheck`."""
@@ -168,6 +171,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         num_shards=given.num_shards,
         fidelity=any(cell.is_full for cell in cells) if given.fidelity is None else given.fidelity,
         batch_size=given.batch_size,
+        margin=check_margin(given.margin),
         dry_run=given.dry_run,
         selfcheck=_options(given, "selfcheck", "selfcheck", SelfcheckOptions),
         observe=observe,

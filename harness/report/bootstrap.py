@@ -60,34 +60,39 @@ def gather(records: Iterable[Record], metric: Metric) -> Samples:
     return Samples(ids, parts.reshape(len(ids), len(metric.parts)))
 
 
-def resampled_scores(task: str, samples: Samples, metric: Metric) -> Array:
-    """Return the scores of `RESAMPLES` bootstrap samples, drawn with replacement over samples.
+def resampled_scores(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Array:
+    """Return the scores of bootstrap samples, drawn with replacement over samples.
 
     The draw is seeded by the task's name and the ids, never by the cell. Empty for n < 2.
     """
     if len(samples.ids) < 2:
         return np.empty(0)
-    return metric.score(resampled_means(task, samples.ids, samples.parts))
+    return metric.score(resampled_means(task, samples.ids, samples.parts, resamples=resamples))
 
 
 def resampled_means(
-    task: str, ids: Sequence[str], values: Array, mean: Callable[..., Array] = np.mean
+    task: str,
+    ids: Sequence[str],
+    values: Array,
+    mean: Callable[..., Array] = np.mean,
+    resamples: int = RESAMPLES,
 ) -> Array:
-    """Return the means of `RESAMPLES` bootstrap samples, `(resamples, parts)`.
+    """Return the means of bootstrap samples, `(resamples, parts)`.
 
     Args:
         task: seeds the draw, together with the ids.
         ids: of the samples, two or more.
         values: `(samples, parts)`.
         mean: how the values of a resample are averaged along an axis.
+        resamples: how many there are.
     """
     n = len(ids)
     key = "\n".join((task, *ids)).encode()
     digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
     generator = np.random.default_rng([SEED, digest])
     chunks = []
-    for start in range(0, RESAMPLES, _CHUNK):
-        rows = generator.integers(0, n, size=(min(_CHUNK, RESAMPLES - start), n))
+    for start in range(0, resamples, _CHUNK):
+        rows = generator.integers(0, n, size=(min(_CHUNK, resamples - start), n))
         chunks.append(mean(values[rows], axis=1))
     return np.concatenate(chunks)
 
@@ -101,14 +106,6 @@ class Estimate:
     high: float
 
 
-def estimate(value: float, replicates: Array) -> Estimate:
-    """Put the 2.5th and 97.5th percentile of the replicates beside a value."""
-    if not replicates.size:
-        return Estimate(value, np.nan, np.nan)
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
-
-
 @dataclass(frozen=True)
 class Scored:
     """A score and its bootstrap replicates (empty where there is no interval)."""
@@ -118,17 +115,23 @@ class Scored:
 
     def estimate(self) -> Estimate:
         """Return the score with its 95% interval."""
-        return estimate(self.value, self.replicates)
+        return Estimate(self.value, *self.interval(95))
 
-    def interval(self, level: float, n: int) -> tuple[float, float]:
+    def interval(self, level: float) -> tuple[float, float]:
+        """Return the percentile interval of a level in percent; NaN where there is none."""
+        if not self.replicates.size:
+            return np.nan, np.nan
+        low, high = np.percentile(self.replicates, [50 - level / 2, 50 + level / 2])
+        return float(low), float(high)
+
+    def sure_interval(self, level: float, n: int) -> tuple[float, float]:
         """Return the interval of a score of 0 to 100 over `n` samples that errs with this level.
 
         Percentiles of the replicates. Where all samples score alike these say nothing, so the ends are
         those of the exact binomial interval (Clopper and Pearson) for `n` equal outcomes.
         """
         if np.ptp(self.replicates) > 0:
-            low, high = np.percentile(self.replicates, [50 * level, 100 - 50 * level])
-            return float(low), float(high)
+            return self.interval(100 - 100 * level)
         reach = 100 * (1 - (level / 2) ** (1 / n))
         return max(0.0, self.value - reach), min(100.0, self.value + reach)
 
@@ -139,12 +142,12 @@ class Scored:
         return Scored(self.value - other.value, replicates)
 
 
-def score_task(task: str, samples: Samples, metric: Metric) -> Scored:
+def score_task(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Scored:
     """Score one task and cell with its replicates; NaN without samples."""
     if not samples.ids:
         return Scored(np.nan, np.empty(0))
     value = float(metric.score(samples.parts.mean(axis=0)))
-    return Scored(value, resampled_scores(task, samples, metric))
+    return Scored(value, resampled_scores(task, samples, metric, resamples))
 
 
 def average(scores: Sequence[Scored]) -> Scored:

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 
+from harness.margin import MARGIN, check_margin
 from harness.report.observed.page import print_claims, write_observed
 from harness.report.observed.run import is_observed, load_observed
 from harness.report.plots import Look, Plot, draw_all, looks
@@ -29,6 +30,8 @@ from harness.report.summary import write_summary
 from harness.report.tables import (
     Table,
     budget_table,
+    contrast_by_task_table,
+    contrast_table,
     difference_table,
     gate_table,
     group_tables,
@@ -65,17 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help=f"folder for the report (default: the output_dir itself; {_OUT} for several)",
     )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        help="points by which scores may differ and count as equivalent "
+        f"(default: that of the run; {MARGIN:g} for one that has none)",
+    )
     arguments = parser.parse_args(argv)
     observed = [folder for folder in arguments.output_dir if is_observed(folder)]
     answered = [folder for folder in arguments.output_dir if folder not in observed]
     try:
+        if arguments.margin is not None:
+            check_margin(arguments.margin, "--margin ")
         if arguments.out and observed and len(arguments.output_dir) > 1:
             raise UserError("--out takes one run that observes at a time; leave it out for several.")
         for folder in observed:
             run = load_observed(folder)
             print_claims(run, write_observed(run, arguments.out), Console())
         if answered:
-            print(write_report(_load_all(answered), arguments.out))
+            print(write_report(_load_all(answered), arguments.out, arguments.margin))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,11 +102,14 @@ def _load_all(output_dirs: Sequence[Path]) -> list[Run]:
     return [load_run(output_dir) for output_dir in output_dirs]
 
 
-def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
+def write_report(runs: Sequence[Run], out: Path | None = None, margin: float | None = None) -> Path:
     """Write each summary.csv, tables/, plots/ and report.html, and return the page's path.
 
     Several runs have one folder each below tables/ and plots/, and one table of all of them. A run
     on the ZeroSCROLLS test split also gets its submissions/ (`harness.report.submission`).
+
+    Args:
+        margin: points within which scores are equivalent; None: what each run was given.
     """
     out = out or (runs[0].output_dir if len(runs) == 1 else _OUT)
     for run in runs:
@@ -104,7 +118,8 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     references = load_references()
     by_method = looks(runs)
     sections = [
-        _section(run, slug, references, by_method) for run, slug in zip(runs, _slugs(runs), strict=True)
+        _section(run, slug, references, by_method, _margin(run, margin))
+        for run, slug in zip(runs, _slugs(runs), strict=True)
     ]
     several = len(runs) > 1
     for section in sections:
@@ -121,13 +136,31 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     return page
 
 
+def _margin(run: Run, given: float | None) -> float:
+    """Return the margin that was given, or the run's; earlier versions recorded none."""
+    if given is not None:
+        return given
+    recorded = run.recorded("config", "margin")
+    if recorded is None:
+        return MARGIN
+    if not isinstance(recorded, int | float):
+        raise UserError(f"{run.output_dir}/run.json, config: margin={recorded!r} is no number.")
+    return check_margin(recorded, f"{run.output_dir}/run.json, config: margin=")
+
+
 def _section(
-    run: Run, slug: str, references: Sequence[Reference], by_method: Mapping[str, Look]
+    run: Run,
+    slug: str,
+    references: Sequence[Reference],
+    by_method: Mapping[str, Look],
+    margin: float,
 ) -> Section:
     tables = (
         gate_table(run, references),
         score_table(run, references),
         difference_table(run),
+        contrast_table(run, margin),
+        contrast_by_task_table(run, margin),
         *group_tables(run),
         budget_table(run),
         reference_table(run, references),

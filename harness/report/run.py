@@ -40,6 +40,8 @@ class Run:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """What was bootstrapped already."""
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What else was worked out of this run already, by name."""
 
     @property
     def model(self) -> str:

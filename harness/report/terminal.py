@@ -8,17 +8,22 @@ from math import isnan, nan
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
+from harness.margin import MARGIN
 from harness.report.columns import COLUMNS
+from harness.report.contrasts import AVERAGE, contrasts
 from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.published import load_references
 from harness.report.run import Run, averages
+from harness.report.tables import verdict_text
 from harness.report.words import gaps, setting, task_label
 from kvmerge.cells import parse_name
 
 _LABEL_WIDTH = 22
 _COLUMN_WIDTH = 12
+_CONTRASTS = 10
 _GATE_STYLE = {
     Verdict.OUTSIDE: "bold red",
     Verdict.INSIDE: "green",
@@ -26,8 +31,8 @@ _GATE_STYLE = {
 }
 
 
-def print_comparison(run: Run, console: Console) -> None:
-    """Print the gates, then the scores: tasks in rows and cells in columns, or the other way round.
+def print_comparison(run: Run, console: Console, margin: float = MARGIN) -> None:
+    """Print the gates, the scores, and which of the methods at a budget is better on the average.
 
     Rows are tasks unless the cells do not fit beside each other and the tasks do; where neither fits,
     further cells follow in further blocks.
@@ -43,8 +48,31 @@ def print_comparison(run: Run, console: Console) -> None:
             console.print(_by_task(run.cells[start : start + fit], figures))
     scale = "Scores 0 to 100: " if run.averaged_tasks else ""
     console.print(f"{scale}{setting(run)}.", style="dim", highlight=False)
+    for line in _contrast_lines(run, margin):
+        console.print(line, highlight=False)
     for note in gaps(run):
         console.print(note, style="yellow", highlight=False)
+
+
+def _contrast_lines(run: Run, margin: float) -> list[str]:
+    """Return a line for every two methods at one budget, the surest first; the rest is counted."""
+    between = [
+        contrast
+        for contrast in contrasts(run)
+        if contrast.task == AVERAGE and contrast.second != run.full_cell and contrast.verdict(margin)
+    ]
+    between.sort(key=lambda contrast: contrast.p_adjusted)
+    lines = []
+    for contrast in between[:_CONTRASTS]:
+        low, high = contrast.interval
+        verdict = verdict_text(contrast, margin).replace("\n", " ")
+        lines.append(
+            f"{contrast.first} - {contrast.second}: {contrast.scored.value:+.2f} "
+            f"[{low:.2f}, {high:.2f}], adjusted p {contrast.p_adjusted:.3f}: {verdict}"
+        )
+    if len(between) > _CONTRASTS:
+        lines.append(f"{len(between) - _CONTRASTS} more contrasts: tables/contrasts.md")
+    return [escape(line) for line in lines]
 
 
 @dataclass(frozen=True)

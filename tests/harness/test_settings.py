@@ -26,6 +26,8 @@ def test_without_a_choice_the_default_method_runs_at_half_the_cache() -> None:
     assert settings.model.name == "smollm2-135m"
     assert (settings.seed, settings.num_seeds, settings.limit) == (0, 3, None)
     assert (settings.shard, settings.num_shards) == (0, 1)
+    assert settings.margin == 1
+    assert compose(*TREC, "margin=0.5").margin == 0.5
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,11 @@ def test_method_or_budget_beside_cells_would_be_ignored_and_is_refused(
         ("seed=null", "seed=None must be"),
         ("num_seeds=0", "num_seeds=0 must be a whole number from 1 to 10000"),
         ("num_shards=0", "num_shards=0 must be"),
+        ("margin=0", "margin=0 must be a number of points above 0"),
+        ("margin=-1", "margin=-1 must be a number of points above 0"),
+        ("margin=inf", "margin=inf must be"),
+        ("margin=wide", "margin='wide' must be a number"),
+        ("margin=null", "margin=None must be a number"),
         ("shard=1", "shard=1 must be below num_shards=1"),
         ("shard=-1", "shard=-1 must be"),
         ("fidelity=maybe", "fidelity='maybe' must be true, false or null"),

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.metric import Array
-from harness.report.bootstrap import Estimate, estimate
+from harness.report.bootstrap import Estimate, Scored
 from harness.report.observed.claims import Claim
 from harness.report.observed.run import ObservedRun
 from harness.report.observed.variance import decompose
@@ -143,7 +143,7 @@ def estimates(run: ObservedRun, values: Array, tasks: Sequence[str] | None = Non
     mean, drawn = run.average(values, tasks)
     found = np.empty(mean.shape, dtype=object)
     for place, value in np.ndenumerate(mean):
-        found[place] = estimate(float(value), drawn[(slice(None), *place)])
+        found[place] = Scored(float(value), drawn[(slice(None), *place)]).estimate()
     return found
 
 

@@ -170,9 +170,11 @@ def test_a_report_bootstraps_no_samples_twice(run: Run, monkeypatch: pytest.Monk
     drawn: list[tuple[str, bytes]] = []
     resampled_scores = bootstrap.resampled_scores
 
-    def counted(task: str, samples: bootstrap.Samples, metric: Metric) -> bootstrap.Array:
+    def counted(
+        task: str, samples: bootstrap.Samples, metric: Metric, resamples: int
+    ) -> bootstrap.Array:
         drawn.append((task, "\n".join(samples.ids).encode() + samples.parts.tobytes()))
-        return resampled_scores(task, samples, metric)
+        return resampled_scores(task, samples, metric, resamples)
 
     monkeypatch.setattr(bootstrap, "resampled_scores", counted)
     score_table(run)

@@ -76,7 +76,9 @@ def test_one_command_writes_every_file(reported: Path) -> None:
         if path.is_file() and "predictions" not in path.parts
     }
     tables = {
-        f"tables/{t}.{e}" for t in ("scores", "differences", "budgets") for e in ("md", "csv", "tex")
+        f"tables/{t}.{e}"
+        for t in ("scores", "differences", "contrasts", "contrasts_by_task", "budgets")
+        for e in ("md", "csv", "tex")
     }
     plots = {
         f"plots/{p}.{e}"
