@@ -4,6 +4,7 @@ python examples/compare_methods.py --cells full@1 tova@0.2 kvmerger@0.2 --prompt
 """
 
 import argparse
+import csv
 from pathlib import Path
 
 from harness.settings import compose
@@ -35,4 +36,5 @@ if __name__ == "__main__":
     for answer in table.itertuples():
         print(f"prompt {answer.prompt}, {answer.cell}: {answer.text!r}")
     if options.csv:
-        table.to_csv(options.csv, index=False)
+        # an answer may hold anything, a carriage return alone included
+        table.to_csv(options.csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
