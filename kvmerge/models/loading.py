@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
@@ -45,6 +44,7 @@ from kvmerge.models.folder import (
 )
 from kvmerge.models.hub import prepare, snapshot
 from kvmerge.models.spec import DTYPES, ModelSpec
+from kvmerge.models.tokenizer import load_tokenizer
 
 _INSTEAD = "Without the hub: give the folder of a local copy with model.path=DIR."
 
@@ -63,8 +63,11 @@ def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             cached = isinstance(location, str) and prepare(location, revision)
         _check_files(spec, location)
         with _reading(spec, location, *TOKENIZER_FILES):
-            tokenizer = AutoTokenizer.from_pretrained(
-                location, revision=revision, local_files_only=cached
+            tokenizer = load_tokenizer(
+                location,
+                lambda: _folder(spec, location),
+                revision=revision,
+                local_files_only=cached,
             )
         with _reading(spec, location, CONFIG, SINGLE, INDEX):
             loaded: Any = AutoModelForCausalLM.from_pretrained(

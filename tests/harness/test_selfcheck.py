@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import harness.answering
 from baselines.h2o import H2O
@@ -36,23 +36,12 @@ from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, PrefillLayer, keep_all
 from kvmerge.resolve import choices
 from tests import tiny as tiny_models
-from tests.benchmarks.test_wrapped_prompts import GOLDEN, LLAMA3_TEMPLATE
+from tests.benchmarks.test_wrapped_prompts import GOLDEN
 from tests.conftest import Output
+from tests.real_tokenizers import TOKENIZERS, load_tokenizer, shared, tokenizer_folder
 from tests.tiny_run import compose, read_lines
 
 CELLS = "cells=[full@1,kvmerger@0.5,h2o@0.5,h2o@0.35]"
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-TOKENIZERS = {
-    "llama2-7b-chat": "llama2-7b",
-    "llama2-13b-chat": "llama2-7b",
-    "mistral-7b-instruct-v0.1": "mistral-7b",
-    "mistral-7b-instruct-v0.2": "mistral-7b",
-    "llama3.1-8b-instruct": "llama3.1-8b",
-    "qwen2.5-7b-instruct": "qwen2.5-7b",
-    "qwen3-8b": "qwen3-8b",
-}
-"""The tokenizer of each model, among those that may lie beside the repository."""
-
 Tiny = Callable[..., Settings]
 
 
@@ -400,14 +389,9 @@ def test_every_model_has_golden_prompts() -> None:
     assert {len(ids) for ids in golden["ids"].values()} == {len(golden["prompts"])}
 
 
-@pytest.mark.parametrize(("name", "folder"), TOKENIZERS.items())
-def test_a_models_tokenizer_makes_its_golden_prompts(name: str, folder: str) -> None:
-    source = SHARED / "tokenizers" / folder
-    if not source.is_dir():
-        pytest.skip(f"{source} is not there")
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if folder.startswith("llama3"):
-        tokenizer.chat_template = LLAMA3_TEMPLATE
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_models_tokenizer_makes_its_golden_prompts(name: str) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder(name))
     check, made = golden_prompts(compose(f"model={name}"), tokenizer)
     assert check.status is Status.PASSED, check.found
     assert tokenizer.decode(made[0]).replace("<s> ", "<s>") == GOLDEN[name]
@@ -421,11 +405,7 @@ def test_a_models_tokenizer_makes_its_golden_prompts(name: str, folder: str) -> 
 def test_random_weights_with_the_real_tokenizer_are_stopped_by_the_published_band(
     tmp_path: Path,
 ) -> None:
-    tokenizer = SHARED / "tokenizers" / "llama2-7b"
-    rows = SHARED / "longbench"
-    for needed in (tokenizer, rows):
-        if not needed.is_dir():
-            pytest.skip(f"{needed} is not there")
+    tokenizer, rows = tokenizer_folder("llama2-7b-chat"), shared("longbench")
     config = LlamaConfig(**tiny_models.SETTINGS | {"vocab_size": 32000, "num_key_value_heads": 4})
     config.max_position_embeddings = 4096
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")

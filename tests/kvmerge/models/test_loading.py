@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvmerge import models
 from kvmerge.budget import Budget
@@ -114,9 +114,9 @@ def test_bfloat16_answers_on_a_cpu(checkpoint):
 
 def test_a_revision_of_the_hub_is_not_asked_of_a_folder(checkpoint, monkeypatch):
     seen = []
-    read = loading.AutoTokenizer.from_pretrained
+    read = AutoTokenizer.from_pretrained
     monkeypatch.setattr(
-        loading.AutoTokenizer,
+        AutoTokenizer,
         "from_pretrained",
         lambda *given, **named: seen.append(named["revision"]) or read(*given, **named),
     )
@@ -273,7 +273,7 @@ def test_a_damaged_weight_file_in_the_hubs_cache_names_the_folder_to_delete(monk
         raise error
 
     monkeypatch.setattr(loading, "prepare", lambda *_: True)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", damaged)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", damaged)
     with pytest.raises(UserError, match=r"cannot load a/b: .*header\. Delete /.*/models--a--b to"):
         load(spec())
 
@@ -283,7 +283,7 @@ def test_what_the_hub_is_not_to_blame_for_keeps_its_reason(monkeypatch):
         raise ValueError("The checkpoint has model type `nosuch`\nsecond line")
 
     monkeypatch.setattr(loading, "prepare", lambda *_: None)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(UserError, match="model toy: cannot load a/b: The checkpoint has") as caught:
         load(spec())
     assert "second line" not in str(caught.value)
@@ -292,7 +292,7 @@ def test_what_the_hub_is_not_to_blame_for_keeps_its_reason(monkeypatch):
 @pytest.mark.parametrize("cached", [True, False])
 def test_what_the_cache_holds_is_not_asked_of_the_hub(checkpoint, monkeypatch, cached):
     asked = []
-    for reader in (loading.AutoTokenizer, loading.AutoModelForCausalLM):
+    for reader in (AutoTokenizer, loading.AutoModelForCausalLM):
         read = reader.from_pretrained
 
         def from_hub(_, *, local_files_only, read=read, **named):
