@@ -26,7 +26,7 @@ from tests.real_tokenizers import (
     tokenizer_folder,
 )
 
-EVERY = int(os.environ.get("KVMERGE_EVERY_ROW", "12"))
+EVERY = int(os.environ.get("KVMERGE_EVERY_ROW", "24"))
 """Every n-th row of a task is looked at: 1 takes two minutes, and compares the totals too."""
 UNWRAPPED = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 """As in pred.py."""
