@@ -8,7 +8,7 @@ the others are weighted by. What the paper leaves open is settled in docs/method
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -260,20 +260,70 @@ def gaussian_weights(
     An input that already stands for several tokens counts as often (`sizes`). Arguments as in
     `gaussian_merge`.
     """
-    key = keys.to(_exact_dtype(keys))
-    inside, of_token = set_ids >= 0, set_ids.clamp_min(0)
-    pivots = pivot_tokens(set_ids, scores, pivot).clamp_min(0).gather(-1, of_token)
-    centre = key.flatten(0, 2).index_select(0, _rows(pivots, key.shape[2])).view_as(key)
-    distance = (centre - key).norm(dim=-1).masked_fill(~inside, 0.0)
-
-    def over_set(amount: Tensor) -> Tensor:
-        """Sum over each token's set, given back to the token."""
-        return sum_over_sets(set_ids, amount).gather(-1, of_token)
-
-    weight = _gaussian(distance, over_set(torch.ones_like(distance)), over_set, sigma)
+    inside = set_ids >= 0
+    distance = pivot_distances(keys, set_ids, pivot_tokens(set_ids, scores, pivot))
+    spread = _over_set(set_ids, distance) > 0
+    # All members on the pivot: the weights are equal whatever the width.
+    weight = _bell(distance, torch.where(spread, set_widths(distance, set_ids, sigma), 1.0))
     if sizes is not None:
         weight = weight * sizes
-    return torch.where(inside, weight / over_set(weight), 0.0)
+    return torch.where(inside, weight / _over_set(set_ids, weight), 0.0)
+
+
+def pivot_distances(keys: Tensor, set_ids: Tensor, pivots: Tensor) -> Tensor:
+    """Return how far each key is from its set's pivot (L2), 0 where it is evicted.
+
+    Args:
+        keys: `(batch, kv_heads, T, head_dim)`.
+        set_ids: `(batch, kv_heads, T)`.
+        pivots: `(batch, kv_heads, sets)`, as `pivot_tokens` returns them.
+
+    Returns:
+        `(batch, kv_heads, T)` float32 or better.
+    """
+    key = keys.to(_exact_dtype(keys))
+    of_token = pivots.clamp_min(0).gather(-1, set_ids.clamp_min(0))
+    centre = key.flatten(0, 2).index_select(0, _rows(of_token, key.shape[2])).view_as(key)
+    return (centre - key).norm(dim=-1).masked_fill(set_ids < 0, 0.0)
+
+
+def set_widths(distance: Tensor, set_ids: Tensor, sigma: float | str) -> Tensor:
+    """Return the sigma of each token's set, by a number or a rule (docs/methods.md).
+
+    Args:
+        distance: `(batch, kv_heads, T)`, as `pivot_distances` returns them.
+        set_ids: `(batch, kv_heads, T)`.
+        sigma: see `gaussian_merge`.
+
+    Returns:
+        like `distance`; 0 by the rules of mean distances where all members are on the pivot.
+    """
+    if not isinstance(sigma, str) or sigma == "inf":
+        return torch.full_like(distance, float(sigma))
+    size = _over_set(set_ids, torch.ones_like(distance))
+    if sigma == "mean_distance":
+        return _over_set(set_ids, distance) / (math.sqrt(2) * (size - 1).clamp_min(1))
+    if sigma == "mean_distance_n":
+        return _over_set(set_ids, distance) / (math.sqrt(2) * size)
+    if sigma != "fixed_point":
+        raise unknown("sigma rule", sigma, SIGMA_RULES)
+    width = torch.full_like(distance, 5.0)
+    for _ in range(100):
+        previous = width
+        width = _over_set(set_ids, _bell(distance, width)) / (math.sqrt(2) * size)
+        if float((width - previous).abs().max()) < 1e-6:
+            break
+    return width
+
+
+def _over_set(set_ids: Tensor, amounts: Tensor) -> Tensor:
+    """Sum over each token's set, given back to the token."""
+    return sum_over_sets(set_ids, amounts).gather(-1, set_ids.clamp_min(0))
+
+
+def _bell(distance: Tensor, width: Tensor) -> Tensor:
+    """Return the unnormalised weight: 1 at the pivot, less with the distance from it."""
+    return torch.exp(-(distance**2) / (2 * width.clamp_min(1e-6) ** 2))
 
 
 def merge_values(
@@ -294,7 +344,7 @@ def merge_values(
     if value_scale == "none":
         return weighted_sum(values, set_ids, weights)
     counts = torch.ones_like(weights) if sizes is None else sizes.to(weights.dtype)
-    total = sum_over_sets(set_ids, counts).gather(-1, set_ids.clamp_min(0))
+    total = _over_set(set_ids, counts)
     return weighted_sum(values, set_ids, weights * total / counts)
 
 
@@ -319,33 +369,3 @@ def _rows(index: Tensor, length: int) -> Tensor:
 
 def _exact_dtype(states: Tensor) -> torch.dtype:
     return torch.promote_types(states.dtype, torch.float32)
-
-
-def _gaussian(
-    distance: Tensor, size: Tensor, over_set: Callable[[Tensor], Tensor], sigma: float | str
-) -> Tensor:
-    """Return the unnormalised weight of each token: 1 at the pivot, less with its key's distance."""
-    if sigma == "inf":
-        return torch.ones_like(distance)
-    total = over_set(distance)
-    if isinstance(sigma, int | float):
-        width = torch.full_like(distance, float(sigma))
-    elif sigma == "mean_distance":
-        width = total / (math.sqrt(2) * (size - 1).clamp_min(1))
-    elif sigma == "mean_distance_n":
-        width = total / (math.sqrt(2) * size)
-    elif sigma == "fixed_point":
-        width = torch.full_like(distance, 5.0)
-        for _ in range(100):
-            previous = width
-            width = over_set(_bell(distance, width)) / (math.sqrt(2) * size)
-            if float((width - previous).abs().max()) < 1e-6:
-                break
-    else:
-        raise unknown("sigma rule", str(sigma), SIGMA_RULES)
-    # All members on the pivot: the weights are equal whatever the width.
-    return _bell(distance, torch.where(total > 0, width, 1.0))
-
-
-def _bell(distance: Tensor, width: Tensor) -> Tensor:
-    return torch.exp(-(distance**2) / (2 * width.clamp_min(1e-6) ** 2))

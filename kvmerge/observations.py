@@ -230,7 +230,7 @@ def observe_layer(layer: PrefillLayer, measures: Measures) -> LayerObservation:
         torch.stack(counts, dim=-1) / layer.length,
         size_classes(merged.sizes),
         quartiles(merged.distances),
-        {rule: quartiles(merged.sigma(rule)) for rule in RULES},
+        {rule: quartiles(of_sets) for rule, of_sets in merged.sigma.items()},
         entropy.mean(dim=-1),
         flatness.mean(dim=-1),
     )
@@ -329,36 +329,8 @@ class MergedSets:
     """`(sets,)` int64 tokens of each, singletons included."""
     distances: Tensor
     """`(members,)` distance of each merged key to its set's pivot, the pivots themselves left out."""
-    owner: Tensor
-    """`(members,)` int64: the set that each belongs to."""
-
-    def sigma(self, rule: str) -> Tensor:
-        """Return the width that a rule gives each set of two or more tokens (docs/methods.md).
-
-        Raises:
-            UserError: for a rule that does not exist or gives no width.
-        """
-        if rule not in RULES:
-            raise unknown("sigma rule", rule, RULES)
-        several = self.sizes > 1
-        sizes = self.sizes.to(self.distances.dtype)
-        if rule != "fixed_point":
-            total = self._over_sets(self.distances)
-            counted = sizes - 1 if rule == "mean_distance" else sizes
-            return (total / (math.sqrt(2) * counted))[several]
-        width = torch.full_like(sizes, 5.0)
-        for _ in range(100):
-            previous = width
-            spread = 2 * width.clamp_min(1e-6)[self.owner] ** 2
-            # the pivot's own weight is 1
-            weights = 1 + self._over_sets(torch.exp(-(self.distances**2) / spread))
-            width = weights / (math.sqrt(2) * sizes)
-            if not width.numel() or float((width - previous).abs().max()) < 1e-6:
-                break
-        return width[several]
-
-    def _over_sets(self, amounts: Tensor) -> Tensor:
-        return amounts.new_zeros(self.sizes.shape[0]).index_add_(0, self.owner, amounts)
+    sigma: Mapping[str, Tensor]
+    """By rule (`RULES`), the width that it gives each set of two or more tokens."""
 
 
 def merged_sets(keys: Tensor, set_ids: Tensor, scores: Tensor) -> MergedSets:
@@ -369,17 +341,15 @@ def merged_sets(keys: Tensor, set_ids: Tensor, scores: Tensor) -> MergedSets:
         set_ids: `(batch, kv_heads, T)` as `merging.merging_sets` returns them, nothing evicted.
         scores: `(batch, kv_heads, T)`.
     """
-    exact = keys.double()
     sizes, pivots, _ = merging.set_summary(set_ids, scores)
-    pivot = pivots.gather(-1, set_ids)
-    centre = exact.gather(2, pivot.unsqueeze(-1).expand_as(exact))
-    distances = (centre - exact).norm(dim=-1)
-    member = torch.arange(set_ids.shape[-1], device=keys.device) != pivot
-    exists = sizes.flatten() > 0  # heads have fewer sets than the longest
-    number = exists.cumsum(dim=0) - 1
-    begins = torch.arange(sizes[..., 0].numel(), device=keys.device) * sizes.shape[-1]
-    flat = set_ids.flatten(0, 1) + begins[:, None]
-    return MergedSets(sizes.flatten()[exists], distances[member], number[flat[member.flatten(0, 1)]])
+    distance = merging.pivot_distances(keys.double(), set_ids, pivots)
+    member = torch.arange(set_ids.shape[-1], device=keys.device) != pivots.gather(-1, set_ids)
+    widths = {rule: merging.set_widths(distance, set_ids, rule) for rule in RULES}
+    return MergedSets(
+        sizes[sizes > 0],  # heads have fewer sets than the longest
+        distance[member],
+        {rule: of.gather(-1, pivots.clamp_min(0))[sizes > 1] for rule, of in widths.items()},
+    )
 
 
 def size_classes(sizes: Tensor) -> list[int]:
