@@ -7,6 +7,7 @@ begins with one, and `Qwen2Tokenizer` splits any vocabulary's digits and accents
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvmerge.models.folder import TOKENIZER
+
+logger = logging.getLogger(__name__)
 
 PROBES = (
     "bridge",
@@ -49,13 +52,20 @@ def load_tokenizer(
         return tokenizer
     if encodes_as(tokenizer, Tokenizer.from_file(str(folder / TOKENIZER))):
         return tokenizer
-    return PreTrainedTokenizerFast.from_pretrained(location, **options)
+    logger.info(
+        "%s: %s of transformers would encode otherwise than tokenizer.json does; the file is followed.",
+        location,
+        type(tokenizer).__name__,
+    )
+    return PreTrainedTokenizerFast.from_pretrained(
+        location, padding_side=tokenizer.padding_side, **options
+    )
 
 
 def encodes_as(tokenizer: PreTrainedTokenizerBase, raw: Tokenizer) -> bool:
-    """Whether a tokenizer gives the ids of a raw one on `PROBES`, special tokens aside.
+    """Return whether a tokenizer gives the ids of a raw one on `PROBES`, special tokens left out.
 
-    Special ones are a matter of tokenizer_config.json (`add_bos_token`) as much as of the file.
+    Those come of the file's own post-processor in either case; they were never seen to differ.
     """
     return all(
         tokenizer.encode(text, add_special_tokens=False)
