@@ -73,6 +73,6 @@ class Observe(Measures):
 
 OF_CELLS = (
     *("method", "budget", "cells", "seed", "num_seeds", "decode_policy", "pos", "layers_skip"),
-    *("skip_budget", "fidelity", "batch_size"),
+    *("skip_budget", "fidelity", "batch_size", "margin"),
 )
 """Settings of what is answered, which a run that observes has no use for."""
