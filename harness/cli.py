@@ -114,30 +114,34 @@ def execute(config: DictConfig) -> None:
 
 
 def compare(settings: Settings, console: Console) -> None:
-    """Run a comparison and report it, or print its plan."""
-    if settings.dry_run:
-        print_plan(settings, console)
-        return
-    with only_writer(settings.results_dir):
-        remove_leftovers(settings.results_dir)
-        results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
-        report(settings, results, console)
+    """Run a comparison and report it."""
+    results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
+    report(settings, results, console)
 
 
 def observe(settings: Settings, console: Console) -> None:
-    """Observe prefills and report what was seen, or print the plan."""
-    if settings.dry_run:
-        print_plan(settings, console)
-        return
-    with only_writer(settings.results_dir):
-        remove_leftovers(settings.results_dir)
-        report_observed(settings, observe_all(settings), console)
+    """Observe prefills and report what was seen."""
+    report_observed(settings, observe_all(settings), console)
+
+
+def _alone(work: Callable[[Settings, Console], None]) -> Callable[[Settings, Console], None]:
+    """Let work be the only writer of its folder; where the plan is asked for, print that instead."""
+
+    def guarded(settings: Settings, console: Console) -> None:
+        if settings.dry_run:
+            print_plan(settings, console)
+            return
+        with only_writer(settings.results_dir):
+            remove_leftovers(settings.results_dir)
+            work(settings, console)
+
+    return guarded
 
 
 _KINDS: dict[str, Callable[[Settings, Console], None]] = {
-    "comparison": compare,
+    "comparison": _alone(compare),
     "selfcheck": selfcheck,
-    "observations": observe,
+    "observations": _alone(observe),
 }
 """What is done with the settings, by `kind`."""
 

@@ -39,6 +39,7 @@ from harness.plan import print_plan
 from harness.provenance import check_resumable, fingerprint
 from harness.report.gates import sampled_gates
 from harness.report.published import load_references
+from harness.report.render import markdown_table
 from harness.report.run import load_run
 from harness.results import Results
 from harness.runner import run
@@ -51,6 +52,7 @@ from kvmerge.resolve import build
 
 _MOST_TASKS = 3
 """Tasks of a benchmark that the options do not name."""
+_HEADER = ("check", "looked at", "verdict", "found")
 _STYLES = {Status.PASSED: "green", Status.FAILED: "bold red", Status.NOT_APPLICABLE: "yellow"}
 
 
@@ -255,10 +257,7 @@ def _write(
     lines = [
         f"# {settings.model.name} on {settings.benchmark.name}",
         f"**{verdict.sentence}**",
-        "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
-            for row in (("check", "looked at", "verdict", "found"), ("---",) * 4, *rows)
-        ),
+        markdown_table(_HEADER, rows, numeric=()).rstrip(),
         *([pace] if pace else []),
         "What was run, and how: `run/run.json`.",
     ]
@@ -267,7 +266,7 @@ def _write(
 
 def _show(verdict: Verdict, pace: str, console: Console) -> None:
     table = Table(title="Selfcheck", title_justify="left")
-    for column in ("check", "looked at", "verdict", "found"):
+    for column in _HEADER:
         table.add_column(column, overflow="fold")
     for check in verdict.checks:
         table.add_row(

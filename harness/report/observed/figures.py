@@ -63,8 +63,7 @@ def cosine_maps(run: ObservedRun) -> Plot | None:
     of = f"sample {run.maps['sample']} of {tokens:,} tokens"
     averaged = f", each square the mean of {block} x {block} tokens" if block > 1 else ""
     caption = f"Cosines between the keys of all tokens of {of}{averaged}; {run.info['model']}."
-    _head(figure, title, caption)
-    return render(figure, "cosine_maps", title, caption)
+    return _finished(figure, "cosine_maps", title, caption)
 
 
 def cosine_by_distance(run: ObservedRun) -> Plot:
@@ -94,8 +93,7 @@ def cosine_by_distance(run: ObservedRun) -> Plot:
         "Mean cosine of two states by the tokens between them, over layers and KV heads; bands: "
         f"{_SPREAD[0]}th to {_SPREAD[1]}th percentile of heads. {run.setting()}."
     )
-    _head(figure, title, caption)
-    return render(figure, "cosine_by_distance", title, caption)
+    return _finished(figure, "cosine_by_distance", title, caption)
 
 
 def ratio_by_layer(run: ObservedRun) -> Plot:
@@ -128,8 +126,7 @@ def ratio_by_layer(run: ObservedRun) -> Plot:
         "Sets that a threshold leaves, as a share of the prompt's tokens, mean over KV heads. Bands: "
         f"{INTERVAL}. {run.setting()}."
     )
-    _head(figure, title, caption)
-    return render(figure, "ratio_by_layer", title, caption)
+    return _finished(figure, "ratio_by_layer", title, caption)
 
 
 def ratio_variance(run: ObservedRun) -> Plot | None:
@@ -166,8 +163,7 @@ def ratio_variance(run: ObservedRun) -> Plot | None:
         "Random-effects components of the compression ratio's variance, by threshold (intervals are in "
         f"tables/variance.csv). {run.setting()}."
     )
-    _head(figure, title, caption)
-    return render(figure, "ratio_variance", title, caption)
+    return _finished(figure, "ratio_variance", title, caption)
 
 
 def sets_by_layer(run: ObservedRun) -> Plot:
@@ -200,8 +196,7 @@ def sets_by_layer(run: ObservedRun) -> Plot:
         "Left: sets by their number of tokens. Right: the sigma that each rule gives a set of two or "
         f"more tokens, median and quartiles. {run.setting()}."
     )
-    _head(figure, title, caption)
-    return render(figure, "sets_by_layer", title, caption)
+    return _finished(figure, "sets_by_layer", title, caption)
 
 
 def entropy_by_layer(run: ObservedRun) -> Plot:
@@ -221,8 +216,7 @@ def entropy_by_layer(run: ObservedRun) -> Plot:
         "Entropy of attention over its largest, the log of the tokens that a row sees (1: flat), mean "
         f"over rows. Band: {INTERVAL}. {run.setting()}."
     )
-    _head(figure, title, caption)
-    return render(figure, "entropy_by_layer", title, caption)
+    return _finished(figure, "entropy_by_layer", title, caption)
 
 
 def _line(axis: Axes, layers: Sequence[int], shown: Array, label: str, color: str, marker: str) -> None:
@@ -242,7 +236,9 @@ def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _head(figure: Figure, title: str, caption: str) -> None:
+def _finished(figure: Figure, name: str, title: str, caption: str) -> Plot:
+    """Put title and caption on a figure, and return it as files' contents."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     wrapped = "\n".join(textwrap.wrap(caption, int(figure.get_figwidth() * 15)))
     figure.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color="#555555")
+    return render(figure, name, title, caption)
