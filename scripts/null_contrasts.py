@@ -25,6 +25,7 @@ from benchmarks.metric import Array
 from benchmarks.metrics import find_metric
 from harness.report.bootstrap import Samples, Scored, score_task
 from harness.report.contrasts import AVERAGE, LEVEL, Contrast, Line, Term, compared
+from harness.report.render import markdown_table
 
 TABLES = 1_000
 SIZES = (20, 50, 100, 200)
@@ -33,6 +34,10 @@ CELLS = ("kvmerger@0.5", "h2o@0.5", "cam@0.5", "full@1")
 FLIPS = 1_999
 """Fewer than a report's: the test is as valid, and a little less powerful."""
 RESAMPLES = 1_000
+_HEADER = (
+    *("n", "tables", "any better, average", "any better, tasks"),
+    *("coverage, average", "coverage, tasks"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,21 +147,21 @@ def _report(simulated: Sequence[Simulated]) -> Iterator[str]:
         f"{len(simulated):,} tables of {len(CELLS)} cells; {FLIPS:,} flips, {RESAMPLES:,} resamples. "
         "In brackets: 95% Clopper-Pearson interval."
     )
-    yield (
-        "| n | tables | any better, average | any better, tasks | coverage, average | coverage, tasks |"
-    )
-    yield "| ---: | ---: | ---: | ---: | ---: | ---: |"
+    rows = []
     for n in (*SIZES, None):
         chosen = [one for one in simulated if n in (None, one.n)]
-        if not chosen:
-            continue
-        yield (
-            f"| {n or 'all'} | {len(chosen):,} "
-            f"| {_share([any_better(one.average) for one in chosen])} "
-            f"| {_share([any_better(one.by_task) for one in chosen])} "
-            f"| {np.mean([covers(c) for one in chosen for c in one.average]):.1%} "
-            f"| {np.mean([covers(c) for one in chosen for c in one.by_task]):.1%} |"
-        )
+        if chosen:
+            rows.append(
+                (
+                    str(n or "all"),
+                    f"{len(chosen):,}",
+                    _share([any_better(one.average) for one in chosen]),
+                    _share([any_better(one.by_task) for one in chosen]),
+                    f"{np.mean([covers(c) for one in chosen for c in one.average]):.1%}",
+                    f"{np.mean([covers(c) for one in chosen for c in one.by_task]):.1%}",
+                )
+            )
+    yield markdown_table(_HEADER, rows, numeric=range(len(_HEADER)))
 
 
 def _share(hits: Sequence[bool]) -> str:
