@@ -27,18 +27,12 @@ from harness.report.render import is_numeric, write_table
 from harness.report.run import Run, load_run
 from harness.report.submission import report_submissions
 from harness.report.summary import write_summary
-from harness.report.tables import (
-    Table,
-    budget_table,
-    contrast_by_task_table,
-    contrast_table,
-    difference_table,
-    gate_table,
-    group_tables,
-    reference_table,
-    runs_table,
-    score_table,
-)
+from harness.report.tables.budgets import budget_table
+from harness.report.tables.contrasts import contrast_by_task_table, contrast_table
+from harness.report.tables.published import gate_table, reference_table
+from harness.report.tables.runs import runs_table
+from harness.report.tables.scores import difference_table, group_tables, score_table
+from harness.report.tables.table import Table
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 

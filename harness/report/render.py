@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from harness.report.summary import to_csv
-from harness.report.tables import Table
+from harness.report.tables.table import Table
 from kvmerge.files import write_atomically
 
 _LATEX = {

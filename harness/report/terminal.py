@@ -17,7 +17,7 @@ from harness.report.contrasts import AVERAGE, contrasts
 from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.published import load_references
 from harness.report.run import Run, averages
-from harness.report.tables import verdict_text
+from harness.report.tables.contrasts import verdict_text
 from harness.report.words import gaps, setting, task_label
 from kvmerge.cells import parse_name
 

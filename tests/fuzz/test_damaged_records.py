@@ -20,7 +20,8 @@ from harness.report import bootstrap
 from harness.report.run import load_run
 from harness.report.submission import write_submissions
 from harness.report.summary import summarise
-from harness.report.tables import budget_table, difference_table, group_tables, score_table
+from harness.report.tables.budgets import budget_table
+from harness.report.tables.scores import difference_table, group_tables, score_table
 from harness.results import Results
 from kvmerge.errors import UserError
 from scripts.records import repair

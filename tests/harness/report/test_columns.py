@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness.report import columns, run, summary, tables, terminal
+from harness.report import columns, run, summary, terminal
 from harness.report.columns import COLUMNS, LARGEST, MEAN, SAMPLES, SMALLEST, Column
+from harness.report.tables import budgets
 from tests.synthetic_run import record, write_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,13 +26,13 @@ def test_the_example_of_the_documentation_puts_a_figure_everywhere(
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     added = eval(example, vars(columns))
     shown = Column("longest", "decode_seconds", LARGEST, terminal=("longest decode", ".1f"))
-    for module in (columns, run, summary, tables, terminal):
+    for module in (columns, run, summary, budgets, terminal):
         monkeypatch.setattr(module, "COLUMNS", (*COLUMNS, added, shown))
-    monkeypatch.setattr(tables, "TABLE", (*columns.TABLE, added))
+    monkeypatch.setattr(budgets, "TABLE", (*columns.TABLE, added))
     lines = [record("0", 0.5, decode_seconds=1.0), record("1", 0.5, decode_seconds=3.0)]
     loaded = run.load_run(write_run(tmp_path, {"t": "qa_f1"}, {"full@1": {"t": lines}}))
     assert summary.summarise(loaded)["decode_seconds_max"].tolist() == [3.0]
-    table = tables.budget_table(loaded)
+    table = budgets.budget_table(loaded)
     assert dict(zip(table.header, table.rows[0], strict=True))["longest decode s"] == "3.00"
     assert table.data["decode_seconds_max"].tolist() == [3.0]
     printed = io.StringIO()
@@ -78,7 +79,7 @@ def test_reductions_by_hand(
 def test_a_figure_that_no_record_has_is_blank_everywhere(tmp_path: Path) -> None:
     lines = [record("0", 0.5, kl_to_full=None)]
     loaded = run.load_run(write_run(tmp_path, {"t": "qa_f1"}, {"h2o@0.5": {"t": lines}}))
-    table = tables.budget_table(loaded)
+    table = budgets.budget_table(loaded)
     assert dict(zip(table.header, table.rows[0], strict=True))["KL to full"] == ""
     frame = pd.read_csv(io.StringIO(summary.to_csv(summary.summarise(loaded))))
     assert frame["kl_to_full"].isna().all()

@@ -29,7 +29,7 @@ from harness.report.contrasts import (
 )
 from harness.report.page import main, write_report
 from harness.report.run import Run, load_run
-from harness.report.tables import contrast_by_task_table, contrast_table
+from harness.report.tables.contrasts import contrast_by_task_table, contrast_table
 from harness.report.terminal import print_comparison
 from kvmerge.errors import UserError
 from tests.synthetic_run import record, write_run

@@ -20,7 +20,8 @@ from harness.report.gates import Gate, Verdict, gates, log_gate, outside, sample
 from harness.report.page import write_report
 from harness.report.published import Reference, Source, load_references
 from harness.report.run import Run, load_run
-from harness.report.tables import gate_table, reference_table, score_table
+from harness.report.tables.published import gate_table, reference_table
+from harness.report.tables.scores import score_table
 from harness.report.terminal import print_comparison
 from harness.results import Results
 from harness.runner import run as run_settings

@@ -17,7 +17,8 @@ from harness.report import bootstrap
 from harness.report.groups import GroupScore, Value, group_values, scores_by
 from harness.report.page import write_report
 from harness.report.run import Run, load_run
-from harness.report.tables import Table, difference_table, group_tables, score_table
+from harness.report.tables.scores import difference_table, group_tables, score_table
+from harness.report.tables.table import Table
 from tests.synthetic_run import record, write_run
 from tests.tiny_run import compose
 

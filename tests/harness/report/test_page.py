@@ -20,13 +20,9 @@ from harness.report.plots import draw_all, looks, unaveraged_by_budget
 from harness.report.published import load_references
 from harness.report.render import latex, markdown
 from harness.report.run import load_run
-from harness.report.tables import (
-    Table,
-    difference_table,
-    official_aggregates,
-    reference_table,
-    score_table,
-)
+from harness.report.tables.published import official_aggregates, reference_table
+from harness.report.tables.scores import difference_table, score_table
+from harness.report.tables.table import Table
 from harness.report.terminal import print_comparison
 from tests.synthetic_run import record, write_run
 

@@ -1,0 +1,1 @@
+"""The tables of a run as plain text, ready for any format; every caption states the setting."""

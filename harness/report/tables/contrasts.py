@@ -1,0 +1,164 @@
+"""Contrasts with their verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from harness.report.contrasts import (
+    AVERAGE,
+    KL,
+    LEVEL,
+    Contrast,
+    contrasts,
+    contrasts_by_task,
+    flips_of,
+    without_kl,
+)
+from harness.report.run import Run
+from harness.report.tables.table import Table, number, score_text, tidy
+from harness.report.words import INTERVAL, gaps, setting, task_label
+
+
+def contrast_table(run: Run, margin: float) -> Table | None:
+    """Compare cells on the average and on KL; None where no two can be."""
+    lacking = without_kl(run)
+    return _contrast_table(
+        run,
+        contrasts(run),
+        margin,
+        name="contrasts",
+        title="Contrasts on the average and on KL",
+        about="KL to the full cache (nats, lower is better) has no margin, and no contrast with the "
+        "full cache, whose own is 0 by definition",
+        notes=[f"No contrast on KL, which is not recorded on every task: {', '.join(lacking)}."]
+        if lacking
+        else [],
+    )
+
+
+def contrast_by_task_table(run: Run, margin: float) -> Table | None:
+    """Compare cells on each task; None where no two can be."""
+    return _contrast_table(
+        run,
+        contrasts_by_task(run),
+        margin,
+        name="contrasts_by_task",
+        title="Contrasts by task",
+        about="Scores that are not of 0 to 100 have no margin",
+    )
+
+
+_CONTRAST_HEADER = (
+    "on",
+    "A",
+    "B",
+    "n",
+    "A - B",
+    "p",
+    "adjusted p",
+    "win/tie/loss",
+    "SD over seeds A, B",
+    "verdict",
+)
+
+
+def _contrast_table(
+    run: Run,
+    found: Sequence[Contrast],
+    margin: float,
+    *,
+    name: str,
+    title: str,
+    about: str,
+    notes: Sequence[str] = (),
+) -> Table | None:
+    if not found:
+        return None
+    family = sum(not np.isnan(contrast.p) for contrast in found)
+    notes = [*gaps(run), *notes]
+    flips = flips_of(len(found))
+    least = min(1.0, 2 * family / (flips + 1))
+    if least >= LEVEL:
+        notes.append(
+            f"With {family} contrasts in one family, {flips:,} flips give no adjusted p below "
+            f"{least:.2g}: nothing here can be better. Claims rest on the average."
+        )
+    return Table(
+        name=name,
+        title=title,
+        caption=f"Score of A minus score of B: {setting(run)}. In brackets: {INTERVAL}, paired by "
+        f"sample id. p: sign-flip permutation test over samples, {flips:,} flips (all where fewer), "
+        f"adjusted by Holm over the {family} contrasts of this table. Better: adjusted p below "
+        f"{LEVEL:g}. Equivalent: 90% interval within {margin:g} points of 0. Unresolved: neither; in "
+        "brackets the samples that would narrow the interval to the margin, if further ones scatter "
+        "as these do (its width falls with the root of their number). Win: a sample on which A is "
+        f"better. {about}.",
+        header=_CONTRAST_HEADER,
+        rows=tuple(_contrast_row(run, contrast, margin) for contrast in found),
+        notes=tuple(notes),
+        data=tidy(
+            run,
+            [_contrast_data(contrast, margin) for contrast in found],
+            list(_contrast_data(found[0], margin)),
+        ),
+    )
+
+
+def _contrast_row(run: Run, contrast: Contrast, margin: float) -> tuple[str, ...]:
+    label = {AVERAGE: AVERAGE, KL: "KL to full"}.get(contrast.task)
+    spreads = ", ".join(number(spread, ".2f") or "-" for spread in contrast.spreads)
+    return (
+        label or task_label(run, contrast.task),
+        contrast.first,
+        contrast.second,
+        str(contrast.n),
+        score_text(contrast.scored, "+") if contrast.task != KL else _kl_text(contrast),
+        number(contrast.p, ".4f"),
+        number(contrast.p_adjusted, ".4f"),
+        f"{contrast.wins}/{contrast.ties}/{contrast.losses}",
+        "" if all(np.isnan(contrast.spreads)) else spreads,
+        verdict_text(contrast, margin),
+    )
+
+
+def _kl_text(contrast: Contrast) -> str:
+    low, high = contrast.interval
+    text = f"{contrast.scored.value:+.4f}"
+    return text if np.isnan(low) else f"{text}\n[{low:.4f}, {high:.4f}]"
+
+
+def verdict_text(contrast: Contrast, margin: float) -> str:
+    """Return a verdict in words, with the samples that would resolve it; empty where there is none."""
+    verdict = contrast.verdict(margin)
+    needed = contrast.needed(margin)
+    return f"{verdict or ''}" + (f"\n[{needed:,} samples]" if needed else "")
+
+
+def _contrast_data(contrast: Contrast, margin: float) -> dict[str, Any]:
+    low, high = contrast.interval
+    low_90, high_90 = contrast.narrow
+    verdict = contrast.verdict(margin)
+    return {
+        "task": contrast.task,
+        "a": contrast.first,
+        "b": contrast.second,
+        "n": contrast.n,
+        "difference": contrast.scored.value,
+        "ci_low": low,
+        "ci_high": high,
+        "ci90_low": low_90,
+        "ci90_high": high_90,
+        "p": contrast.p,
+        "p_adjusted": contrast.p_adjusted,
+        "wins": contrast.wins,
+        "ties": contrast.ties,
+        "losses": contrast.losses,
+        "seed_sd_a": contrast.spreads[0],
+        "seed_sd_b": contrast.spreads[1],
+        "margin": margin if contrast.in_points else np.nan,
+        "verdict": str(verdict or ""),
+        "samples_needed": contrast.needed(margin),
+    }

@@ -1,0 +1,59 @@
+"""All cells of several runs in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from harness.report.columns import TABLE
+from harness.report.run import Run, averages
+from harness.report.summary import summarise
+from harness.report.tables.table import Table, score_text
+from harness.report.words import INTERVAL, gaps, sample_counts, setting
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """Put all cells of several runs in one table, keyed by model and benchmark."""
+    overview = [column for column in TABLE if column.overview]
+    ordered = sorted(runs, key=lambda run: (run.model, run.benchmark))
+    rows = []
+    frames = []
+    for run in ordered:
+        averaged = averages(run)
+        for cell in run.cells:
+            values = run.over_tasks(cell)
+            rows.append(
+                (
+                    run.model,
+                    run.benchmark,
+                    str(run.output_dir),
+                    cell,
+                    f"{len(run.averaged_tasks)}",
+                    sample_counts(run, run.averaged_tasks),
+                    score_text(averaged.get(cell)),
+                    *(column.text(values.get(column.name, np.nan)) for column in overview),
+                )
+            )
+        frames.append(summarise(run).assign(output_dir=str(run.output_dir)))
+    return Table(
+        name="runs",
+        title="All runs",
+        caption="Average score over each run's tasks, by model and benchmark. In brackets: "
+        f"{INTERVAL}. Averages compare only within one benchmark and the same tasks and samples. "
+        "Settings: " + "; ".join(f"{run.output_dir}: {setting(run)}" for run in ordered) + ".",
+        header=(
+            "model",
+            "benchmark",
+            "output_dir",
+            "cell",
+            "tasks",
+            "n a task",
+            "average",
+            *(column.header for column in overview),
+        ),
+        rows=tuple(rows),
+        notes=tuple(f"{run.output_dir}: {note}" for run in ordered for note in gaps(run)),
+        data=pd.concat(frames, ignore_index=True),
+    )

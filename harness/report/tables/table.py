@@ -1,0 +1,68 @@
+"""A table as plain text and as numbers, and how a number is written in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness.report.bootstrap import Scored
+from harness.report.run import Run
+from kvmerge.cells import parse_name
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: texts for people, and the same numbers unrounded for programs.
+
+    A newline in a cell separates a number from its interval.
+    """
+
+    name: str
+    """File name without ending."""
+    title: str
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    data: pd.DataFrame
+
+
+def score_text(scored: Scored | None, sign: str = "") -> str:
+    """Return a score to two decimals with its interval below it; empty where there is none."""
+    if scored is None or np.isnan(scored.value):
+        return ""
+    shown = scored.estimate()
+    text = f"{shown.value:{sign}.2f}"
+    return text if np.isnan(shown.low) else f"{text}\n[{shown.low:.2f}, {shown.high:.2f}]"
+
+
+def number(value: float, form: str) -> str:
+    """Return a formatted number; empty for NaN."""
+    return "" if np.isnan(value) else format(value, form)
+
+
+def tidy(run: Run, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """Return rows as a frame, each with the model and the benchmark first."""
+    known = ["model", "benchmark", *columns]
+    named = ({"model": run.model, "benchmark": run.benchmark} | dict(row) for row in rows)
+    return pd.DataFrame(named, columns=known)
+
+
+def score_row(cell: str, task: str, scored: Scored, n: int | None = None) -> dict[str, Any]:
+    """Return the numbers of one score as a row of a tidy table."""
+    name = parse_name(cell)
+    method, budget = name.variant, str(name.budget)
+    shown = scored.estimate()
+    return {
+        "method": method,
+        "budget": budget,
+        "task": task,
+        "n": n,
+        "score": shown.value,
+        "ci_low": shown.low,
+        "ci_high": shown.high,
+    }
