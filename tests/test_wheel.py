@@ -53,7 +53,7 @@ def test_a_wheel_holds_every_module_and_data_file_of_its_folders(installed: Path
     homes = {"configs": "kvmerge/configs", "results/reference": "harness/report/reference"}
     for part in PARTS:
         for path in (ROOT / part).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".txt", ".json", ".csv", ".j2"):
+            if path.suffix in (".py", ".yaml", ".txt", ".json", ".csv", ".j2", ".css", ".js"):
                 inside = installed / homes.get(part, part) / path.relative_to(ROOT / part)
                 assert inside.is_file(), f"{path} is not in the wheel; see packages in pyproject.toml"
 
