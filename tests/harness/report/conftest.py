@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.report import page
+from harness.report.page import assemble
 from harness.report.plots import Plot
 from harness.report.words import setting
 
@@ -13,7 +13,7 @@ from harness.report.words import setting
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put one empty picture with a true caption where drawing is not the point: it takes seconds."""
     monkeypatch.setattr(
-        page,
+        assemble,
         "draw_all",
         lambda run, by_method: [Plot("scores_by_task", "Scores by task", setting(run), b"", b"")],
     )
