@@ -24,11 +24,16 @@ def span(counts: Collection[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
+def subject(run: Run) -> str:
+    """Name the model and the benchmark."""
+    return f"{run.model} on {run.benchmark}"
+
+
 def setting(run: Run) -> str:
     """Write one line that says what every number of a run was measured on."""
     seeds = sorted({record.seed for records in run.records.values() for record in records})
     parts = [
-        f"{run.model} on {run.benchmark}",
+        subject(run),
         f"n = {sample_counts(run)} samples a task",
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
     ]

@@ -9,7 +9,7 @@ import numpy as np
 from harness.report.columns import COLUMNS, TABLE, Column
 from harness.report.run import Run
 from harness.report.tables.table import Table, tidy
-from harness.report.words import gaps, setting
+from harness.report.words import gaps, setting, subject
 from kvmerge.cells import parse_name
 
 
@@ -36,6 +36,8 @@ def budget_table(run: Run) -> Table:
         rows=tuple(rows),
         notes=tuple(gaps(run)),
         data=tidy(run, data, ["method", "budget", "tasks", *(column.name for column in COLUMNS)]),
+        subject=subject(run),
+        naming=(0,),
     )
 
 

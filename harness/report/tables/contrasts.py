@@ -19,7 +19,7 @@ from harness.report.contrasts import (
 )
 from harness.report.run import Run
 from harness.report.tables.table import Table, number, score_text, tidy
-from harness.report.words import INTERVAL, gaps, setting, task_label
+from harness.report.words import INTERVAL, gaps, setting, subject, task_label
 
 
 def contrast_table(run: Run, margin: float) -> Table | None:
@@ -104,6 +104,8 @@ def _contrast_table(
             [_contrast_data(contrast, margin) for contrast in found],
             list(_contrast_data(found[0], margin)),
         ),
+        subject=subject(run),
+        naming=(1, 2),
     )
 
 

@@ -11,7 +11,7 @@ from harness.report.gates import PROFILE, Gate, gates, outside, profile_of
 from harness.report.published import QUOTED, Reference, Source, for_benchmark, members
 from harness.report.run import Run
 from harness.report.tables.table import Table, number, score_text, tidy
-from harness.report.words import INTERVAL, setting
+from harness.report.words import INTERVAL, setting, subject
 
 MARK = " †"
 
@@ -92,6 +92,7 @@ def gate_table(run: Run, references: Iterable[Reference]) -> Table | None:
             ],
             ["task", "n", "ours", "published", "tolerance", "verdict", "reason", "source"],
         ),
+        subject=subject(run),
     )
 
 
@@ -184,4 +185,6 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
         rows=tuple(rows),
         notes=tuple(notes),
         data=tidy(run, data, list(data[0])),
+        subject=subject(run),
+        naming=(1,),
     )

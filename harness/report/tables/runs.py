@@ -56,4 +56,5 @@ def runs_table(runs: Sequence[Run]) -> Table:
         rows=tuple(rows),
         notes=tuple(f"{run.output_dir}: {note}" for run in ordered for note in gaps(run)),
         data=pd.concat(frames, ignore_index=True),
+        naming=(3,),
     )

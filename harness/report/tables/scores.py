@@ -11,7 +11,7 @@ from harness.report.published import Reference, members
 from harness.report.run import Run, averages, differences
 from harness.report.tables.published import MARK, MARK_NOTE, official_aggregates, official_members
 from harness.report.tables.table import Table, score_row, score_text, tidy
-from harness.report.words import INTERVAL, count_tasks, gaps, setting, span, task_label
+from harness.report.words import INTERVAL, count_tasks, gaps, setting, span, subject, task_label
 
 
 def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
@@ -27,6 +27,7 @@ def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
     def label(name: str, text: str) -> str:
         return text + MARK * bool(members(name, over) & marked)
 
+    header = ("task", "n", *run.cells)
     rows = []
     data = []
     for task in run.tasks:
@@ -59,10 +60,13 @@ def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
         title="Scores by task",
         caption=f"Scale 0 to 100: {setting(run)}. In brackets: {INTERVAL}. "
         f"average: plain mean over {count_tasks(len(run.averaged_tasks))}, from unrounded scores.",
-        header=("task", "n", *run.cells),
+        header=header,
         rows=tuple(rows),
         notes=tuple(notes),
         data=tidy(run, data, ["method", "budget", "task", "n", "score", "ci_low", "ci_high"]),
+        subject=subject(run),
+        cells=tuple(range(2, len(header))),
+        averages=tuple(range(len(run.tasks), len(rows))),
     )
 
 
@@ -81,6 +85,7 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
     by_key = {(one.task, one.group, one.cell): one for one in found}
     tasks = dict.fromkeys(one.task for one in found)
     values = group_values(run)
+    header = ("task", *by, "n", *run.cells)
     rows = []
     for task, group in product(tasks, product(*(values[name] for name in by))):
         scores = [by_key.get((task, group, cell)) for cell in run.cells]
@@ -93,7 +98,7 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
         title=f"Scores by {' and '.join(by)}",
         caption=f"Scores of the samples of each group: {setting(run)}. In brackets: {INTERVAL} within "
         "the group. Blank where a group has no samples.",
-        header=("task", *by, "n", *run.cells),
+        header=header,
         rows=tuple(rows),
         notes=tuple(gaps(run)),
         data=tidy(
@@ -104,6 +109,8 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
             ],
             ["method", "budget", "task", *by, "n", "score", "ci_low", "ci_high"],
         ),
+        subject=subject(run),
+        cells=tuple(range(2 + len(by), len(header))),
     )
 
 
@@ -117,6 +124,7 @@ def difference_table(run: Run) -> Table | None:
     if not found:
         return None
     by_key = {(difference.task, difference.cell): difference for difference in found}
+    header = ("task", "pairs", *others)
     rows = []
     for task in (*run.tasks, "average"):
         pairs = [by_key.get((task, cell)) for cell in others]
@@ -130,7 +138,7 @@ def difference_table(run: Run) -> Table | None:
         caption=f"Score of the cell minus score of {full}: {setting(run)}. In brackets: "
         f"{INTERVAL}, paired by sample id. An interval that holds 0 may be no difference at all; "
         "with many tasks, claims rest on the average.",
-        header=("task", "pairs", *others),
+        header=header,
         rows=tuple(rows),
         notes=tuple(gaps(run)),
         data=tidy(
@@ -138,4 +146,7 @@ def difference_table(run: Run) -> Table | None:
             [score_row(pair.cell, pair.task, pair.scored, pair.n) | {"minus": full} for pair in found],
             ["method", "budget", "minus", "task", "n", "score", "ci_low", "ci_high"],
         ).rename(columns={"score": "difference", "n": "pairs"}),
+        subject=subject(run),
+        cells=tuple(range(2, len(header))),
+        averages=(len(rows) - 1,),
     )

@@ -18,7 +18,7 @@ from kvmerge.cells import parse_name
 class Table:
     """One table: texts for people, and the same numbers unrounded for programs.
 
-    A newline in a cell separates a number from its interval.
+    A newline in a text separates a number from its interval.
     """
 
     name: str
@@ -29,6 +29,14 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     data: pd.DataFrame
+    subject: str = ""
+    """What was measured, as `smollm2-135m on mini`; empty in a table of several runs."""
+    cells: tuple[int, ...] = ()
+    """Columns that are a cell each, named by their header."""
+    naming: tuple[int, ...] = ()
+    """Columns whose texts name cells."""
+    averages: tuple[int, ...] = ()
+    """Rows that average others."""
 
 
 def score_text(scored: Scored | None, sign: str = "") -> str:

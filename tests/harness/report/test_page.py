@@ -101,6 +101,17 @@ def test_score_table_holds_the_scores_and_blanks(reported: Path) -> None:
     assert "Not in the average, as it is not a score of 0 to 100: text." in notes
 
 
+def test_tables_say_which_columns_are_cells_and_which_rows_average(reported: Path) -> None:
+    run = load_run(reported)
+    scores, differences = score_table(run), difference_table(run)
+    assert differences is not None
+    assert [scores.header[column] for column in scores.cells] == CELLS
+    assert [differences.header[column] for column in differences.cells] == CELLS[1:]
+    for table in (scores, differences):
+        assert table.subject == "toy-1m on toy"
+        assert [table.rows[row][0] for row in table.averages] == ["average"]
+
+
 def test_every_caption_states_its_setting(reported: Path) -> None:
     for path in sorted((reported / "tables").glob("*.md")):
         text = path.read_text()
