@@ -154,8 +154,8 @@ def report(settings: Settings, results: Results, console: Console) -> None:
     from harness.report.terminal import print_comparison
 
     loaded = load_run(settings.output_dir, results)
-    page = write_report([loaded], margin=settings.margin)
-    print_comparison(loaded, console, settings.margin)
+    page = write_report([loaded], judgements=[settings.judgement])
+    print_comparison(loaded, console, settings.judgement)
     for path in ("summary.csv", "run.json", "predictions/", "tables/", "plots/"):
         console.print(f"  {settings.output_dir / path}", soft_wrap=True, highlight=False)
     console.print(f"  {page}", soft_wrap=True, highlight=False)

@@ -37,6 +37,8 @@ class Given:
     shard: Index
     num_shards: Count
     margin: float
+    flips: Mapping[str, Any]
+    """Of `harness.judgement.FlipRule`."""
     output_dir: str | None
     dry_run: bool
     selfcheck: Mapping[str, Any] | None
@@ -71,8 +73,10 @@ class Observe(Measures):
         return {each.name: getattr(self, each.name) for each in fields(Measures)}
 
 
+JUDGED = ("margin", "flips")
+"""Settings of what the report judges by, which only a comparison has."""
 OF_CELLS = (
     *("method", "budget", "cells", "seed", "num_seeds", "decode_policy", "pos", "layers_skip"),
-    *("skip_budget", "fidelity", "batch_size", "margin"),
+    *("skip_budget", "fidelity", "batch_size", *JUDGED),
 )
 """Settings of what is answered, which a run that observes has no use for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
-from harness.given import OF_CELLS, Given, Observe, SelfcheckOptions
-from harness.margin import check_margin
+from harness.given import JUDGED, OF_CELLS, Given, Observe, SelfcheckOptions
+from harness.judgement import Judgement, judgement_from
 from harness.overrides import GROUPS, read_overrides, told
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
 from kvmerge.errors import UserError
@@ -98,8 +98,8 @@ class Settings:
     fidelity: bool
     batch_size: int | str
     """Samples run at once: a number, or `auto`."""
-    margin: float
-    """Points within which the report calls two scores equivalent; no part of the measurement."""
+    judgement: Judgement
+    """What the report judges by; no part of the measurement."""
     dry_run: bool
     selfcheck: SelfcheckOptions | None
     """Where `kind` is `selfcheck`."""
@@ -171,9 +171,9 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         num_shards=given.num_shards,
         fidelity=any(cell.is_full for cell in cells) if given.fidelity is None else given.fidelity,
         batch_size=given.batch_size,
-        margin=check_margin(given.margin),
+        judgement=judgement_from(resolved),
         dry_run=given.dry_run,
-        selfcheck=_options(given, "selfcheck", "selfcheck", SelfcheckOptions),
+        selfcheck=_selfcheck(given, choices),
         observe=observe,
         resolved=resolved,
     )
@@ -191,15 +191,31 @@ def _options(given: Given, kind: str, section: str, options: type[Options]) -> O
     return construct(options, found, section)
 
 
+def _selfcheck(given: Given, choices: Choices) -> SelfcheckOptions | None:
+    options = _options(given, "selfcheck", "selfcheck", SelfcheckOptions)
+    idle = _given_of(JUDGED, choices)
+    if options is not None and idle:
+        raise UserError(
+            f"kind=selfcheck compares no two methods, so {' and '.join(idle)} cannot be given as well. "
+            "Leave it out, or give it to the run that comes after."
+        )
+    return options
+
+
 def _observe(given: Given, choices: Choices) -> Observe | None:
     observe = _options(given, "observations", "observe", Observe)
-    idle = sorted(key for key in choices.given if key.partition(".")[0] in OF_CELLS)
+    idle = _given_of(OF_CELLS, choices)
     if observe is not None and idle:
         raise UserError(
             f"kind=observations has a prefill and nothing else, so {' and '.join(idle)} cannot be "
             "given as well. Leave it out, or run another experiment to answer with cells."
         )
     return observe
+
+
+def _given_of(settings: Collection[str], choices: Choices) -> list[str]:
+    """Return which of some settings, or of their own, the user gave."""
+    return sorted(key for key in choices.given if key.partition(".")[0] in settings)
 
 
 def _cells(given: Given, choices: Choices) -> list[Cell]:
@@ -212,7 +228,7 @@ def _cells(given: Given, choices: Choices) -> list[Cell]:
         }
         full = choices.method == "full" and "budget" not in choices.given
         return [make_cell(choices.method, options, 1 if full else given.budget)]
-    clash = sorted(key for key in choices.given if key.partition(".")[0] in ("method", "budget"))
+    clash = _given_of(("method", "budget"), choices)
     if clash:
         chosen = f"experiment={choices.experiment}" if choices.experiment else "cells=[...]"
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from benchmarks.metric import Metric
 from benchmarks.metrics import find_metric
+from harness.judgement import Judgement, judgement_from
 from harness.records import Record, prediction_path
 from harness.report.bootstrap import Samples, Scored, average, gather, score_task
 from harness.report.columns import COLUMNS, figures
@@ -59,6 +60,18 @@ class Run:
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
+
+    @cached_property
+    def judgement(self) -> Judgement:
+        """What the run was to be judged by, with defaults for what an earlier version did not record.
+
+        Raises `UserError` naming run.json and the setting that cannot be.
+        """
+        config = self.recorded("config")
+        try:
+            return judgement_from(config if isinstance(config, Mapping) else {})
+        except UserError as error:
+            raise UserError(f"{self.output_dir}/run.json, config: {error}") from error
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:

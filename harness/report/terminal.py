@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from harness.margin import MARGIN
+from harness.judgement import Judgement
 from harness.report.columns import COLUMNS
 from harness.report.contrasts import AVERAGE, contrasts
 from harness.report.gates import Verdict, gates, summary_lines
@@ -31,12 +31,18 @@ _GATE_STYLE = {
 }
 
 
-def print_comparison(run: Run, console: Console, margin: float = MARGIN) -> None:
+def print_comparison(run: Run, console: Console, judgement: Judgement | None = None) -> None:
     """Print the gates, the scores, and which of the methods at a budget is better on the average.
 
     Rows are tasks unless the cells do not fit beside each other and the tasks do; where neither fits,
     further cells follow in further blocks.
+
+    Args:
+        run: what was answered.
+        console: where it is printed.
+        judgement: which differences count; None: what the run was given.
     """
+    judgement = judgement or run.judgement
     for verdict, line in summary_lines(gates(run, load_references())):
         console.print(line, style=_GATE_STYLE[verdict], highlight=False)
     figures = _figures(run)
@@ -48,7 +54,7 @@ def print_comparison(run: Run, console: Console, margin: float = MARGIN) -> None
             console.print(_by_task(run.cells[start : start + fit], figures))
     scale = "Scores 0 to 100: " if run.averaged_tasks else ""
     console.print(f"{scale}{setting(run)}.", style="dim", highlight=False)
-    for line in _contrast_lines(run, margin):
+    for line in _contrast_lines(run, judgement.margin):
         console.print(line, highlight=False)
     for note in gaps(run):
         console.print(note, style="yellow", highlight=False)

@@ -316,7 +316,7 @@ def test_a_prompt_of_a_few_tokens_is_observed_and_reported(
     [
         (["budget=0.5"], "budget cannot be given as well"),
         (["cells=[full@1]", "seed=2"], "cells and seed cannot be given as well"),
-        (["margin=2"], "margin cannot be given as well"),
+        (["margin=2", "flips.well=60"], "flips.well and margin cannot be given as well"),
         (["method.sigma=3"], "method.sigma cannot be given as well"),
         (["observe.linkage=anchr"], "unknown linkage 'anchr'. Did you mean 'anchor'"),
         (["observe.linkge=anchor"], "unknown setting of observe 'linkge'. Did you mean 'linkage'"),

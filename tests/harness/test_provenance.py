@@ -53,6 +53,7 @@ def test_a_fingerprint_survives_json_and_is_the_same_each_time() -> None:
         "limit=3",
         "num_seeds=5",
         "margin=2.5",
+        "flips.well=80",
         "output_dir=elsewhere",
         "shard=1 num_shards=2",
         "dry_run=true",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from baselines.random import Random
+from harness.judgement import FlipRule, Judgement
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.session import Policy
@@ -26,8 +27,9 @@ def test_without_a_choice_the_default_method_runs_at_half_the_cache() -> None:
     assert settings.model.name == "smollm2-135m"
     assert (settings.seed, settings.num_seeds, settings.limit) == (0, 3, None)
     assert (settings.shard, settings.num_shards) == (0, 1)
-    assert settings.margin == 1
-    assert compose(*TREC, "margin=0.5").margin == 0.5
+    assert settings.judgement == Judgement()
+    given = compose(*TREC, "margin=0.5", "flips.well=80", "flips.drop=20")
+    assert given.judgement == Judgement(0.5, FlipRule(80, 20))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,13 @@ def test_method_or_budget_beside_cells_would_be_ignored_and_is_refused(
         ("margin=inf", "margin=inf must be"),
         ("margin=wide", "margin='wide' must be a number"),
         ("margin=null", "margin=None must be a number"),
+        ("flips.well=0", "flips.well=0 must be above 0 and at most 100"),
+        ("flips.drop=101", "flips.drop=101 must be above 0 and at most 100"),
+        ("flips.well=good", "flips.well='good' must be a number"),
+        ("flips=50", "flips=50 must be a mapping"),
+        ("+flips.gain=50", "unknown setting of flips 'gain'"),
+        ("experiment=selfcheck margin=2", "compares no two methods, so margin cannot be given"),
+        ("experiment=selfcheck flips.drop=20", "so flips.drop cannot be given"),
         ("shard=1", "shard=1 must be below num_shards=1"),
         ("shard=-1", "shard=-1 must be"),
         ("fidelity=maybe", "fidelity='maybe' must be true, false or null"),

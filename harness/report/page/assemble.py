@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 
-from harness.margin import MARGIN, check_margin
+from harness.judgement import FlipRule, Judgement, check_flip_points, check_margin
 from harness.report.observed.page import print_claims, write_observed
 from harness.report.observed.run import is_observed, load_observed
 from harness.report.plots import Look, Plot, draw_all, looks
@@ -66,25 +66,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--margin",
         type=float,
         help="points by which scores may differ and count as equivalent "
-        f"(default: that of the run; {MARGIN:g} for one that has none)",
+        f"(default: that of the run; {Judgement.margin:g} for one that has none)",
+    )
+    parser.add_argument(
+        "--flip-well",
+        type=float,
+        help="points from which a sample is answered well, which a cell may then lose "
+        f"(default: that of the run; {FlipRule.well:g})",
+    )
+    parser.add_argument(
+        "--flip-drop",
+        type=float,
+        help="points by which the other answer is worse, for it to be lost "
+        f"(default: that of the run; {FlipRule.drop:g})",
     )
     arguments = parser.parse_args(argv)
     observed = [folder for folder in arguments.output_dir if is_observed(folder)]
     answered = [folder for folder in arguments.output_dir if folder not in observed]
     try:
-        if arguments.margin is not None:
-            check_margin(arguments.margin, "--margin ")
+        _check_given(arguments, answered)
         if arguments.out and observed and len(arguments.output_dir) > 1:
             raise UserError("--out takes one run that observes at a time; leave it out for several.")
         for folder in observed:
             run = load_observed(folder)
             print_claims(run, write_observed(run, arguments.out), Console())
         if answered:
-            print(write_report(_load_all(answered), arguments.out, arguments.margin))
+            runs = _load_all(answered)
+            given = arguments.margin, arguments.flip_well, arguments.flip_drop
+            print(write_report(runs, arguments.out, [run.judgement.but(*given) for run in runs]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_given(arguments: argparse.Namespace, answered: Sequence[Path]) -> None:
+    """Raise `UserError` for what cannot be judged by, and where there is nothing to judge."""
+    given = {
+        "--margin": arguments.margin,
+        "--flip-well": arguments.flip_well,
+        "--flip-drop": arguments.flip_drop,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not answered:
+        raise UserError(
+            f"{' and '.join(given)}: a run that observes compares nothing that could be judged by it. "
+            "Leave it out."
+        )
+    for name, value in given.items():
+        if name == "--margin":
+            check_margin(value, f"{name} ")
+        else:
+            check_flip_points(value, f"{name} ")
 
 
 def _load_all(output_dirs: Sequence[Path]) -> list[Run]:
@@ -96,24 +129,29 @@ def _load_all(output_dirs: Sequence[Path]) -> list[Run]:
     return [load_run(output_dir) for output_dir in output_dirs]
 
 
-def write_report(runs: Sequence[Run], out: Path | None = None, margin: float | None = None) -> Path:
+def write_report(
+    runs: Sequence[Run], out: Path | None = None, judgements: Sequence[Judgement] | None = None
+) -> Path:
     """Write each summary.csv, tables/, plots/ and report.html, and return the page's path.
 
     Several runs have one folder each below tables/ and plots/, and one table of all of them. A run
     on the ZeroSCROLLS test split also gets its submissions/ (`harness.report.submission`).
 
     Args:
-        margin: points within which scores are equivalent; None: what each run was given.
+        runs: what was answered.
+        out: folder for the report; None: the output_dir of one run, `results/report` for several.
+        judgements: which differences count, for each run; None: what it was given.
     """
     out = out or (runs[0].output_dir if len(runs) == 1 else _OUT)
     for run in runs:
         write_summary(run)
         report_submissions(run)
+    judgements = judgements or [run.judgement for run in runs]
     references = load_references()
     by_method = looks(runs)
     sections = [
-        _section(run, slug, references, by_method, _margin(run, margin))
-        for run, slug in zip(runs, _slugs(runs), strict=True)
+        _section(run, slug, references, by_method, judgement)
+        for run, slug, judgement in zip(runs, _slugs(runs), judgements, strict=True)
     ]
     several = len(runs) > 1
     for section in sections:
@@ -130,31 +168,19 @@ def write_report(runs: Sequence[Run], out: Path | None = None, margin: float | N
     return page
 
 
-def _margin(run: Run, given: float | None) -> float:
-    """Return the margin that was given, or the run's; earlier versions recorded none."""
-    if given is not None:
-        return given
-    recorded = run.recorded("config", "margin")
-    if recorded is None:
-        return MARGIN
-    if not isinstance(recorded, int | float):
-        raise UserError(f"{run.output_dir}/run.json, config: margin={recorded!r} is no number.")
-    return check_margin(recorded, f"{run.output_dir}/run.json, config: margin=")
-
-
 def _section(
     run: Run,
     slug: str,
     references: Sequence[Reference],
     by_method: Mapping[str, Look],
-    margin: float,
+    judgement: Judgement,
 ) -> Section:
     tables = (
         gate_table(run, references),
         score_table(run, references),
         difference_table(run),
-        contrast_table(run, margin),
-        contrast_by_task_table(run, margin),
+        contrast_table(run, judgement.margin),
+        contrast_by_task_table(run, judgement.margin),
         *group_tables(run),
         budget_table(run),
         reference_table(run, references),

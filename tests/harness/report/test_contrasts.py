@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness.margin import check_margin
 from harness.records import Record
 from harness.report import contrasts as module
 from harness.report.contrasts import (
@@ -27,11 +26,10 @@ from harness.report.contrasts import (
     holm,
     pairs,
 )
-from harness.report.page import main, write_report
+from harness.report.page import write_report
 from harness.report.run import Run, load_run
 from harness.report.tables.contrasts import contrast_by_task_table, contrast_table
 from harness.report.terminal import print_comparison
-from kvmerge.errors import UserError
 from tests.synthetic_run import record, write_run
 
 A, B, FULL = "kvmerger@0.5", "h2o@0.5", "full@1"
@@ -273,36 +271,6 @@ def test_a_run_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_larger_families_get_more_flips() -> None:
     assert [flips_of(size) for size in (1, 200, 400, 5000)] == [9_999, 9_999, 19_999, 49_999]
     assert 2 * 400 / (flips_of(400) + 1) < 0.05
-
-
-@pytest.mark.parametrize("margin", [0, -1, math.nan, math.inf])
-def test_a_margin_is_above_0(margin: float) -> None:
-    with pytest.raises(UserError, match="above 0"):
-        check_margin(margin)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_the_margin_given_is_used_else_the_run_s_else_1(tmp_path: Path) -> None:
-    cells = {A: {"t": lines([0, 1] * 10)}, B: {"t": lines([0, 0.99] * 10)}}
-
-    def margins(given: float | None = None, **info: Any) -> set[float]:
-        write_report([run_of(tmp_path, cells, **info)], margin=given)
-        return set(pd.read_csv(tmp_path / "tables" / "contrasts.csv")["margin"])
-
-    assert margins() == {1}
-    assert margins(config={"margin": 2.5}) == {2.5}
-    assert margins(0.5, config={"margin": 2.5}) == {0.5}
-    with pytest.raises(UserError, match="margin"):
-        margins(config={"margin": -1})
-    with pytest.raises(UserError, match="no number"):
-        margins(config={"margin": "x"})
-
-
-def test_the_command_line_refuses_a_margin_of_0(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(tmp_path), "--margin", "0"]) == 2
-    assert "--margin 0 must be" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("undrawn")
