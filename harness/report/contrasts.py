@@ -23,7 +23,8 @@ from statsmodels.stats.multitest import multipletests
 
 from benchmarks.metric import Array, Metric
 from harness.records import Record
-from harness.report.bootstrap import SEED, Samples, Scored, average, gather, score_task
+from harness.report.bootstrap import SEED, Samples, Scored, average, gather
+from harness.report.divergence import KL, divergence
 from harness.report.run import Run
 from kvmerge.cells import parse_name
 
@@ -33,19 +34,10 @@ FLIPS = 9_999
 """Random flips of a family of up to 200 contrasts; all 2^n where those are fewer."""
 MOST_FLIPS = 49_999
 """Beyond `FLIPS` a family gets 50 for each contrast, as Holm's first step divides by their number."""
-AVERAGE, KL = "average", "kl"
+AVERAGE = "average"
 
 _BATCH = 500  # flips held at once: bounds memory; the draw does not depend on it
 _DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
-
-_KL = Metric(
-    KL,
-    lambda prediction, answers, all_classes=None: {},
-    parts=(KL,),
-    score=lambda means: means[..., 0],
-    higher_is_better=False,
-    averaged=False,
-)
 
 
 class Verdict(StrEnum):
@@ -200,61 +192,19 @@ def _on_average(run: Run) -> list[Line]:
 
 
 def _on_kl(run: Run) -> list[Line]:
-    measured = _measured(run)
-    tasks = [task for task in run.tasks if any(key[0] == task for key in measured)]
-    samples = {
-        key: gather((_with_kl(record) for record in records), _KL) for key, records in measured.items()
-    }
-    drawn: dict[tuple[str, str, tuple[str, ...]], Scored] = {}
-
-    def term(task: str, first: str, second: str) -> Term | None:
-        if (task, first) not in samples or (task, second) not in samples:
-            return None
-        a, b = samples[task, first], samples[task, second]
-        common = set(a.ids) & set(b.ids)
-        if not common:
-            return None
-        both = a.only(common), b.only(common)
-        for cell, one in zip((first, second), both, strict=True):
-            if (task, cell, one.ids) not in drawn:
-                drawn[task, cell, one.ids] = score_task(task, one, _KL)
-        scored = drawn[task, first, both[0].ids], drawn[task, second, both[0].ids]
-        seeds = tuple(
-            _by_seed([_with_kl(r) for r in measured[task, cell] if r.id in common], _KL)
-            for cell in (first, second)
-        )
-        return Term(task, _KL, *both, scored, (seeds[0], seeds[1]))
-
-    lines = []
-    for first, second in pairs(run):
-        terms = [term(task, first, second) for task in tasks]
-        known = tuple(one for one in terms if one is not None)
-        if known and len(known) == len(terms):
-            lines.append(Line(KL, first, second, known))
-    return lines
+    seen = divergence(run)
+    return [
+        Line(KL, first, second, terms)
+        for first, second in pairs(run)
+        if (terms := _terms(seen, tuple(seen.tasks), first, second))
+    ]
 
 
 def without_kl(run: Run) -> list[str]:
     """Name the cells that lack KL on a task where another has it, as those of earlier versions do."""
-    measured = _measured(run)
-    tasks = {task for task, _ in measured}
+    seen = divergence(run)
     others = [cell for cell in run.cells if cell != run.full_cell]
-    return [cell for cell in others if any((task, cell) not in measured for task in tasks)]
-
-
-def _measured(run: Run) -> dict[tuple[str, str], list[Record]]:
-    """Return the records that have KL, by task and cell, without the full cache's."""
-    found = {
-        (task, cell): [record for record in records if record.kl_to_full is not None]
-        for (task, cell), records in run.records.items()
-        if cell != run.full_cell
-    }
-    return {key: records for key, records in found.items() if records}
-
-
-def _with_kl(record: Record) -> Record:
-    """Put a record's KL where metrics look for their parts."""
-    return replace(record, extra={KL: record.kl_to_full})
+    return [cell for cell in others if any((task, cell) not in seen.records for task in seen.tasks)]
 
 
 def _terms(run: Run, tasks: Sequence[str], first: str, second: str) -> tuple[Term, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -15,7 +14,7 @@ from harness.report.observed.claims import SIGMA
 from harness.report.observed.run import ObservedRun
 from harness.report.observed.tables import estimates, size_labels
 from harness.report.observed.variance import decompose
-from harness.report.plots import COLOURS, INK, MARKERS, STYLE, Plot, render
+from harness.report.plots.style import COLOURS, INK, MARKERS, STYLE, Plot, render
 from harness.report.words import INTERVAL
 from kvmerge.observations import RULES
 
@@ -63,7 +62,8 @@ def cosine_maps(run: ObservedRun) -> Plot | None:
     of = f"sample {run.maps['sample']} of {tokens:,} tokens"
     averaged = f", each square the mean of {block} x {block} tokens" if block > 1 else ""
     caption = f"Cosines between the keys of all tokens of {of}{averaged}; {run.info['model']}."
-    return _finished(figure, "cosine_maps", title, caption)
+    alt = "Maps of the cosine between any two keys of one sample, a row a layer and a column a KV head."
+    return render(figure, "cosine_maps", title, caption, alt)
 
 
 def cosine_by_distance(run: ObservedRun) -> Plot:
@@ -93,7 +93,8 @@ def cosine_by_distance(run: ObservedRun) -> Plot:
         "Mean cosine of two states by the tokens between them, over layers and KV heads; bands: "
         f"{_SPREAD[0]}th to {_SPREAD[1]}th percentile of heads. {run.setting()}."
     )
-    return _finished(figure, "cosine_by_distance", title, caption)
+    alt = "Lines of the mean cosine, one a kind of state, over the tokens between two states."
+    return render(figure, "cosine_by_distance", title, caption, alt)
 
 
 def ratio_by_layer(run: ObservedRun) -> Plot:
@@ -126,7 +127,8 @@ def ratio_by_layer(run: ObservedRun) -> Plot:
         "Sets that a threshold leaves, as a share of the prompt's tokens, mean over KV heads. Bands: "
         f"{INTERVAL}. {run.setting()}."
     )
-    return _finished(figure, "ratio_by_layer", title, caption)
+    alt = "Lines of the share of sets left over layers: left one a threshold, right one a task."
+    return render(figure, "ratio_by_layer", title, caption, alt)
 
 
 def ratio_variance(run: ObservedRun) -> Plot | None:
@@ -163,7 +165,8 @@ def ratio_variance(run: ObservedRun) -> Plot | None:
         "Random-effects components of the compression ratio's variance, by threshold (intervals are in "
         f"tables/variance.csv). {run.setting()}."
     )
-    return _finished(figure, "ratio_variance", title, caption)
+    alt = "Stacked bars, one a threshold: the variance due to layers, heads, tasks and samples."
+    return render(figure, "ratio_variance", title, caption, alt)
 
 
 def sets_by_layer(run: ObservedRun) -> Plot:
@@ -196,7 +199,8 @@ def sets_by_layer(run: ObservedRun) -> Plot:
         "Left: sets by their number of tokens. Right: the sigma that each rule gives a set of two or "
         f"more tokens, median and quartiles. {run.setting()}."
     )
-    return _finished(figure, "sets_by_layer", title, caption)
+    alt = "Left: stacked bars of sets by their tokens, one a layer. Right: lines of sigma over layers."
+    return render(figure, "sets_by_layer", title, caption, alt)
 
 
 def entropy_by_layer(run: ObservedRun) -> Plot:
@@ -216,7 +220,8 @@ def entropy_by_layer(run: ObservedRun) -> Plot:
         "Entropy of attention over its largest, the log of the tokens that a row sees (1: flat), mean "
         f"over rows. Band: {INTERVAL}. {run.setting()}."
     )
-    return _finished(figure, "entropy_by_layer", title, caption)
+    alt = "A line of the mean entropy over layers, with a dot for each query head."
+    return render(figure, "entropy_by_layer", title, caption, alt)
 
 
 def _line(axis: Axes, layers: Sequence[int], shown: Array, label: str, color: str, marker: str) -> None:
@@ -234,11 +239,3 @@ def _below(axis: Axes, columns: int) -> None:
 def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     figure = Figure(size, layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
-
-def _finished(figure: Figure, name: str, title: str, caption: str) -> Plot:
-    """Put title and caption on a figure, and return it as files' contents."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
-    wrapped = "\n".join(textwrap.wrap(caption, int(figure.get_figwidth() * 15)))
-    figure.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color="#555555")
-    return render(figure, name, title, caption)

@@ -21,7 +21,8 @@ from rich.console import Console
 from harness.judgement import FlipRule, Judgement, check_flip_points, check_margin
 from harness.report.observed.page import print_claims, write_observed
 from harness.report.observed.run import is_observed, load_observed
-from harness.report.plots import Look, Plot, draw_all, looks
+from harness.report.plots.draw import draw_all
+from harness.report.plots.style import Look, Plot, looks
 from harness.report.published import Reference, load_references
 from harness.report.render import is_numeric, write_table
 from harness.report.run import Run, load_run
@@ -48,6 +49,8 @@ class Section:
     title: str
     tables: tuple[Table, ...]
     plots: tuple[Plot, ...]
+    undrawn: tuple[str, ...]
+    """Why figures that a reader may look for are not there."""
     provenance: tuple[tuple[str, str], ...]
 
 
@@ -185,11 +188,13 @@ def _section(
         budget_table(run),
         reference_table(run, references),
     )
+    drawn = draw_all(run, by_method, margin)
     return Section(
         slug=slug,
         title=f"{run.benchmark}, {run.model} ({run.output_dir})",
         tables=tuple(table for table in tables if table is not None),
-        plots=tuple(draw_all(run, by_method)),
+        plots=drawn.plots,
+        undrawn=drawn.notes,
         provenance=tuple(_flatten(run.info)),
     )
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from harness.report.contrasts import (
     AVERAGE,
-    KL,
     LEVEL,
     Contrast,
     contrasts,
@@ -17,6 +16,7 @@ from harness.report.contrasts import (
     flips_of,
     without_kl,
 )
+from harness.report.divergence import KL
 from harness.report.run import Run
 from harness.report.tables.table import Table, number, score_text, tidy
 from harness.report.words import INTERVAL, gaps, setting, subject, task_label

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from harness.report.page import assemble
-from harness.report.plots import Plot
+from harness.report.plots.draw import Drawn
+from harness.report.plots.style import Plot
 from harness.report.words import setting
 
 
@@ -15,5 +16,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         assemble,
         "draw_all",
-        lambda run, by_method: [Plot("scores_by_task", "Scores by task", setting(run), b"", b"")],
+        lambda run, by_method, margin: Drawn(
+            (Plot("scores_by_task", "Scores by task", setting(run), "Marks.", b"", b""),)
+        ),
     )

@@ -17,7 +17,6 @@ from harness.records import Record
 from harness.report import contrasts as module
 from harness.report.contrasts import (
     AVERAGE,
-    KL,
     Contrast,
     Verdict,
     contrasts,
@@ -26,6 +25,7 @@ from harness.report.contrasts import (
     holm,
     pairs,
 )
+from harness.report.divergence import KL
 from harness.report.page import write_report
 from harness.report.run import Run, load_run
 from harness.report.tables.contrasts import contrast_by_task_table, contrast_table

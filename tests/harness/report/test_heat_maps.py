@@ -2,13 +2,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from harness.records import Record
 from harness.report.groups import scores_by
-from harness.report.plots import _heat_map_figure, heat_maps
+from harness.report.names import cell_label
+from harness.report.plots.heat_maps import draw_heat_map, heat_maps
+from harness.report.plots.style import STYLE
 from harness.report.run import Run, load_run
 from tests.synthetic_run import record, write_run
 
@@ -39,9 +43,14 @@ def run(tmp_path: Path) -> Run:
     )
 
 
+def drawn(run: Run) -> Figure:
+    with mpl.rc_context(STYLE):
+        return draw_heat_map(run, scores_by(run, ("depth", "length")))
+
+
 def panels(run: Run) -> dict[str, np.ndarray]:
     """What each cell's panel shows, NaN where it is blank."""
-    figure = _heat_map_figure(run, "title", scores_by(run, ("depth", "length")))
+    figure = drawn(run)
     return {
         axis.get_title(loc="left"): np.ma.filled(axis.images[0].get_array().astype(float), np.nan)
         for axis in figure.axes
@@ -52,15 +61,15 @@ def panels(run: Run) -> dict[str, np.ndarray]:
 def test_depth_goes_down_and_length_across(run: Run) -> None:
     shown = panels(run)
     nan = np.nan
-    np.testing.assert_array_equal(shown["full@1"], [[100, 50], [25, nan], [nan, 0]])
-    np.testing.assert_array_equal(shown["h2o@0.5"], [[0, 50], [nan, nan], [nan, 100]])
+    np.testing.assert_array_equal(shown["Full cache"], [[100, 50], [25, nan], [nan, 0]])
+    np.testing.assert_array_equal(shown["H2O 50%"], [[0, 50], [nan, nan], [nan, 100]])
 
 
 def test_all_panels_share_one_scale_that_reads_without_colour_vision(tmp_path: Path) -> None:
     low = {place: score / 4 for place, score in GRID.items()}
     cells = {"full@1": {"number": records(GRID)}, "h2o@0.5": {"number": records(low)}}
     run = run_of(tmp_path, cells)
-    figure = _heat_map_figure(run, "title", scores_by(run, ("depth", "length")))
+    figure = drawn(run)
     images = [axis.images[0] for axis in figure.axes if axis.images]
     assert {image.get_clim() for image in images} == {(0, 100)}
     assert {image.get_cmap().name for image in images} == {"viridis"}
@@ -69,7 +78,7 @@ def test_all_panels_share_one_scale_that_reads_without_colour_vision(tmp_path: P
 
 
 def test_few_squares_have_their_numbers_in_ink_that_stands_out(run: Run) -> None:
-    figure = _heat_map_figure(run, "title", scores_by(run, ("depth", "length")))
+    figure = drawn(run)
     found = {text.get_position(): text for text in figure.axes[0].texts}
     assert {place: text.get_text() for place, text in found.items()} == {
         (0, 0): "100",
@@ -81,10 +90,10 @@ def test_few_squares_have_their_numbers_in_ink_that_stands_out(run: Run) -> None
     assert to_hex(found[0, 0].get_color()) != "#ffffff"
 
 
-def test_many_squares_have_none(tmp_path: Path) -> None:
-    grid = {(length, depth): 1.0 for length in range(300, 310) for depth in range(0, 101, 10)}
+def test_squares_too_narrow_for_a_number_have_none(tmp_path: Path) -> None:
+    grid = {(length, depth): 1.0 for length in range(300, 320) for depth in range(0, 101, 10)}
     run = run_of(tmp_path, {"full@1": {"number": records(grid)}})
-    figure = _heat_map_figure(run, "title", scores_by(run, ("depth", "length")))
+    figure = drawn(run)
     assert not figure.axes[0].texts
 
 
@@ -92,7 +101,7 @@ def test_many_squares_have_none(tmp_path: Path) -> None:
 def test_any_number_of_cells_has_a_panel_each(tmp_path: Path, count: int) -> None:
     cells = ["full@1", *(f"h2o@0.{i}" for i in range(1, count))]
     run = run_of(tmp_path, {cell: {"number": records(GRID)} for cell in cells})
-    assert list(panels(run)) == cells
+    assert list(panels(run)) == [cell_label(cell) for cell in cells]
 
 
 def test_each_task_has_a_figure_of_its_own_with_its_setting(tmp_path: Path) -> None:

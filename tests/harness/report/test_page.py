@@ -16,7 +16,9 @@ from rich.console import Console
 from benchmarks.metrics import find_metric
 from harness.records import Record
 from harness.report.page import main, write_report
-from harness.report.plots import draw_all, looks, unaveraged_by_budget
+from harness.report.plots.by_budget import unaveraged_by_budget
+from harness.report.plots.draw import draw_all
+from harness.report.plots.style import looks
 from harness.report.published import load_references
 from harness.report.render import latex, markdown
 from harness.report.run import load_run
@@ -76,11 +78,8 @@ def test_one_command_writes_every_file(reported: Path) -> None:
         for t in ("scores", "differences", "contrasts", "contrasts_by_task", "budgets")
         for e in ("md", "csv", "tex")
     }
-    plots = {
-        f"plots/{p}.{e}"
-        for p in ("scores_by_task", "average_by_budget", "kl_by_budget", "perplexity_text")
-        for e in ("png", "pdf")
-    }
+    by_budget = ("average_by_budget", "average_by_memory", "kl_by_budget", "perplexity_text")
+    plots = {f"plots/{p}.{e}" for p in ("scores_by_task", *by_budget) for e in ("png", "pdf")}
     assert written == tables | plots | {"run.json", "summary.csv", "report.html"}
 
 
@@ -201,7 +200,7 @@ class Page(HTMLParser):
 def test_the_page_is_self_contained(reported: Path) -> None:
     text = (reported / "report.html").read_text()
     page = Page(text)
-    assert len(page.loads) == 4
+    assert len(page.loads) == 5
     assert all(load.startswith("data:image/png;base64,iVBOR") for load in page.loads)
     assert "http" not in text
     assert "url(" not in text
@@ -401,7 +400,8 @@ def test_a_perplexity_is_drawn_against_the_budget_and_has_no_average(tmp_path: P
     assert "7.39" in text
     assert "average" not in text
     assert "Scores 0 to 100" not in text
-    plots = {plot.name: plot for plot in draw_all(load_run(run), looks([load_run(run)]))}
+    drawn = draw_all(load_run(run), looks([load_run(run)]), 1.0)
+    plots = {plot.name: plot for plot in drawn.plots}
     assert "average_by_budget" not in plots
     assert plots["perplexity_t"].title == "Perplexity of t against budget"
     assert plots["perplexity_t"].caption.startswith("Perplexity of t, lower is better: toy-1m on toy")
