@@ -156,5 +156,6 @@ def _alt(run: Run, tasks: Sequence[str]) -> str:
     low, high = min(shown), max(shown)
     return (
         f"Marks of {len(run.cells)} cells on {len(tasks)} tasks, a row a task and a panel a budget, "
-        f"from {low[0]:.1f} ({cell_label(low[2])} on {low[1]}) to {high[0]:.1f} ({cell_label(high[2])} on {high[1]})."
+        f"from {low[0]:.1f} ({cell_label(low[2])} on {low[1]}) to {high[0]:.1f} "
+        f"({cell_label(high[2])} on {high[1]})."
     )

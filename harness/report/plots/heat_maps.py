@@ -54,8 +54,8 @@ def _heat_map(run: Run, task: str, scores: Sequence[GroupScore]) -> Plot:
     worst = min(scores, key=lambda score: score.scored.value)
     alt = (
         f"Squares of {len({score.cell for score in scores})} cells on {task}, a panel a cell, depth "
-        f"downwards and length to the right; the lowest is {worst.scored.value:.0f} ({cell_label(worst.cell)} at "
-        f"depth {worst.group[0]}, length {worst.group[1]})."
+        f"downwards and length to the right; the lowest is {worst.scored.value:.0f} "
+        f"({cell_label(worst.cell)} at depth {worst.group[0]}, length {worst.group[1]})."
     )
     return render(
         draw_heat_map(run, scores),
