@@ -188,7 +188,7 @@ def _section(
         budget_table(run),
         reference_table(run, references),
     )
-    drawn = draw_all(run, by_method, margin)
+    drawn = draw_all(run, by_method, judgement)
     return Section(
         slug=slug,
         title=f"{run.benchmark}, {run.model} ({run.output_dir})",

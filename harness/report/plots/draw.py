@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 
+from harness.judgement import Judgement
 from harness.report.plots.by_budget import (
     average_by_budget,
     average_by_memory,
@@ -27,11 +28,11 @@ class Drawn:
     notes: tuple[str, ...] = ()
 
 
-def draw_all(run: Run, by_method: Mapping[str, Look], margin: float) -> Drawn:
+def draw_all(run: Run, by_method: Mapping[str, Look], judgement: Judgement) -> Drawn:
     """Draw every figure that the run has numbers for.
 
     Args:
-        margin: points within which two scores are equivalent.
+        judgement: which differences count.
     """
     with mpl.rc_context(STYLE):
         found = [

@@ -16,7 +16,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         assemble,
         "draw_all",
-        lambda run, by_method, margin: Drawn(
+        lambda run, by_method, judgement: Drawn(
             (Plot("scores_by_task", "Scores by task", setting(run), "Marks.", b"", b""),)
         ),
     )

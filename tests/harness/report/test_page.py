@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.metrics import find_metric
+from harness.judgement import Judgement
 from harness.records import Record
 from harness.report.page import main, write_report
 from harness.report.plots.by_budget import unaveraged_by_budget
@@ -400,7 +401,7 @@ def test_a_perplexity_is_drawn_against_the_budget_and_has_no_average(tmp_path: P
     assert "7.39" in text
     assert "average" not in text
     assert "Scores 0 to 100" not in text
-    drawn = draw_all(load_run(run), looks([load_run(run)]), 1.0)
+    drawn = draw_all(load_run(run), looks([load_run(run)]), Judgement())
     plots = {plot.name: plot for plot in drawn.plots}
     assert "average_by_budget" not in plots
     assert plots["perplexity_t"].title == "Perplexity of t against budget"
