@@ -40,6 +40,7 @@ class Given:
     flips: Mapping[str, Any]
     """Of `harness.judgement.FlipRule`."""
     output_dir: str | None
+    stale: Literal["refuse", "rerun"]
     dry_run: bool
     selfcheck: Mapping[str, Any] | None
     """Of `SelfcheckOptions`, for `kind=selfcheck`."""
@@ -77,6 +78,6 @@ JUDGED = ("margin", "flips")
 """Settings of what the report judges by, which only a comparison has."""
 OF_CELLS = (
     *("method", "budget", "cells", "seed", "num_seeds", "decode_policy", "pos", "layers_skip"),
-    *("skip_budget", "fidelity", "batch_size", *JUDGED),
+    *("skip_budget", "fidelity", "batch_size", "stale", *JUDGED),
 )
 """Settings of what is answered, which a run that observes has no use for."""

@@ -10,7 +10,7 @@ from harness.answering import Job
 from harness.observation import Observed
 from harness.observing import pending_observations
 from harness.results import Results
-from harness.runner import pending
+from harness.runner import found_with, pending
 from harness.settings import Settings
 from kvmerge.models import DTYPES
 
@@ -81,7 +81,14 @@ def print_plan(settings: Settings, console: Console) -> None:
 
 
 def _pending(settings: Settings) -> list[Job]:
-    """Return the samples that are left to answer, or to observe."""
+    """Return the samples that are left to answer, or to observe.
+
+    Raises `UserError` where the run could not add them to what is there.
+    """
     if settings.observe is not None:
-        return pending_observations(settings, Observed(settings.results_dir))[0]
-    return pending(settings, Results(settings.results_dir))[0]
+        observed = Observed(settings.results_dir)
+        found, _ = found_with(settings, observed, lambda: pending_observations(settings, observed))
+    else:
+        results = Results(settings.results_dir)
+        found, _ = found_with(settings, results, lambda: pending(settings, results))
+    return found[0]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +15,19 @@ from typing import Any
 
 import torch
 
+from harness import code
 from harness.results import Results
 from harness.settings import Settings
+from kvmerge.cells import Cell
 from kvmerge.errors import UserError
 from kvmerge.kernels.choice import chosen, processor
 from kvmerge.models.contents import digests
 
 _ROOT = Path(__file__).resolve().parent.parent
-_CODE = ("kvmerge", "baselines", "benchmarks")
-"""Packages whose source decides what a prediction is."""
+_PASSED = ("kvmerge.engine", "kvmerge.models", "harness.answering")
+"""Modules that every answer passes through."""
+_OF_CELLS = ("cells", "methods")
+"""Parts of a fingerprint that each cell has for itself."""
 _PACKAGES = (
     "torch",
     "transformers",
@@ -59,6 +62,10 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
         data: SHA-256 of each task's file.
     """
     versions = package_versions()
+    roots = {*_PASSED, *code.homes(settings.benchmark)}
+    if settings.observe is not None:
+        roots.add("kvmerge.observations")
+    shared = code.digests(roots)
     model = dict(settings.resolved["model"])
     model.pop("shape", None)
     folder = settings.model.folder()
@@ -77,12 +84,13 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
         "benchmark": benchmark,
         "seed": settings.seed,
         "policy": asdict(settings.policy),
-        "code": _code_digest(),
+        "code": shared,
         "torch": (versions["torch"] or "").split("+")[0],
         "transformers": versions["transformers"],
         "tokenizers": versions["tokenizers"],
         "data": dict(data),
         "cells": {cell.name: cell.settings() for cell in settings.cells},
+        "methods": {cell.name: _made_of(cell, shared) for cell in settings.cells},
     }
     if settings.observe is not None:
         prints["observe"] = settings.observe.measured()
@@ -92,10 +100,10 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
 def check_resumable(results: Results, current: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the fingerprint of an earlier run in the same folder into this one's.
 
-    Raises `UserError` naming the first setting that differs, or saying that nothing tells what the
-    folder's predictions were made with. Tasks and cells that only one of the two runs has are no
-    difference, and a run that failed before its first prediction binds nobody. What an earlier version
-    did not record cannot be compared: that is refused too, unless this run has nothing there.
+    Raises `UserError` naming the first setting that differs, or the cells whose method does, or saying
+    that nothing tells what the folder's predictions were made with. Tasks and cells that one of the
+    two runs lacks are no difference, and a run that failed before its first prediction binds nobody.
+    What an earlier version did not record is refused, unless this run has nothing there.
     """
     merged = dict(current)
     earlier = results.info.get("fingerprint")
@@ -106,16 +114,18 @@ def check_resumable(results: Results, current: Mapping[str, Any]) -> dict[str, A
             f"{results.folder} holds predictions but no run.json that says what made them. "
             "Choose another output_dir, or delete that folder to start over."
         )
-    lacking = [key for key, value in current.items() if value and key not in earlier]
+    lacking = [key for key, value in current.items() if value and not _comparable(earlier, key, value)]
     if lacking:
         raise UserError(
-            f"{results.folder} was begun by a version that did not record {', '.join(lacking)}, so "
-            "nothing tells whether they are the same now. Choose another output_dir, or delete that "
-            "folder to start over."
+            f"{results.folder} was begun by a version that did not record {', '.join(lacking)} as this "
+            "one does, so nothing tells whether they are the same now. Choose another output_dir, or "
+            "delete that folder to start over."
         )
     for key, value in current.items():
         before = earlier.get(key, {})
-        if key in ("data", "cells"):
+        if key in _OF_CELLS:
+            merged[key] = {**(before or {}), **value}
+        elif key == "data":
             for name in sorted(set(value) & set(before or {})):
                 _refuse_change(results, f"{key}.{name}", before[name], value[name])
             merged[key] = {**(before or {}), **value}
@@ -124,7 +134,50 @@ def check_resumable(results: Results, current: Mapping[str, Any]) -> dict[str, A
                 _refuse_change(results, f"{key}.{name}", before.get(name), value.get(name))
         else:
             _refuse_change(results, key, before, value)
+    stale = stale_cells(results, current)
+    if stale:
+        listed = "\n".join(f"  {cell}: {why}" for cell, why in stale.items())
+        raise UserError(
+            f"{results.folder} holds results that these cells would not give any more:\n{listed}\n"
+            "The other cells are as they were. Give stale=rerun to answer these anew, and keep their "
+            "old lines under another name; or leave them out of cells, or choose another output_dir."
+        )
     return merged
+
+
+def _comparable(earlier: Mapping[str, Any], key: str, value: object) -> bool:
+    """Return whether an earlier run recorded a part of the fingerprint in the form that it has now."""
+    return key in earlier and isinstance(earlier[key], dict) == isinstance(value, dict)
+
+
+def stale_cells(results: Results, current: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells of this run whose lines were made by another method, and what of it differs.
+
+    A method is its settings, its own modules and the files that it reads, without what all cells pass
+    through.
+    """
+    earlier = results.info.get("fingerprint") or {}
+    stale = {}
+    for cell in current["cells"]:
+        settings, modules = (
+            list(_changes(earlier.get(part, {}).get(cell), current[part][cell])) for part in _OF_CELLS
+        )
+        differing = [f"{name} was {then!r} and is {now!r}" for name, then, now in settings]
+        differing += [f"{name} has changed" for name, *_ in modules]
+        if differing and results.has_cell(cell):
+            stale[cell] = ", ".join(differing)
+    return stale
+
+
+def _changes(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name of each part that differs, what it was and what it is."""
+    if before is None:
+        return
+    for name in sorted(set(before) | set(now)):
+        if before.get(name) != now.get(name):
+            yield name, before.get(name), now.get(name)
 
 
 def _refuse_change(results: Results, setting: str, before: object, now: object) -> None:
@@ -217,13 +270,10 @@ def git_state() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
-def _code_digest() -> str:
-    digest = hashlib.sha256()
-    for package in _CODE:
-        for path in sorted((_ROOT / package).rglob("*")):
-            if path.suffix in (".py", ".txt", ".json") and path.is_file():
-                digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+def _made_of(cell: Cell, shared: Iterable[str]) -> dict[str, str]:
+    """Return the digests of a method's own modules, and of the files that its settings name."""
+    files = {path.name: code.digest(path) for path in cell.method.files()}
+    return code.digests(code.homes(cell.method), without=shared) | files
 
 
 def _now() -> str:

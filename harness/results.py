@@ -6,6 +6,7 @@ gate after each task and the report look at the same records, and at no file.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any, TypedDict
 
 from harness.records import Record, append_record, prediction_path, read_records
 from harness.typed import Count, parse_object, shape_of
+from kvmerge.cells import file_name
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 
@@ -40,7 +42,8 @@ class Fingerprint(TypedDict, total=False):
     """What a resumed run must match; `harness.provenance` compares the rest of it as it stands."""
 
     data: Mapping[str, str]
-    cells: Mapping[str, Any]
+    cells: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Mapping[str, Any]]
 
 
 class RunInfo(TypedDict, total=False):
@@ -68,6 +71,7 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._records: dict[tuple[str, str], list[Record]] = {}
+        self._left_out: set[str] = set()
 
     @property
     def run_file(self) -> Path:
@@ -108,6 +112,8 @@ class Results:
         Raises `UserError` as `read_records` does.
         """
         key = task, cell_name
+        if cell_name in self._left_out:
+            return []
         if key not in self._records:
             self._records[key] = read_records(self._path(*key))
         return self._records[key]
@@ -121,6 +127,25 @@ class Results:
     def has_predictions(self) -> bool:
         """Return whether there is any prediction file."""
         return any(self.folder.glob("predictions/*/*.jsonl"))
+
+    def has_cell(self, cell_name: str) -> bool:
+        """Return whether there is any prediction file of a cell that is not left out."""
+        return cell_name not in self._left_out and bool(self._paths(cell_name))
+
+    def set_aside(self, cell_name: str) -> None:
+        """Keep a cell's lines under names that nothing reads, so that the cell is answered anew."""
+        for path in self._paths(cell_name):
+            number = 1 + sum(1 for _ in path.parent.glob(f"{glob.escape(path.name)}.stale-*"))
+            path.rename(path.with_name(f"{path.name}.stale-{number}"))
+        self._records = {key: kept for key, kept in self._records.items() if key[1] != cell_name}
+
+    def leave_out(self, cell_name: str) -> None:
+        """Go on as if a cell had no lines, and leave them where they are."""
+        self._left_out.add(cell_name)
+
+    def _paths(self, cell_name: str) -> list[Path]:
+        name = glob.escape(file_name(cell_name))
+        return sorted(self.folder.glob(f"predictions/*/{name}.jsonl"))
 
     def _path(self, task: str, cell_name: str) -> Path:
         return prediction_path(self.folder, task, cell_name)

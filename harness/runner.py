@@ -6,11 +6,12 @@ sample) that has its line; when nothing is left to do, the model is not even loa
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from benchmarks.task import Task
 from harness.answering import Answerer, Job, encode
 from harness.observation import FOLDER
-from harness.provenance import check_resumable, fingerprint, run_info
+from harness.provenance import check_resumable, fingerprint, run_info, stale_cells
 from harness.results import Results
 from harness.settings import Settings
 from kvmerge.cells import Cell
@@ -26,6 +27,9 @@ from kvmerge.errors import UserError
 from kvmerge.families import local_windows
 from kvmerge.models import load
 
+logger = logging.getLogger(__name__)
+
+F = TypeVar("F")
 Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 COMPARED = 3
 """Finished samples of a task whose prompts are made again before others are added to them."""
@@ -69,6 +73,28 @@ def run(
     return results
 
 
+def found_with(settings: Settings, results: Results, find: Callable[[], F]) -> tuple[F, dict[str, Any]]:
+    """Return what `find` finds to do, and the fingerprint of a run and of what its folder holds.
+
+    Under `stale=rerun` the lines that are to be answered anew go out of the way first; with `dry_run`
+    they are only left out.
+
+    Raises:
+        UserError: as `find` does, and if this run cannot add to what the folder holds.
+    """
+    refuse_mixed(settings)
+    current = fingerprint(settings, settings.benchmark.fingerprint())
+    stale = stale_cells(results, current) if settings.stale == "rerun" else {}
+    for cell, why in stale.items():
+        logger.warning("%s is answered anew: %s", cell, why)
+        if settings.dry_run:
+            results.leave_out(cell)
+        else:
+            results.set_aside(cell)
+    found = find()  # first, as it names the line of a bad row
+    return found, check_resumable(results, current)
+
+
 @dataclass(frozen=True)
 class Begun:
     """What a run does with its samples, once the model is there."""
@@ -99,10 +125,8 @@ def carry_out(
         UserError: as `run` does.
     """
     started = time.perf_counter()
-    refuse_mixed(settings)
-    jobs, finished, counts = find()
+    (jobs, finished, counts), prints = found_with(settings, results, find)
     notes = list(settings.benchmark.notes())
-    prints = check_resumable(results, fingerprint(settings, settings.benchmark.fingerprint()))
     if not jobs:
         # a shard that got no samples of a task still shares its run's tasks and cells
         if results.info.get("fingerprint") != prints:

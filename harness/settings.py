@@ -100,6 +100,8 @@ class Settings:
     """Samples run at once: a number, or `auto`."""
     judgement: Judgement
     """What the report judges by; no part of the measurement."""
+    stale: str
+    """`rerun` answers cells anew whose lines another version of their method made."""
     dry_run: bool
     selfcheck: SelfcheckOptions | None
     """Where `kind` is `selfcheck`."""
@@ -172,6 +174,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         fidelity=any(cell.is_full for cell in cells) if given.fidelity is None else given.fidelity,
         batch_size=given.batch_size,
         judgement=judgement_from(resolved),
+        stale=given.stale,
         dry_run=given.dry_run,
         selfcheck=_selfcheck(given, choices),
         observe=observe,

@@ -251,6 +251,14 @@ class KVMerger(Method):
             )
         return n_recent, n_top
 
+    def files(self) -> tuple[Path, ...]:
+        """Return the file of calibrated thresholds, where one is named."""
+        if self.thresholds is None:
+            return ()
+        path = Path(self.thresholds).expanduser()
+        shipped = THRESHOLDS / f"{self.thresholds}.json"
+        return (shipped if not path.exists() and shipped.is_file() else path,)
+
     def layer_thresholds(self) -> list[float]:
         """Read the calibrated threshold of each layer.
 
@@ -258,10 +266,7 @@ class KVMerger(Method):
             UserError: if there is no such file or name, it does not hold a number for each layer, or it
                 was made for another linkage.
         """
-        path = Path(str(self.thresholds)).expanduser()
-        shipped = THRESHOLDS / f"{self.thresholds}.json"
-        if not path.exists() and shipped.is_file():
-            path = shipped
+        (path,) = self.files()
         try:
             content: Any = json.loads(read_regular(path).decode("utf-8"))
         except (OSError, ValueError) as error:

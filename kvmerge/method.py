@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -141,6 +142,10 @@ class Method(ABC):
         Raises:
             UserError: if the prompt is too short for what the method protects.
         """
+
+    def files(self) -> tuple[Path, ...]:
+        """Return the files that the settings name; results are of what they hold."""
+        return ()
 
     def hold(self, entries: Entries, step: DecodeStep) -> Entries:
         """Decide again after a decode step, under `decode_policy=hold`.

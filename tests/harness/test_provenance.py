@@ -37,8 +37,8 @@ def saved(folder: Path, of: dict[str, Any]) -> Path:
     return path
 
 
-def predict(folder: Path) -> None:
-    path = folder / "predictions" / "trec" / "full@1.jsonl"
+def predict(folder: Path, cell: str = "full@1") -> None:
+    path = folder / "predictions" / "trec" / f"{cell}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 
@@ -124,8 +124,60 @@ def test_another_setting_of_a_cell_is_refused_and_another_cell_is_added(tmp_path
     assert merged["cells"]["kvmerger:sigma=3@0.5"]["sigma"] == 3
     earlier["cells"]["kvmerger@0.5"]["sigma"] = 4
     saved(tmp_path, earlier)
-    with pytest.raises(UserError, match=r"another cells\.kvmerger@0\.5: .*'sigma': 4"):
-        check_resumable(Results(path.parent), prints("cells=[kvmerger@0.5]"))
+    now = prints("cells=[h2o@0.5,kvmerger@0.5]")
+    check_resumable(Results(path.parent), now)  # no line of it binds anybody
+    predict(tmp_path, "kvmerger@0.5")
+    predict(tmp_path, "h2o@0.5")
+    with pytest.raises(UserError, match=r"\n  kvmerger@0\.5: sigma was 4 and is 5\.0\n") as caught:
+        check_resumable(Results(path.parent), now)
+    assert "h2o@0.5" not in str(caught.value)
+    assert "stale=rerun" in str(caught.value)
+
+
+def test_a_changed_method_makes_its_own_cells_stale(tmp_path: Path) -> None:
+    earlier = prints("cells=[full@1,h2o@0.5,h2o@0.35,cam@0.5]")
+    assert {"baselines.h2o", "baselines.heavy_hitters"} <= set(earlier["methods"]["h2o@0.5"])
+    assert not set(earlier["methods"]["h2o@0.5"]) & set(earlier["code"])
+    for cell in earlier["cells"]:
+        predict(tmp_path, cell)
+    now = json.loads(json.dumps(earlier))
+    for cell in ("h2o@0.5", "h2o@0.35"):
+        earlier["methods"][cell]["baselines.h2o"] = "other"
+    saved(tmp_path, earlier)
+    changed = "baselines.h2o has changed"
+    found = provenance.stale_cells(Results(tmp_path), now)
+    assert found == {"h2o@0.5": changed, "h2o@0.35": changed}
+    others = prints("cells=[full@1,cam@0.5,random@0.5]")
+    assert list(check_resumable(Results(tmp_path), others)["cells"]) == [*now["cells"], "random@0.5"]
+
+
+def test_a_change_of_what_all_pass_through_is_named(tmp_path: Path) -> None:
+    earlier = prints()
+    earlier["code"]["kvmerge.session"] = "other"
+    saved(tmp_path, earlier)
+    with pytest.raises(UserError, match=r"another code\.kvmerge\.session: 'other' then"):
+        check_resumable(Results(tmp_path), prints())
+
+
+def test_a_folder_of_a_version_that_digested_all_code_at_once_is_told(tmp_path: Path) -> None:
+    saved(tmp_path, prints() | {"code": "a1b2c3"})
+    with pytest.raises(UserError, match="a version that did not record code as this one does"):
+        check_resumable(Results(tmp_path), prints())
+
+
+def test_a_thresholds_file_is_what_it_holds(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    cell = f"cells=['kvmerger:budget_mode=eps_layer,thresholds={file}@0.5']"
+
+    def made_of(thresholds: list[float]) -> dict[str, str]:
+        file.write_text(json.dumps({"thresholds": thresholds, "linkage": "anchor"}))
+        ((_, parts),) = prints(cell)["methods"].items()
+        return parts
+
+    first = made_of([0.5, 0.6])
+    assert "mine.json" in first
+    assert made_of([0.5, 0.6]) == first
+    assert made_of([0.5, 0.7]) != first
 
 
 def in_place(checkpoint: Path, folder: Path) -> tuple[Path, Callable[[], dict[str, Any]]]:
@@ -175,7 +227,7 @@ def test_what_an_older_run_did_not_record_is_told(checkpoint: Path, tmp_path: Pa
     _, now = in_place(checkpoint, tmp_path / "model")
     older = {key: value for key, value in now().items() if key != "contents"}
     saved(tmp_path, older)
-    with pytest.raises(UserError, match="version that did not record contents, so nothing tells"):
+    with pytest.raises(UserError, match="version that did not record contents as this one does, so"):
         check_resumable(Results(tmp_path), now())
     older = {key: value for key, value in prints().items() if key != "contents"}
     saved(tmp_path, older)
@@ -248,32 +300,6 @@ def test_run_json_keeps_the_cells_tasks_and_times_of_earlier_runs(tiny: Tiny) ->
     assert info["cells"] == ["h2o@0.5", "full@1"]
     assert list(info["tasks"]) == ["lcc", "trec"]
     assert len(info["runs"]) == 3
-
-
-def test_the_code_digest_follows_source_and_prompts_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(provenance, "_ROOT", tmp_path)
-    files = [
-        tmp_path / "kvmerge" / "a.py",
-        tmp_path / "baselines" / "b.py",
-        tmp_path / "benchmarks" / "x" / "prompts" / "c.txt",
-    ]
-    for file in files:
-        file.parent.mkdir(parents=True)
-        file.write_text("one")
-    seen = [provenance._code_digest()]
-    for file in files:
-        file.write_text("two")
-        seen.append(provenance._code_digest())
-    files[0].rename(files[0].with_name("d.py"))
-    seen.append(provenance._code_digest())
-    assert len(set(seen)) == 5
-    (tmp_path / "kvmerge" / "__pycache__").mkdir()
-    (tmp_path / "kvmerge" / "__pycache__" / "d.pyc").write_text("bytes")
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "e.py").write_text("text")
-    assert provenance._code_digest() == seen[-1]
 
 
 def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:

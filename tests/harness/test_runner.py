@@ -25,12 +25,14 @@ from transformers import AutoConfig
 import harness.answering
 from benchmarks import longbench
 from benchmarks.task import PromptFormat
+from harness import code
 from harness.answering import prompt_hash, stop_rule
 from harness.batching import BatchSize
 from harness.records import KL_DECIMALS, prediction_path
 from harness.report.run import load_run
 from harness.report.summary import write_summary
-from harness.runner import counted_layers, run
+from harness.results import Results
+from harness.runner import counted_layers, found_with, pending, run
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.models import load
@@ -433,9 +435,44 @@ def test_other_data_weights_or_code_are_refused(
     config.write_text(config.read_text().replace("1e-06", "1e-05"))
     with pytest.raises(UserError, match=r"another contents\.config\.json"):
         run(tiny(f"model.path={changed}"))
-    monkeypatch.setattr("harness.provenance._code_digest", lambda: "0")
-    with pytest.raises(UserError, match="another code"):
+    change_module(monkeypatch, "kvmerge.session")
+    with pytest.raises(UserError, match=r"another code\.kvmerge\.session"):
         run(tiny())
+
+
+def change_module(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let a module have another digest than it has."""
+    original = code.digest
+    monkeypatch.setattr(code, "digest", lambda path: original(path) * (1 + (path == code._path(name))))
+
+
+def test_another_method_makes_its_own_cells_stale_and_no_others(
+    tiny: Tiny, copy: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_lines(copy)
+    change_module(monkeypatch, "baselines.h2o")
+    with pytest.raises(UserError, match=r"h2o@0\.5: baselines\.h2o has changed") as caught:
+        run(tiny())
+    assert "cam" not in str(caught.value)
+    others = sorted(set(CELLS) - {"h2o@0.5"})
+    run(tiny(f"cells=[{','.join(others)}]"))
+    assert calls.samples == []
+    assert_same_lines(read_lines(copy), before)
+
+    planned = tiny("stale=rerun", "dry_run=true")
+    results = Results(planned.results_dir)
+    (jobs, *_), _ = found_with(planned, results, lambda: pending(planned, results))
+    assert {cell.name for job in jobs for cell, _ in job.missing} == {"h2o@0.5"}
+    assert_same_lines(read_lines(copy), before)
+
+    run(tiny("stale=rerun"))
+    assert {name for rows in calls.rows for name, *_ in rows} == {"H2O", "Full"}  # full: for KL
+    assert_same_lines(read_lines(copy), before)
+    kept = sorted(path.name for path in copy.rglob("*.stale-*"))
+    assert kept == ["h2o@0.5.jsonl.stale-1"] * 4
+    calls.samples.clear()
+    run(tiny("stale=rerun"))
+    assert calls.samples == []
 
 
 def test_predictions_that_nothing_accounts_for_are_refused(tiny: Tiny, copy: Path) -> None:
