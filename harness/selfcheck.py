@@ -37,9 +37,9 @@ from harness.checks import (
 from harness.lock import only_writer
 from harness.plan import print_plan
 from harness.provenance import check_resumable, fingerprint
+from harness.report.export.markdown import markdown_table
 from harness.report.gates import sampled_gates
 from harness.report.published import load_references
-from harness.report.render import markdown_table
 from harness.report.run import load_run
 from harness.results import Results
 from harness.runner import run

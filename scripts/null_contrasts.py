@@ -25,7 +25,7 @@ from benchmarks.metric import Array
 from benchmarks.metrics import find_metric
 from harness.report.bootstrap import Samples, Scored, score_task
 from harness.report.contrasts import AVERAGE, LEVEL, Contrast, Line, Term, compared
-from harness.report.render import markdown_table
+from harness.report.export.markdown import markdown_table
 
 TABLES = 1_000
 SIZES = (20, 50, 100, 200)

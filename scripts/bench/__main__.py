@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.provenance import git_state, hardware, package_versions
-from harness.report.render import markdown_table
+from harness.report.export.markdown import markdown_table
 from kvmerge.errors import UserError, unknown
 from kvmerge.files import write_atomically
 from scripts.bench.comparison import comparison

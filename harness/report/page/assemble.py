@@ -19,12 +19,12 @@ from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 
 from harness.judgement import FlipRule, Judgement, check_flip_points, check_margin
+from harness.report.export.tables import write_table
 from harness.report.observed.page import print_claims, write_observed
 from harness.report.observed.run import is_observed, load_observed
 from harness.report.plots.draw import draw_all
 from harness.report.plots.style import Look, Plot, looks
 from harness.report.published import Reference, load_references
-from harness.report.render import is_numeric, write_table
 from harness.report.run import Run, load_run
 from harness.report.submission import report_submissions
 from harness.report.summary import write_summary
@@ -33,7 +33,7 @@ from harness.report.tables.contrasts import contrast_by_task_table, contrast_tab
 from harness.report.tables.published import gate_table, reference_table
 from harness.report.tables.runs import runs_table
 from harness.report.tables.scores import difference_table, group_tables, score_table
-from harness.report.tables.table import Table
+from harness.report.tables.table import Table, is_numeric
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 

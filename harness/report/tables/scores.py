@@ -8,6 +8,7 @@ from itertools import combinations, product
 from harness.report.gates import gates, outside
 from harness.report.groups import group_values, scores_by
 from harness.report.published import Reference, members
+from harness.report.ranks import ranks
 from harness.report.run import Run, averages, differences
 from harness.report.tables.published import MARK, MARK_NOTE, official_aggregates, official_members
 from harness.report.tables.table import Table, score_row, score_text, tidy
@@ -55,10 +56,18 @@ def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
         for name in averaged
         if name != "average"
     ]
+    brackets = f"In brackets: {INTERVAL}."
+    names = [*run.tasks, *averaged]
+    places = {cell: 2 + place for place, cell in enumerate(run.cells)}
+    marks = {
+        (names.index(task), places[cell]): mark
+        for (task, cell), mark in ranks(run).items()
+        if task in names
+    }
     return Table(
         name="scores",
         title="Scores by task",
-        caption=f"Scale 0 to 100: {setting(run)}. In brackets: {INTERVAL}. "
+        caption=f"Scale 0 to 100: {setting(run)}. {brackets} "
         f"average: plain mean over {count_tasks(len(run.averaged_tasks))}, from unrounded scores.",
         header=header,
         rows=tuple(rows),
@@ -67,6 +76,8 @@ def score_table(run: Run, references: Iterable[Reference] = ()) -> Table:
         subject=subject(run),
         cells=tuple(range(2, len(header))),
         averages=tuple(range(len(run.tasks), len(rows))),
+        brackets=brackets,
+        marks=marks,
     )
 
 
@@ -93,11 +104,12 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
         texts = [score_text(one.scored if one else None) for one in scores]
         n = span(counts) if counts else "0"
         rows.append((task_label(run, task), *map(str, group), n, *texts))
+    brackets = f"In brackets: {INTERVAL} within the group."
     return Table(
         name=f"scores_by_{'_and_'.join(by)}",
         title=f"Scores by {' and '.join(by)}",
-        caption=f"Scores of the samples of each group: {setting(run)}. In brackets: {INTERVAL} within "
-        "the group. Blank where a group has no samples.",
+        caption=f"Scores of the samples of each group: {setting(run)}. {brackets} "
+        "Blank where a group has no samples.",
         header=header,
         rows=tuple(rows),
         notes=tuple(gaps(run)),
@@ -111,6 +123,7 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
         ),
         subject=subject(run),
         cells=tuple(range(2 + len(by), len(header))),
+        brackets=brackets,
     )
 
 
@@ -132,12 +145,14 @@ def difference_table(run: Run) -> Table | None:
         texts = [score_text(pair.scored if pair else None, "+") for pair in pairs]
         label = task if task == "average" else task_label(run, task)
         rows.append((label, span(counts) if counts else "0", *texts))
+    brackets = (
+        f"In brackets: {INTERVAL}, paired by sample id. An interval that holds 0 may be no difference "
+        "at all; with many tasks, claims rest on the average."
+    )
     return Table(
         name="differences",
-        title=f"Difference to {full}",
-        caption=f"Score of the cell minus score of {full}: {setting(run)}. In brackets: "
-        f"{INTERVAL}, paired by sample id. An interval that holds 0 may be no difference at all; "
-        "with many tasks, claims rest on the average.",
+        title="Difference to the full cache",
+        caption=f"Score of the cell minus score of {full}: {setting(run)}. {brackets}",
         header=header,
         rows=tuple(rows),
         notes=tuple(gaps(run)),
@@ -149,4 +164,5 @@ def difference_table(run: Run) -> Table | None:
         subject=subject(run),
         cells=tuple(range(2, len(header))),
         averages=(len(rows) - 1,),
+        brackets=brackets,
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from harness.report.bootstrap import Scored
+from harness.report.ranks import Mark
 from harness.report.run import Run
 from kvmerge.cells import parse_name
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?( to \d+|\n.*)?$")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,16 @@ class Table:
     """Columns whose texts name cells."""
     averages: tuple[int, ...] = ()
     """Rows that average others."""
+    brackets: str = ""
+    """The sentence of the caption that says what stands in the brackets of cells."""
+    marks: Mapping[tuple[int, int], Mark] = field(default_factory=dict)
+    """By row and column: numbers that are best or second (`harness.report.ranks`)."""
+
+
+def is_numeric(table: Table, column: int) -> bool:
+    """Return whether a column holds numbers, to be aligned right; blank cells do not count."""
+    filled = [row[column] for row in table.rows if row[column]]
+    return all(_NUMBER.match(text) for text in filled)
 
 
 def score_text(scored: Scored | None, sign: str = "") -> str:

@@ -16,12 +16,12 @@ from rich.console import Console
 from benchmarks.metrics import find_metric
 from harness.judgement import Judgement
 from harness.records import Record
+from harness.report.export.markdown import markdown
 from harness.report.page import main, write_report
 from harness.report.plots.by_budget import unaveraged_by_budget
 from harness.report.plots.draw import draw_all
 from harness.report.plots.style import looks
 from harness.report.published import load_references
-from harness.report.render import latex, markdown
 from harness.report.run import load_run
 from harness.report.tables.published import official_aggregates, reference_table
 from harness.report.tables.scores import difference_table, score_table
@@ -78,7 +78,7 @@ def test_one_command_writes_every_file(reported: Path) -> None:
         f"tables/{t}.{e}"
         for t in ("scores", "differences", "contrasts", "contrasts_by_task", "budgets")
         for e in ("md", "csv", "tex")
-    }
+    } | {"tables/scores_intervals.tex", "tables/differences_intervals.tex"}
     by_budget = ("average_by_budget", "average_by_memory", "kl_by_budget", "perplexity_text")
     plots = {f"plots/{p}.{e}" for p in ("scores_by_task", *by_budget) for e in ("png", "pdf")}
     assert written == tables | plots | {"run.json", "summary.csv", "report.html"}
@@ -440,13 +440,6 @@ def test_markdown_keeps_its_columns() -> None:
     assert "| --- | ---: |" in lines
     assert "| d |  |" in lines
     assert "- note #1" in lines
-
-
-def test_latex_escapes_its_special_characters() -> None:
-    text = latex(TABLE)
-    assert r"a\textbar{}b\_c & 1.00 [0.50, 2.00] \\" in text
-    assert r"\caption{A\_B. 100 \% \& more note \#1}" in text
-    assert r"\begin{tabular}{lr}" in text
 
 
 def test_a_setting_is_read_at_its_place_and_one_that_is_not_recorded_is_left_out(
