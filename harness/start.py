@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 SPINS = "10000"
@@ -20,7 +21,12 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def main() -> None:
     """Run the command line: entry point of `run.py` and of the `kvmerge` command."""
+    if "--version" in sys.argv[1:]:
+        print(f"kvmerge {version('kvmerge')}")
+        return
     settle_threads()
+    # at once, as the imports alone take seconds; to stderr, which is no part of what --cfg prints
+    print("kvmerge: loading torch and transformers", file=sys.stderr, flush=True)
     try:
         from harness import cli
     except KeyboardInterrupt:

@@ -19,6 +19,8 @@ from harness.results import Results
 
 logger = logging.getLogger(__name__)
 
+NAMED = 3
+"""Tasks of which nothing is published that are named one by one; more are counted."""
 PROFILE = "official"
 """The benchmark profile that published bands hold under; a benchmark without profiles has it."""
 
@@ -138,7 +140,10 @@ def summary_lines(found: Sequence[Gate]) -> list[tuple[Verdict, str]]:
         lines.append((Verdict.INSIDE, f"Gate: the full cache is inside its published band on {names}."))
     unclear = [gate for gate in found if gate.verdict is Verdict.NOT_COMPARABLE]
     for reason in dict.fromkeys(gate.reason for gate in unclear):
-        texts = ", ".join(gate.text for gate in unclear if gate.reason == reason)
+        of_reason = [gate for gate in unclear if gate.reason == reason]
+        texts = ", ".join(gate.text for gate in of_reason)
+        if len(of_reason) > NAMED and all(gate.published is None for gate in of_reason):
+            texts = f"all {len(of_reason)} tasks"
         lines.append((Verdict.NOT_COMPARABLE, f"Gate not comparable, {reason}: {texts}."))
     return lines
 

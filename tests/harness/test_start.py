@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import kvmerge
 from harness.start import SPINS, settle_threads, usable_processors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +59,15 @@ def test_an_interrupt_while_torch_is_imported_has_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130
-    assert done.stderr == ""
+    assert done.stderr == "kvmerge: loading torch and transformers\n"
+
+
+def test_the_version_is_ours_and_costs_no_import() -> None:
+    code = "import sys, harness.start; harness.start.main(); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"kvmerge {kvmerge.__version__}\nFalse\n"
+    assert kvmerge.__version__ == version("kvmerge")
 
 
 def test_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch):

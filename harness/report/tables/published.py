@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from harness.report.bootstrap import Scored, aggregate
-from harness.report.gates import PROFILE, Gate, gates, outside, profile_of
+from harness.report.gates import NAMED, PROFILE, Gate, gates, outside, profile_of
 from harness.report.published import QUOTED, Reference, Source, for_benchmark, members
 from harness.report.run import Run
 from harness.report.tables.table import Table, number, score_text, tidy
-from harness.report.words import INTERVAL, setting, subject
+from harness.report.words import INTERVAL, count_tasks, setting, span, subject
 
 MARK = " †"
-
-
 MARK_NOTE = (
     "†: the full cache is outside its published band, so these rows do not count as a reproduction."
 )
-
-
 QUOTED_NOTE = f"{QUOTED}: quoted by somebody else than its authors, and not checked against their text."
 
 
@@ -73,7 +70,7 @@ def gate_table(run: Run, references: Iterable[Reference]) -> Table | None:
             "read in",
             "source",
         ),
-        rows=tuple(_gate_row(gate) for gate in found),
+        rows=tuple(_gate_rows(found)),
         notes=_quoted_note(gate.published for gate in found),
         data=tidy(
             run,
@@ -94,6 +91,19 @@ def gate_table(run: Run, references: Iterable[Reference]) -> Table | None:
         ),
         subject=subject(run),
     )
+
+
+def _gate_rows(found: Sequence[Gate]) -> Iterator[tuple[str, ...]]:
+    """Yield a row a gate; of many tasks of which nothing is published, one for all."""
+    alone = [gate for gate in found if gate.published is None]
+    together = len(alone) > NAMED
+    yield from (_gate_row(gate) for gate in found if gate.published or not together)
+    if together:
+        for reason in dict.fromkeys(gate.reason for gate in alone):
+            of_reason = [gate for gate in alone if gate.reason == reason]
+            first = replace(of_reason[0], task=count_tasks(len(of_reason)), ours=None)
+            task, _, *rest = _gate_row(first)
+            yield (task, span({gate.samples for gate in of_reason}), *rest)
 
 
 def _gate_row(gate: Gate) -> tuple[str, ...]:

@@ -142,6 +142,21 @@ def test_rows_from_a_folder_are_compared_with_that_said(tmp_path: Path) -> None:
     assert gate.reason == "rows from rows: only their number was compared"
 
 
+def test_many_tasks_of_which_nothing_is_published_are_one_line_and_one_row(tmp_path: Path) -> None:
+    tasks = ["qasper", "trec", "samsum", "lcc"]
+    run = a_run(tmp_path, dict.fromkeys(tasks, 50.0), model="mine")
+    unpublished = [gate for gate in gates(run, REFERENCES) if gate.published is None]
+    assert [gate.task for gate in unpublished] == tasks
+    why = "no task scores published for mine"
+    assert (Verdict.NOT_COMPARABLE, f"Gate not comparable, {why}: all 4 tasks.") in summary_lines(
+        gates(run, REFERENCES)
+    )
+    table = gate_table(run, REFERENCES)
+    assert table is not None
+    assert [row[0] for row in table.rows if row[6] == why] == ["4 tasks"]
+    assert list(table.data[table.data.reason == why].task) == tasks
+
+
 def test_a_benchmark_of_which_nothing_is_published_has_no_gate(tmp_path: Path) -> None:
     run = a_run(tmp_path, {"passkey": 19.2}, benchmark="mini")
     assert gates(run, REFERENCES) == []
