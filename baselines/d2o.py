@@ -52,6 +52,11 @@ class D2O(Method):
         return self.alloc == "variance" or self.bug_compat
 
     @property
+    def meets_budget(self) -> bool:  # type: ignore[override]
+        """Limits and rounding of the authors' shares leave the mean only near the budget."""
+        return not self.allocates
+
+    @property
     def acts_on_decode(self) -> bool:  # type: ignore[override]
         """The authors' code does nothing before the first decode step."""
         return self.bug_compat

@@ -35,6 +35,11 @@ class PyramidKV(SnapKV):
         if type(self.beta) is not int or self.beta < 1:
             raise UserError(f"beta={self.beta} must be a whole number, 1 or more.")
 
+    @property
+    def meets_budget(self) -> bool:  # type: ignore[override]
+        """The authors' rounding exceeds it."""
+        return self.exact
+
     def allocate(self, layers: Sequence[PrefillLayer], allowance: Allowance) -> list[int]:
         """Return the entries per KV head for each layer."""
         return layer_counts(

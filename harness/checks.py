@@ -28,8 +28,6 @@ from kvmerge.cells import Cell
 from kvmerge.engine import Comparison, Decoder, Stop
 from kvmerge.families import local_windows
 from kvmerge.hook import hooked
-from kvmerge.kvmerger import KVMerger
-from kvmerge.method import Method
 from kvmerge.models import DTYPES
 from kvmerge.session import Policy, Row, RowStats
 
@@ -261,14 +259,14 @@ class Budgets:
         self.policy = policy
         self.judged: set[str] = set()
         self.free: set[str] = set()
-        """Cells whose number of entries is a threshold's and no budget's."""
+        """Cells whose number of entries is a threshold's or the authors' rounding's, no budget's."""
         self.prompts: set[str] = set()
         self.wrong: dict[str, str] = {}
 
     def see(self, prompt: Prompt, cell: Cell, stats: RowStats) -> None:
         """Look at what one cell kept of one prompt."""
         self.prompts.add(prompt.name)
-        if not meets_its_budget(cell.method):
+        if not cell.method.meets_budget:
             self.free.add(cell.name)
             return
         self.judged.add(cell.name)
@@ -306,13 +304,12 @@ class Budgets:
         looked_at = f"{len(self.judged)} cells, every layer and KV head of {len(self.prompts)} prompts"
         if self.wrong:
             return Check("budgets", looked_at, Status.FAILED, _some(list(self.wrong.values())))
-        free = f"; {', '.join(sorted(self.free))} keep what a threshold gives" if self.free else ""
+        free = (
+            f"; {', '.join(sorted(self.free))} keep what a threshold or rounding gives"
+            if self.free
+            else ""
+        )
         return Check("budgets", looked_at, Status.PASSED, f"met to the entry{free}")
-
-
-def meets_its_budget(method: Method) -> bool:
-    """Return whether a method keeps what it is allowed, and no other number."""
-    return not isinstance(method, KVMerger) or method.holds
 
 
 class Compression:

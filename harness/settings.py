@@ -125,7 +125,7 @@ class Settings:
 
     def row(self, cell: Cell, seed: int) -> Row:
         """Return what the engine runs for a cell and a seed."""
-        return Row(cell.method, cell.budget, seed)
+        return Row(cell.method, cell.budget, seed, cell=cell.name)
 
     def seeds(self, cell: Cell) -> list[int]:
         """Return the seeds that a cell runs with: one, unless its method draws."""

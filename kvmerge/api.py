@@ -83,11 +83,15 @@ def compressed(
         )
     block = _Block(model, Row(method, Budget.parse(budget), seed), Policy(decode_policy))
     with hooked(model), _replaced(model, "generate", block.generate):
-        handle = model.register_forward_pre_hook(block.before, with_kwargs=True)
+        handles = (
+            model.register_forward_pre_hook(block.before, with_kwargs=True),
+            model.register_forward_hook(block.after, with_kwargs=True),
+        )
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 @contextlib.contextmanager
@@ -168,6 +172,10 @@ class _Block:
         cache.let_in()
         rest = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         return (), rest | placed | {cache_name(self.model): cache, SESSION: cache.session}
+
+    def after(self, _: torch.nn.Module, __: Any, kwargs: dict[str, Any], ___: Any) -> None:
+        """Hold a forward call that has ended against what was asked; a hook that runs after it."""
+        kwargs[SESSION].passed()
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:
         """Refuse a forward call that cannot be compressed, whatever its cache."""

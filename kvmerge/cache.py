@@ -8,13 +8,15 @@ call per distinct length, without padding the short rows to the longest.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvmerge.kernels.attention import cached_attention, weighted_attention
+from kvmerge.kernels.attention import Read, cached_attention, weighted_attention
 from kvmerge.method import Entries
+from kvmerge.proof import LayerProof
 from kvmerge.rope import Rope
 from kvmerge.softmax import Softmax
 
@@ -37,8 +39,15 @@ class Group(Protocol):
         """Return every row to its state after prefill."""
         ...
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax) -> Tensor:
-        """Append the new entries of the active rows and attend; shapes as in `cached_attention`."""
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        softmax: Softmax,
+        read: Read | None = None,
+    ) -> Tensor:
+        """Append the new entries of the active rows and attend; arguments as in `cached_attention`."""
         ...
 
     def nbytes(self) -> int:
@@ -107,8 +116,15 @@ class RowGroup:
         """Count the bytes of the keys and values stored for all rows, unused room left out."""
         return self.keys[:, :, : self.length].nbytes + self.values[:, :, : self.length].nbytes
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax) -> Tensor:
-        """Append the new entries of the active rows and attend; shapes as in `cached_attention`."""
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        softmax: Softmax,
+        read: Read | None = None,
+    ) -> Tensor:
+        """Append the new entries of the active rows and attend; arguments as in `cached_attention`."""
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             self._grow(end)
@@ -118,7 +134,7 @@ class RowGroup:
         self.length = end
         bias = None if self.bias is None else self.bias[active, :, :end]
         stored = self.keys[active, :, :end], self.values[active, :, :end]
-        return cached_attention(queries, *stored, softmax, bias, self.window)
+        return cached_attention(queries, *stored, softmax, bias, self.window, read)
 
 
 class SteppedRow:
@@ -164,7 +180,14 @@ class SteppedRow:
         """Count the bytes of the keys and values stored."""
         return self.entries.keys.nbytes + self.entries.values.nbytes
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax) -> Tensor:
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        softmax: Softmax,
+        read: Read | None = None,
+    ) -> Tensor:
         """Take the new tokens one at a time: attend over all that is stored, then hold."""
         outputs = []
         for token in range(keys.shape[2]):
@@ -176,7 +199,7 @@ class SteppedRow:
                 index = torch.arange(seen.shape[2], device=seen.device)
                 seen = self.rolled.rotate(seen, index - stored.positions)
                 query = self.rolled.rotate(query, index[-1:] - position)
-            out, weights = weighted_attention(query, seen, stored.values, softmax, stored.bias)
+            out, weights = weighted_attention(query, seen, stored.values, softmax, stored.bias, read)
             if self.hold is not None:
                 stored = self.hold(stored, weights, self.steps)
             self.entries = stored
@@ -214,6 +237,7 @@ class LayerCache:
         capacity: int,
         stepped: Mapping[int, SteppedRow] | None = None,
         window: int | None = None,
+        proof: LayerProof | None = None,
     ) -> None:
         """Group the rows by length; `entries[row]` has batch 1.
 
@@ -221,7 +245,9 @@ class LayerCache:
             capacity: new tokens that each row has room for before its buffer must grow.
             stepped: rows that do not simply append, by their index.
             window: the last entries that a token sees in this layer; None: all.
+            proof: counts what attention reads.
         """
+        self.proof = proof
         self.groups: list[Group] = list((stepped or {}).values())
         by_length: dict[int, list[int]] = {}
         for row, entry in enumerate(entries):
@@ -252,7 +278,9 @@ class LayerCache:
         slot_of = {row: slot for slot, row in enumerate(order)}
         out = torch.empty_like(queries)
         for group in self.groups:
-            slots = [slot_of[row] for row in group.rows[: group.active]]
-            if slots:
-                out[slots] = group.attend(queries[slots], keys[slots], values[slots], softmax)
+            rows = group.rows[: group.active]
+            if rows:
+                slots = [slot_of[row] for row in rows]
+                read = None if self.proof is None else partial(self.proof.read, rows)
+                out[slots] = group.attend(queries[slots], keys[slots], values[slots], softmax, read)
         return out

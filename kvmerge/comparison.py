@@ -94,7 +94,7 @@ def compare(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
     compared = parse_cells(cells)
-    rows = [Row(cell.method, cell.budget, seed) for cell in compared]
+    rows = [Row(cell.method, cell.budget, seed, cell=cell.name) for cell in compared]
     reference = None
     if fidelity:
         reference = next((index for index, cell in enumerate(compared) if cell.is_full), len(rows))

@@ -27,6 +27,7 @@ from kvmerge.limits import check_fits, is_past_the_switch
 from kvmerge.method import Entries, PrefillLayer
 from kvmerge.session import (
     DEFAULT_POLICY,
+    CacheSession,
     Observer,
     Policy,
     Row,
@@ -181,6 +182,19 @@ class Decoder:
                 parts.append(comparison.session.attend(layer_idx, *states, softmax))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def place(self, positions: Tensor | None) -> None:
+        """Hold the positions of new tokens against the texts (see `kvmerge.hook.Session`)."""
+        begin = 0
+        for session in self._sessions():
+            rows = slice(begin, begin + len(session.order))
+            begin = rows.stop
+            session.place(None if positions is None else positions[rows])
+
+    def passed(self) -> None:
+        """End a forward pass (see `kvmerge.hook.Session`)."""
+        for session in self._sessions():
+            session.passed()
+
     @torch.inference_mode()
     def decode(self, stop: Stop) -> list[list[list[int]]]:
         """Decode all rows together, greedily; a finished row leaves the batch.
@@ -237,6 +251,10 @@ class Decoder:
                 of_rows[:, : max(0, length - begin)]
                 for of_rows, length in zip(by_comparison, lengths, strict=True)
             ]
+
+    def _sessions(self) -> list[CacheSession]:
+        """Return the sessions that have a row in the batch, in its order."""
+        return [each.session for each in self.comparisons if each.session.order]
 
     def _active(self) -> list[tuple[int, int]]:
         """Return the comparison and row of each slot of the batch."""

@@ -46,6 +46,25 @@ class Session(Protocol):
         """
         ...
 
+    def place(self, positions: Tensor | None) -> None:
+        """Hold the positions of new tokens, as they reach the model's layers, against the text.
+
+        Args:
+            positions: `(batch, n)`; None: the layers are given none.
+
+        Raises:
+            UnprovenError: if they do not go on where the text stands.
+        """
+        ...
+
+    def passed(self) -> None:
+        """End a forward pass.
+
+        Raises:
+            UnprovenError: if its attention was not what the session's rows claim (`kvmerge.proof`).
+        """
+        ...
+
 
 def _attend(
     module: nn.Module,
@@ -71,6 +90,13 @@ def _attend(
     softmax = Softmax(scale, softcap, s_aux)
     out = session.attend(int(module.layer_idx), query, key, value, softmax)  # type: ignore[arg-type]
     return out.transpose(1, 2).contiguous(), None
+
+
+def _before_layers(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Show a session the positions that reach the layers; a hook of the model's decoder."""
+    session: Session | None = kwargs.get(SESSION)
+    if session is not None:
+        session.place(kwargs.get("position_ids"))
 
 
 def _no_mask(**_: Any) -> None:
@@ -112,7 +138,11 @@ def hooked(model: PreTrainedModel) -> Iterator[None]:
                     f"{type(model).__name__} does not let its attention be replaced: it does not use "
                     "transformers' AttentionInterface."
                 )
-            yield
+            handle = model.get_decoder().register_forward_pre_hook(_before_layers, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
         finally:
             model.set_attn_implementation(previous)
     finally:
@@ -144,10 +174,12 @@ def forward(
     Returns:
         `(batch, n or logits_to_keep, vocabulary)` logits.
     """
-    return model(
+    logits = model(
         input_ids=input_ids,
         position_ids=positions,
         use_cache=False,
         logits_to_keep=logits_to_keep,
         **{SESSION: session},
     ).logits
+    session.passed()
+    return logits

@@ -124,6 +124,16 @@ class KVMerger(Method):
         """A cache without a budget cannot return to it."""
         return self.budget_mode != "eps_free" and self.underfill == "split"
 
+    @property
+    def meets_budget(self) -> bool:  # type: ignore[override]
+        """A threshold alone says nothing of a budget, and may merge more than one asks for."""
+        return self.holds
+
+    @property
+    def hold_every(self) -> int:  # type: ignore[override]
+        """Entries are merged again only now and then."""
+        return self.merge_every
+
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Merge one layer down to the allowance (docs/methods.md)."""
         entries = replace(keep_all(layer), scores=layer.column_scores())

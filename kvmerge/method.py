@@ -132,6 +132,11 @@ class Method(ABC):
     and its first answer token may differ from the full cache's."""
     simulates: ClassVar[bool] = False
     """Whether entries are hidden rather than dropped: memory stays that of the full cache."""
+    meets_budget: ClassVar[bool] = True
+    """Whether every KV head keeps what it is allowed, where layers divide it on the mean over layers.
+    False where a threshold or the authors' rounding says how many: the achieved budget tells."""
+    hold_every: ClassVar[int] = 1
+    """Decode steps after which `hold` has returned to the allowance."""
 
     @abstractmethod
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:

@@ -22,6 +22,7 @@ from kvmerge.errors import UserError, unknown
 from kvmerge.families import local_windows
 from kvmerge.kernels.attention import attention_and_scores, masked_attention
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, tail
+from kvmerge.proof import Claim, Proof
 from kvmerge.rope import Rope
 from kvmerge.scores import column_sums
 from kvmerge.softmax import Softmax
@@ -128,6 +129,8 @@ class Row:
     seed: int = 0
     prompt: int = 0
     """Which sequence of the prefill batch the row decodes."""
+    cell: str = ""
+    """What errors call it; empty: by its method's class and the budget."""
 
 
 @dataclass
@@ -145,6 +148,9 @@ class RowStats:
     """Bytes of what is stored beside them (set sizes, logit biases)."""
     represented: list[list[int]] | None = None
     """Prompt tokens that the entries stand for, by layer and KV head; None unless sizes are kept."""
+    read: list[list[int]] | None = None
+    """Entries of the prompt that attention read for the first token fed after it, those that are hidden
+    left out, by layer and KV head as `entries` are; None where no token was fed."""
 
     def add_layer(self, kept: Entries) -> None:
         """Count one more layer."""
@@ -218,6 +224,7 @@ class CacheSession:
         self.sample_ids = list(sample_ids)
         self.observer = observer
         self.stats = [RowStats() for _ in rows]
+        self.proof = Proof(num_layers, [self._name(row) for row in rows])
         self.layers: list[LayerCache] = []
         self.order = list(range(len(self.rows)))
         """Rows that take part in the next forward pass, in batch order."""
@@ -232,6 +239,22 @@ class CacheSession:
             capacity: new entries that each row has room for before its buffer must grow.
         """
         self.lengths, self.capacity = list(lengths), capacity
+
+    def place(self, positions: Tensor | None) -> None:
+        """Hold the positions of the next forward pass against those of the texts."""
+        if self.layers:
+            rows = self.order
+            begins = [self.lengths[self.rows[row].prompt] + self.proof.fed for row in rows]
+        else:
+            rows = [self._rows_of(prompt)[0] for prompt in range(len(self.lengths))]
+            width = 0 if positions is None else positions.shape[1]
+            begins = [length - width for length in self.lengths]
+        self.proof.place(positions, rows, begins)
+
+    def passed(self) -> None:
+        """Hold a forward pass that has ended against what was asked (see `kvmerge.proof`)."""
+        for row, found in self.proof.passed(self.order).items():
+            self.stats[row].read = found
 
     def attend(
         self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
@@ -261,7 +284,7 @@ class CacheSession:
         softmax: Softmax,
     ) -> tuple[PrefillLayer, Tensor]:
         """Attend to one prompt in one layer; return what the compressors are handed, and the output."""
-        indices = [index for index, row in enumerate(self.rows) if row.prompt == prompt]
+        indices = self._rows_of(prompt)
         first = indices[0]
         window = self.windows[layer_idx]
         # such a row has its prefill to itself
@@ -319,7 +342,9 @@ class CacheSession:
             for index, row in enumerate(self.rows)
             if self.policy.rolled or self.policy.decides(row.method)
         }
-        self.layers.append(LayerCache(entries, self.capacity, stepped))
+        claims = [self._claim(i, layers[row.prompt], entries[i]) for i, row in enumerate(self.rows)]
+        proof = self.proof.add(claims)
+        self.layers.append(LayerCache(entries, self.capacity, stepped, proof=proof))
 
     def _store_window(self, layers: Sequence[PrefillLayer]) -> None:
         """Keep what the window of a local layer still holds at the next token, for every row alike."""
@@ -328,7 +353,12 @@ class CacheSession:
         entries = [tail(layers[row.prompt], window - 1) for row in self.rows]
         for stats, kept in zip(self.stats, entries, strict=True):
             stats.local_bytes += kept.keys.nbytes + kept.values.nbytes
-        self.layers.append(LayerCache(entries, self.capacity, window=window))
+        claims = [
+            Claim.of(kept, self.proof.names[i], row.method, kept.keys.shape[2])
+            for i, (row, kept) in enumerate(zip(self.rows, entries, strict=True))
+        ]
+        proof = self.proof.add(claims, window)
+        self.layers.append(LayerCache(entries, self.capacity, window=window, proof=proof))
 
     def retire(self, row: int) -> None:
         """Take a finished row out of the next forward passes."""
@@ -339,8 +369,12 @@ class CacheSession:
     def rewind(self) -> None:
         """Return every row to its state after prefill."""
         self.order = list(range(len(self.rows)))
+        self.proof.rewind()
         for layer in self.layers:
             layer.rewind()
+
+    def _rows_of(self, prompt: int) -> list[int]:
+        return [index for index, row in enumerate(self.rows) if row.prompt == prompt]
 
     def _wants_scores(self, index: int, length: int) -> bool:
         """Return whether a row's method will look at the scores; the full cache alone needs none."""
@@ -363,6 +397,43 @@ class CacheSession:
         if self.observer is not None:
             self.observer(index, layer.layer_idx, layer, kept)
         return kept
+
+    def _claim(self, index: int, layer: PrefillLayer, kept: Entries) -> Claim:
+        """Return what attention must read of what a row keeps of a layer."""
+        row = self.rows[index]
+        length = self.lengths[row.prompt]
+        asked, _ = self.policy.allowance(
+            row.budget, length, layer.layer_idx, self.num_layers, self._local
+        )
+        if asked >= length:  # then it is the prefill's own keys and values, whoever handed them on
+            kept = replace(keep_all(layer), bias=kept.bias)
+        if self.policy.rolled:
+            assert self.rope is not None
+            places = torch.arange(kept.positions.shape[-1], device=kept.positions.device)
+            kept = replace(kept, keys=self.rope.rotate(kept.keys, places - kept.positions))
+        most = None
+        if self.policy.decides(row.method) and row.method.meets_budget and not row.method.simulates:
+            most = self._allowance(index, layer.layer_idx).n_keep + row.method.hold_every
+        return Claim.of(
+            kept,
+            self.proof.names[index],
+            row.method,
+            asked,
+            counts=self.stats[index].entries[-1],
+            decides=self.policy.decides(row.method),
+            most=most,
+        )
+
+    def _name(self, row: Row) -> str:
+        """Return what errors call a row and its sample."""
+        cell = row.cell or f"{type(row.method).__name__}@{row.budget}"
+        sample = self.sample_ids[row.prompt]
+        return f"{cell} on {sample}" if sample else cell
+
+    def keeps_all(self, index: int) -> bool:
+        """Return whether a row's budget holds its whole prompt, in every layer that it counts."""
+        length = self.lengths[self.rows[index].prompt]
+        return all(layer.claims[index].asked >= length for layer in self.proof.counted)
 
     def _allowance(self, index: int, layer_idx: int, step: int | None = None) -> Allowance:
         row = self.rows[index]

@@ -125,6 +125,16 @@ def layer(
     return PrefillLayer(queries, keys, values, scores, 0, LAYERS, plain(head_dim))
 
 
+class AnySession:
+    """What a session of a test's own need not look at."""
+
+    def place(self, positions: Tensor | None) -> None:
+        pass
+
+    def passed(self) -> None:
+        pass
+
+
 def replayed(comparison: Comparison, text: Sequence[int]) -> Tensor:
     """`(rows, n, vocabulary)` logits of one comparison along a text, its first token left out."""
     return torch.cat([parts[0] for parts in Decoder([comparison]).replay([text])], dim=1)

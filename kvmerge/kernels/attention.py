@@ -5,6 +5,8 @@ Everything that depends on the names inside torch is in this folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -12,6 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvmerge.kernels import tiled
 from kvmerge.scores import column_sums
 from kvmerge.softmax import Softmax
+
+Read = Callable[[int, Tensor, Tensor, Tensor | None], None]
+"""Told by attention over a cache what it is about to read: (new tokens, keys, values, bias), the very
+tensors that it multiplies and adds."""
 
 
 def attention_and_scores(
@@ -112,6 +118,7 @@ def cached_attention(
     softmax: Softmax,
     bias: Tensor | None = None,
     window: int | None = None,
+    read: Read | None = None,
 ) -> Tensor:
     """Attend with `n` new tokens over a cache whose last `n` entries are their own.
 
@@ -122,6 +129,7 @@ def cached_attention(
         softmax: the layer's.
         bias: `(rows, kv_heads, length)` added to the logits, or None.
         window: the last entries that a token sees, its own among them; None: all.
+        read: told what is read.
 
     Returns:
         `(rows, heads, n, head_dim)`.
@@ -131,6 +139,8 @@ def cached_attention(
         seen = slice(max(0, keys.shape[2] - window - n_new + 1), None)
         keys, values = keys[:, :, seen], values[:, :, seen]
         bias = None if bias is None else bias[:, :, seen]
+    if read is not None:
+        read(n_new, keys, values, bias)
     kv_heads, length = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     # The query heads of a group become rows of one attention over their KV head: no repeated keys.
@@ -165,7 +175,12 @@ def _whole_map(
 
 
 def weighted_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, bias: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    softmax: Softmax,
+    bias: Tensor | None = None,
+    read: Read | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with one new token and return the weights too, for methods that look at them.
 
@@ -175,10 +190,13 @@ def weighted_attention(
         values: `(rows, kv_heads, length, head_dim)`.
         softmax: the layer's.
         bias: `(rows, kv_heads, length)` added to the logits, or None.
+        read: told what is read.
 
     Returns:
         output `(rows, heads, 1, head_dim)`; weights `(rows, heads, length)` float32.
     """
+    if read is not None:
+        read(1, keys, values, bias)
     kv_heads = keys.shape[1]
     grouped = queries.squeeze(2).unflatten(1, (kv_heads, -1))  # (rows, kv_heads, group, head_dim)
     logits = softmax.logits(torch.matmul(grouped, keys.transpose(2, 3)).float())

@@ -39,7 +39,8 @@ def method(name: str, **settings: object) -> Method:
 
 
 def row(name: str, budget: float | int, seed: int = 0) -> Row:
-    return Row(method(name), Budget.parse(budget), seed)
+    # the full cache keeps everything, and no other budget is its own
+    return Row(method(name), Budget.parse(1 if name == "full" else budget), seed)
 
 
 def run(model, input_ids, rows, stop=ANSWER, **settings):
@@ -125,7 +126,7 @@ def unchanged_tokens(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_entries_and_bytes_after_prefill(name, budget, kv_heads):
     model, input_ids = shared_model(kv_heads=kv_heads), prompt(50)
-    each = row(name, 1 if name == "full" else budget)
+    each = row(name, budget)
     stats = run(model, input_ids, [each], Stop(1, NEVER))[0].stats
     n_keep = each.budget.entries(50)
     if each.method.simulates:
@@ -163,7 +164,7 @@ def stored_bytes(model, input_ids, each, answer, policy=DEFAULT_POLICY):
 @pytest.mark.parametrize("name", METHODS)
 def test_append_stores_one_entry_a_step(name, kv_heads):
     model, input_ids = shared_model(kv_heads=kv_heads), prompt(50)
-    each = row(name, 1 if name == "full" else 0.35)
+    each = row(name, 0.35)
     n_keep = 50 if each.method.simulates else each.budget.entries(50)
     found = stored_bytes(model, input_ids, each, [5, 6, 7])
     entry = LAYERS * kv_heads * 2 * HEAD_DIM * 4

@@ -19,6 +19,7 @@ from kvmerge.session import Row, seeded_generator
 from kvmerge.softmax import Softmax
 from tests.fidelity.official import _inputs, cam
 from tests.fidelity.vectors import TinyRun, close, recorded
+from tests.tiny import AnySession
 
 OFFICIAL = recorded("cam")
 HEADS, PROMPT, STEPS = _inputs.HEADS, _inputs.PROMPT, _inputs.STEPS
@@ -91,7 +92,7 @@ def test_replaying_a_prompt_token_by_token(start: int, recent: int) -> None:
     close(found.scores[0], official["scores"])
 
 
-class Streamed:
+class Streamed(AnySession):
     """A session that reads every token as a decode step, as the authors do."""
 
     def __init__(self, method: CaMGenerate, n_keep: int, rope: Rope) -> None:

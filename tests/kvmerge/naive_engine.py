@@ -20,10 +20,11 @@ from kvmerge.rope import Rope
 from kvmerge.session import DEFAULT_POLICY, Policy, Row, seeded_generator
 from kvmerge.softmax import Softmax
 from tests.kvmerge import oracles
+from tests.tiny import AnySession
 
 
 @dataclass
-class NaiveSession:
+class NaiveSession(AnySession):
     """One row's cache."""
 
     row: Row

@@ -6,14 +6,14 @@ import torch
 from kvmerge.errors import UserError
 from kvmerge.hook import forward, hooked
 from kvmerge.rope import Rope
-from tests.tiny import FAMILIES, new_model, normal, prompt, shared_model
+from tests.tiny import FAMILIES, AnySession, new_model, normal, prompt, shared_model
 
 
 def keys_at(model, input_ids, first):
     """Keys of the first layer after RoPE, with the prompt placed at `first`, `first + 1`, …"""
     seen = []
 
-    class Recorder:
+    class Recorder(AnySession):
         def attend(self, layer_idx, queries, keys, values, scale):
             seen.append(keys)
             return torch.zeros_like(queries)

@@ -8,7 +8,7 @@ from kvmerge.hook import NAME, forward, hooked
 from kvmerge.kernels.attention import attention_and_scores, cached_attention, prefill_attention
 from kvmerge.softmax import Softmax
 from tests.kvmerge import oracles
-from tests.tiny import new_model, normal, prompt, shared_model
+from tests.tiny import AnySession, new_model, normal, prompt, shared_model
 
 
 def plain(queries, keys, values, scale, bias=None):
@@ -88,7 +88,7 @@ def test_a_hooked_model_has_its_own_attention_again_after_an_error(implementatio
     model = new_model()
     model.set_attn_implementation(implementation)
 
-    class Broken:
+    class Broken(AnySession):
         def attend(self, *_):
             raise KeyError("inside")
 
@@ -106,7 +106,7 @@ def test_a_hooked_model_needs_a_session():
 def test_the_session_is_given_the_scale_of_the_model():
     seen = []
 
-    class Recorder:
+    class Recorder(AnySession):
         def attend(self, layer_idx, queries, keys, values, softmax):
             seen.append((layer_idx, queries.shape, keys.shape, softmax))
             return torch.zeros_like(queries)
