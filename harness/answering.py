@@ -27,6 +27,7 @@ from kvmerge.engine import (
 )
 from kvmerge.errors import UserError, is_out_of_memory
 from kvmerge.models import stop_token_ids
+from kvmerge.proof import UnprovenError
 from kvmerge.session import Row
 
 Lines = list[tuple[Cell, Record]]
@@ -125,6 +126,8 @@ class Answerer:
                 stop = stop_rule(self.settings, self.model, self.tokenizer, batch[0].job.task)
                 return run_samples(self.model, requests, stop)
             return score_continuations(self.model, requests, [text or [] for text in texts])
+        except UnprovenError:
+            raise  # it names the cell and the sample
         except UserError as error:
             named = (f"{p.job.sample.id!r} ({len(p.encoded.prompt)} prompt tokens)" for p in batch)
             where = f"task {batch[0].job.task.name}, sample {', '.join(named)}"

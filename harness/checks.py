@@ -29,6 +29,7 @@ from kvmerge.engine import Comparison, Decoder, Stop
 from kvmerge.families import local_windows
 from kvmerge.hook import hooked
 from kvmerge.models import DTYPES
+from kvmerge.proof import UnprovenError
 from kvmerge.session import Policy, Row, RowStats
 
 _GOLDEN = Path(__file__).with_name("golden_prompts.json")
@@ -388,6 +389,12 @@ def full_budgets(
         found = "there is no method but the full cache"
         return Check("full budgets", looked_at, Status.NOT_APPLICABLE, found)
     return Check("full budgets", looked_at, Status.PASSED, "tokens and logits equal, bit for bit")
+
+
+def unproven(settings: Settings, error: UnprovenError) -> Check:
+    """Sum up what ended the checks, since nothing can be said of a cell that reads another cache."""
+    looked_at = f"what attention reads for {len(settings.cells)} cells, every step, layer and KV head"
+    return Check("no silent no-op", looked_at, Status.FAILED, str(error).removesuffix("."))
 
 
 def published_scores(found: Sequence[Gate]) -> Check:

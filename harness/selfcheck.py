@@ -33,6 +33,7 @@ from harness.checks import (
     plain_answer,
     published_scores,
     rounding,
+    unproven,
 )
 from harness.lock import only_writer
 from harness.plan import print_plan
@@ -48,6 +49,7 @@ from kvmerge.errors import UserError, is_out_of_memory
 from kvmerge.files import remove_leftovers, write_atomically
 from kvmerge.limits import check_fits
 from kvmerge.models import load
+from kvmerge.proof import UnprovenError
 from kvmerge.resolve import build
 
 _MOST_TASKS = 3
@@ -103,12 +105,17 @@ def selfcheck(settings: Settings, console: Console) -> None:
         check_resumable(Results(settings.results_dir), prints)
         model, tokenizer = load(settings.model)
         golden, golden_ids = golden_prompts(settings, tokenizer)
-        checks = [golden, *_checks_on_prompts(settings, model, tokenizer)]
-        results = run(settings, loaded=(model, tokenizer))
-        gates = sampled_gates(load_run(settings.output_dir, results), load_references())
-        checks.append(published_scores(gates))
+        checks, pace = [golden], ""
+        try:
+            checks += _checks_on_prompts(settings, model, tokenizer)
+            results = run(settings, loaded=(model, tokenizer))
+        except UnprovenError as error:
+            checks.append(unproven(settings, error))
+        else:
+            gates = sampled_gates(load_run(settings.output_dir, results), load_references())
+            checks.append(published_scores(gates))
+            pace = whole_tasks(results)
         verdict = Verdict(checks)
-        pace = whole_tasks(results)
         _write(settings, verdict, pace, golden_ids)
     _show(verdict, pace, console)
     console.print(f"  {folder / 'selfcheck.md'}", soft_wrap=True, highlight=False)

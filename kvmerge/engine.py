@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from kvmerge.hook import forward, hooked
 from kvmerge.limits import check_fits, is_past_the_switch
 from kvmerge.method import Entries, PrefillLayer
+from kvmerge.proof import UnprovenError
 from kvmerge.session import (
     DEFAULT_POLICY,
     CacheSession,
@@ -136,6 +137,18 @@ class Comparison:
     def stats(self) -> list[RowStats]:
         """What each row keeps of the prompt."""
         return self.session.stats
+
+    @torch.inference_mode()
+    def alone(self, row: int, text: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the logits `(n, vocabulary)` that one row, without the others, gives a text."""
+        self.session.rewind()
+        for other in range(len(self.rows)):
+            if other != row:
+                self.session.retire(other)
+        decoder = Decoder([self])
+        fed = torch.tensor([text[:-1]], device=self.model.device)
+        for begin, piece in enumerate(fed.split(_REPLAY_TOKENS, dim=1)):
+            yield decoder.feed(piece, begin * _REPLAY_TOKENS)[0].cpu()
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, capacity: int) -> Tensor:
@@ -289,6 +302,8 @@ class Tally:
         self.nll = [-float(logits.log_softmax(dim=-1)[text[0]]) for logits in first_logits]
         self.divergence = [0.0] * len(self.nll)
         self.agreement = [0] * len(self.nll)
+        self.moved = [0] * len(self.nll)
+        """By row, tokens whose logits are not the reference's, bit for bit."""
         self.compared = 0
         """Tokens after the first that were counted."""
 
@@ -297,13 +312,15 @@ class Tally:
         begin, count = 1 + self.compared, len(rows[0])
         wanted = torch.tensor(self.text[begin : begin + count], device=rows[0].device)
         self.compared += count
-        full = None if self.reference is None else rows[self.reference].float().log_softmax(dim=-1)
+        reference = self.reference or 0
+        full = None if self.reference is None else rows[reference].float().log_softmax(dim=-1)
         for row, logits in enumerate(rows):  # one at a time: a vocabulary is large
             log_p = logits.float().log_softmax(dim=-1)
             self.nll[row] -= float(log_p.gather(-1, wanted.unsqueeze(-1)).sum())
             if full is not None:
                 self.divergence[row] += float((full.exp() * (full - log_p)).sum())
                 self.agreement[row] += int((log_p.argmax(-1) == full.argmax(-1)).sum())
+                self.moved[row] += int((logits != rows[reference]).any(-1).sum())
 
     def fidelity(self) -> list[Fidelity | None]:
         """Return a figure for each row: None without a reference, or where the text is one token."""
@@ -510,7 +527,52 @@ def _tally(samples: Sequence[_Sample], texts: Sequence[Sequence[int]]) -> list[T
             rows = [row for _ in sample.comparisons for row in next(pieces)]
             if len(rows[0]):
                 tally.add(rows)
+    for sample, tally, text in zip(samples, tallies, texts, strict=True):
+        if sample.reference is not None and tally.compared:
+            check_logits(sample, tally.moved, text)
     return tallies
+
+
+def check_logits(sample: _Sample, moved: Sequence[int], text: Sequence[int]) -> None:
+    """Hold the logits of a sample's rows along a text against the full cache's (see `kvmerge.proof`).
+
+    Args:
+        sample: with a reference, after the text was replayed.
+        moved: by row, tokens whose logits are not the reference's.
+        text: at least two token ids.
+
+    Raises:
+        UnprovenError: if a row that read less than the prompt has the logits of the full cache at every
+            token, or one whose budget holds the prompt has others at any.
+    """
+    places = [(each, row) for each in sample.comparisons for row in range(len(each.rows))]
+    reference = places[sample.reference or 0]
+    if not reference[0].session.is_full(reference[1]):
+        return  # figures are taken against something else
+    followed = f"{len(text) - 1} tokens after the first"
+    for (comparison, row), tokens in zip(places, moved, strict=True):
+        session = comparison.session
+        if not tokens and session.reads_less(row):
+            what = f"it reads less than the prompt, and has the full cache's logits at all {followed}"
+            raise UnprovenError(session.proof.names[row], what)
+        if tokens and session.is_full(row) and not _equal_alone(reference, (comparison, row), text):
+            what = (
+                "its budget holds the whole prompt, and its logits are not the full cache's, bit for "
+                f"bit, at {tokens} of {followed}"
+            )
+            raise UnprovenError(session.proof.names[row], what)
+
+
+def _equal_alone(
+    one: tuple[Comparison, int], other: tuple[Comparison, int], text: Sequence[int]
+) -> bool:
+    """Return whether two rows give a text the same logits, bit for bit, each in a batch of its own.
+
+    In one batch a product may round by the place of a row in it.
+    """
+    # one after the other: the rows of a comparison share its session
+    left, right = (list(comparison.alone(row, text)) for comparison, row in (one, other))
+    return all(map(torch.equal, left, right))
 
 
 def _renumbered(observer: Observer, indices: Sequence[int]) -> Observer:

@@ -430,8 +430,19 @@ class CacheSession:
         sample = self.sample_ids[row.prompt]
         return f"{cell} on {sample}" if sample else cell
 
-    def keeps_all(self, index: int) -> bool:
-        """Return whether a row's budget holds its whole prompt, in every layer that it counts."""
+    def reads_less(self, index: int) -> bool:
+        """Return whether attention read less of a row's prompt than there is, in any layer."""
+        length = self.lengths[self.rows[index].prompt]
+        return any(count < length for layer in self.stats[index].read or [] for count in layer)
+
+    def is_full(self, index: int) -> bool:
+        """Return whether a row must equal the full cache: its budget holds the whole prompt.
+
+        A method that decides again after each step attends in another way, and drops or hides something
+        as soon as the answer outgrows the budget.
+        """
+        if self.policy.decides(self.rows[index].method):
+            return False
         length = self.lengths[self.rows[index].prompt]
         return all(layer.claims[index].asked >= length for layer in self.proof.counted)
 

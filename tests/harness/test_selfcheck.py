@@ -152,9 +152,10 @@ def test_a_method_that_keeps_everything_is_named(
 ) -> None:
     monkeypatch.setattr(H2O, "compress", lambda self, layer, allowance: keep_all(layer))
     found = failed(verdict_of(checked()))
-    assert list(found) == ["budgets", "compression"]
-    assert "h2o@0.5 keeps" in found["budgets"]
-    assert "h2o@0.35 changes nothing: its logits are the full cache's" in found["compression"]
+    assert list(found) == ["no silent no-op"]
+    assert found["no silent no-op"].startswith(
+        "h2o@0.5 on longbench/qasper/qasper-0: layer 0: attention reads "
+    )
     assert "kvmerger" not in str(found)
 
 
@@ -170,10 +171,10 @@ def test_one_entry_too_many_is_named_with_its_place(
     monkeypatch.setattr(H2O, "compress", greedy)
     written = verdict_of(checked())
     found = failed(written)
-    assert list(found) == ["budgets"]
-    assert "entries in layer 1, KV head 0 of qasper/qasper-0, where" in found["budgets"]
-    assert "layer 0" not in found["budgets"]
-    assert written["sentence"].startswith("Stop: budgets: h2o@0.5 keeps ")
+    assert list(found) == ["no silent no-op"]
+    assert "on longbench/qasper/qasper-0: layer 1: attention reads" in found["no silent no-op"]
+    assert "entries of the prompt in KV head 0, where" in found["no silent no-op"]
+    assert written["sentence"].startswith("Stop: no silent no-op: h2o@0.5 on ")
 
 
 def test_layers_that_a_method_divides_wrongly_are_named(
@@ -220,7 +221,9 @@ def test_a_method_that_drops_something_of_a_full_budget_is_named(
     monkeypatch.setattr(H2O, "compress", stingy)
     monkeypatch.setattr(H2O, "acts_on_decode", True)  # it is asked even where all may stay
     found = failed(verdict_of(checked("benchmark.tasks=[trec]")))
-    assert found["full budgets"] == "h2o at a budget of 1 is not the full cache on trec/trec-0"
+    assert found["no silent no-op"].startswith(
+        "H2O@1 on longbench/trec/trec-0: layer 0: attention reads"
+    )
 
 
 def test_another_chat_wrap_is_named_with_both_texts(command: Callable[..., Output]) -> None:

@@ -614,6 +614,7 @@ class Banded(Method):
     width: int
 
     alters_prefill = True
+    meets_budget = False
 
     def compress(self, layer, allowance):
         return keep_all(layer)
