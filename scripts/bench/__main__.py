@@ -34,6 +34,7 @@ from scripts.bench.memory import memory
 from scripts.bench.peer import peer
 from scripts.bench.prefill import prefill
 from scripts.bench.profile import stages
+from scripts.bench.proof import proof
 from scripts.bench.scaling import by_cells, by_length, picture
 
 QUESTIONS: dict[str, Callable[[Bench], list[Report]]] = {
@@ -45,6 +46,7 @@ QUESTIONS: dict[str, Callable[[Bench], list[Report]]] = {
     "scaling": lambda bench: [by_length(bench), by_cells(bench)],
     "profile": lambda bench: [stages(bench)],
     "cpu_path": lambda bench: [cpu_path(bench)],
+    "proof": lambda bench: [proof(bench)],
 }
 """What `python -m scripts.bench` answers; `--peer` adds another."""
 ON_REQUEST: dict[str, Callable[[Bench], list[Report]]] = {
