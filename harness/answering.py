@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baselines.full import Full
 from benchmarks.task import Encoded, Sample, Task
 from harness.batching import BatchSize
+from harness.prompts import Prompt
 from harness.records import KL_DECIMALS, Record
 from harness.settings import Settings
 from kvmerge.budget import Budget
@@ -71,8 +72,8 @@ class Answerer:
         rows = sum(len(settings.seeds(cell)) for cell in settings.cells)
         self.batch_size = BatchSize(settings.batch_size, model, rows)
 
-    def answer(self, jobs: Sequence[Job]) -> Iterator[Lines]:
-        """Answer jobs of one task with every missing cell; yields each job's lines in order."""
+    def answer(self, jobs: Sequence[Job]) -> Iterator[tuple[Prompt, Lines]]:
+        """Answer jobs of one task with every missing cell; yields prompt and lines of each in order."""
         waiting: list[Prepared] = []
         coming = iter(jobs)
         while True:
@@ -93,7 +94,7 @@ class Answerer:
                 continue
             del waiting[:taken]
             for prepared, result in zip(batch, results, strict=True):
-                yield self._lines(prepared, result)
+                yield self._prompt(prepared), self._lines(prepared, result)
 
     def _prepare(self, job: Job) -> Prepared:
         settings = self.settings
@@ -132,6 +133,10 @@ class Answerer:
             named = (f"{p.job.sample.id!r} ({len(p.encoded.prompt)} prompt tokens)" for p in batch)
             where = f"task {batch[0].job.task.name}, sample {', '.join(named)}"
             raise UserError(f"{where}: {error}") from error
+
+    def _prompt(self, prepared: Prepared) -> Prompt:
+        ids = prepared.encoded.prompt
+        return Prompt.of(self.tokenizer, prepared.job.sample.id, prompt_hash(ids), ids)
 
     def _lines(self, prepared: Prepared, result: Result) -> Lines:
         results, timing = result

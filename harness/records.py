@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, get_type_hints
 
 from harness.typed import Count, Misfit, Positive, Share, parse_object, shape_of
 from kvmerge.cells import file_name
@@ -180,6 +180,9 @@ class Line(Protocol):
         ...
 
 
+L = TypeVar("L", bound=Line)
+
+
 def append_record(path: Path, record: Line) -> None:
     """Add one line and have it on the disk before returning; a half-written last line goes first.
 
@@ -215,7 +218,7 @@ def append_record(path: Path, record: Line) -> None:
 
 @dataclass(frozen=True)
 class Scan:
-    """What the lines of a prediction file are; they are counted from 1."""
+    """What the lines of a file are; they are counted from 1."""
 
     path: Path
     lines: Mapping[int, bytes] = field(default_factory=dict)
@@ -270,27 +273,33 @@ class Scan:
 
 def scan(path: Path) -> Scan:
     """Look at every line of a prediction file; one that is missing has none."""
+    found, records = scan_lines(path, Record)
+    repeated, differing = _repetitions(records)
+    return replace(found, records=records, repeated=repeated, differing=differing)
+
+
+def scan_lines(path: Path, kind: type[L]) -> tuple[Scan, dict[int, L]]:
+    """Look at every line of a file, and return those that are of a kind by number, counted from 1."""
     try:
         *whole, rest = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return Scan(path)
+        return Scan(path), {}
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
-        return Scan(path, unreadable=getattr(error, "strerror", None) or str(error))
+        return Scan(path, unreadable=getattr(error, "strerror", None) or str(error)), {}
     lines = dict(enumerate([*whole, rest] if rest else whole, start=1))
-    records: dict[int, Record] = {}
+    read: dict[int, L] = {}
     malformed: dict[int, str] = {}
     torn = [len(lines)] if rest else []
     for number, line in enumerate(whole, start=1):
         try:
-            records[number] = Record.from_json(line)
+            read[number] = kind.from_json(line)
         except ValueError as error:
             # A kill leaves no line with all its keys.
             if number == len(lines) and not isinstance(error, Misfit):
                 torn.append(number)
             else:
                 malformed[number] = str(error)
-    repeated, differing = _repetitions(records)
-    return Scan(path, lines, records, tuple(torn), malformed, repeated, differing)
+    return Scan(path, lines, torn=tuple(torn), malformed=malformed), read
 
 
 def _repetitions(

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
+from harness.prompts import Prompt, Prompts, prompt_path, read_prompts
 from harness.records import Record, append_record, prediction_path, read_records
 from harness.typed import Count, parse_object, shape_of
 from kvmerge.cells import file_name
@@ -72,6 +73,7 @@ class Results:
         self.folder = folder
         self._records: dict[tuple[str, str], list[Record]] = {}
         self._left_out: set[str] = set()
+        self._prompts: dict[str, Prompts] = {}
 
     @property
     def run_file(self) -> Path:
@@ -123,6 +125,20 @@ class Results:
         records = self.records(task, cell_name)
         append_record(self._path(task, cell_name), record)
         records.append(record)
+
+    def prompts(self, task: str) -> Prompts:
+        """Return the prompts of a task that were recorded; earlier versions recorded none."""
+        if task not in self._prompts:
+            self._prompts[task] = read_prompts(prompt_path(self.folder, task))
+        return self._prompts[task]
+
+    def add_prompt(self, task: str, prompt: Prompt) -> None:
+        """Add a prompt that is not there yet. Raises `UserError` as `append_record` does."""
+        prompts = self.prompts(task)
+        key = prompt.id, prompt.prompt_hash
+        if key not in prompts:
+            append_record(prompt_path(self.folder, task), prompt)
+            prompts[key] = prompt
 
     def has_predictions(self) -> bool:
         """Return whether there is any prediction file."""

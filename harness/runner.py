@@ -61,7 +61,8 @@ def run(
         answerer = Answerer(settings, model, tokenizer)
 
         def work(task: Task, jobs: Sequence[Job]) -> Iterator[None]:
-            for lines in answerer.answer(jobs):
+            for prompt, lines in answerer.answer(jobs):
+                results.add_prompt(task.name, prompt)
                 for cell, record in lines:
                     results.add(task.name, cell.name, record)
                 yield

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.lock import only_writer
+from harness.prompts import scan_prompts
 from harness.records import Scan, scan_folder
 from harness.report.run import load_run
 from harness.results import Results
@@ -70,13 +71,13 @@ def check(output_dir: Path) -> Iterator[str]:
 
 
 def repair(output_dir: Path) -> Iterator[str]:
-    """Take out of every prediction file the lines that cannot count; yields what was done.
+    """Take the lines that cannot count out of every file; yields what was done.
 
     Raises `UserError` where it is not the folder of a run, or somebody writes into it.
     """
     for folder in _folders(output_dir):
         with only_writer(folder):
-            for found in scan_folder(folder):
+            for found in (*scan_folder(folder), *scan_prompts(folder)):
                 if _unfit(found):
                     yield _take_out(found)
 
@@ -103,7 +104,7 @@ def _problems(folder: Path) -> Iterator[str]:
             yield f"{folder} has no run.json"
     except UserError as error:
         yield str(error)
-    for found in scan_folder(folder):
+    for found in (*scan_folder(folder), *scan_prompts(folder)):
         yield from itertools.chain(found.faults(), found.remarks())
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from benchmarks.metric import Metric
 from benchmarks.metrics import find_metric
 from harness.judgement import Judgement, judgement_from
+from harness.prompts import Prompts
 from harness.records import Record, prediction_path
 from harness.report.bootstrap import Samples, Scored, average, gather, score_task
 from harness.report.columns import COLUMNS, figures
@@ -37,6 +38,8 @@ class Run:
     """Cell names (`method@budget`) in display order."""
     records: Mapping[tuple[str, str], list[Record]]
     """By task and cell; without those that have no record."""
+    parts: tuple[Results, ...] = ()
+    """The folders that they were read from: one, or a shard each."""
     _drawn: dict[tuple[str, str, tuple[str, ...]], Scored] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -53,6 +56,10 @@ class Run:
     def benchmark(self) -> str:
         """The benchmark's name."""
         return str(self.info["benchmark"])
+
+    def prompts(self, task: str) -> Prompts:
+        """Return the prompts of a task that were recorded, by sample and hash."""
+        return {key: prompt for part in self.parts for key, prompt in part.prompts(task).items()}
 
     def recorded(self, *path: str) -> Any:
         """Return what run.json says at a place; None where an earlier version did not record it."""
@@ -183,7 +190,7 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
         if (merged := [record for part in parts for record in part.records(task, cell)])
     }
     _refuse_unknown_tasks(parts, tasks)
-    return Run(output_dir, first, tasks, tuple(cells), records)
+    return Run(output_dir, first, tasks, tuple(cells), records, tuple(parts))
 
 
 def complete_shards(output_dir: Path, shards: Sequence[R]) -> list[R]:

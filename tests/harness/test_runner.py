@@ -727,7 +727,7 @@ def test_a_full_disk_is_told_and_the_run_resumes(
 ) -> None:
     settings = tiny("benchmark.tasks=[trec]")
     synced = os.fsync
-    left = [8]  # run.json, and the five lines of trec-0
+    left = [10]  # run.json, two prompts, and seven lines: the five of trec-0 first
 
     def sync(file: int) -> None:
         left[0] -= 1

@@ -1,0 +1,100 @@
+"""What each sample asked, to be read beside its answers: both ends of the text fed to the model.
+
+Records hold only a hash of the prompt. Its text is the same for every cell, so it is written once a
+sample, as that is first answered. Nothing is computed from it: a line that is damaged is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
+
+from transformers import PreTrainedTokenizerBase
+
+from harness.records import Scan, scan_lines
+from harness.typed import Count, Misfit, parse_object, shape_of
+from kvmerge.files import check_name
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "prompts"
+CHARACTERS = 1_000
+"""Of either end, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Both ends of one sample's prompt; each field is a key of the JSON line."""
+
+    id: str
+    prompt_hash: str
+    """As its records have it."""
+    prompt_tokens: Count
+    head: str
+    """The first `CHARACTERS` of the decoded tokens, special ones among them; all, if twice as many."""
+    tail: str
+    """The last `CHARACTERS`; empty where the head is all."""
+
+    @classmethod
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, sample: str, prompt_hash: str, ids: Sequence[int]
+    ) -> Prompt:
+        """Decode both ends of what was fed to prefill."""
+
+        def text(tokens: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+        # A token is a character or more, but for bytes of one, and a decoder may join what it is given:
+        # ends are decoded from more tokens than they have characters.
+        most = 4 * CHARACTERS
+        if len(ids) <= most and len(whole := text(ids)) <= 2 * CHARACTERS:
+            head, tail = whole, ""
+        else:
+            head, tail = text(ids[:most])[:CHARACTERS], text(ids[-most:])[-CHARACTERS:]
+        return cls(id=sample, prompt_hash=prompt_hash, prompt_tokens=len(ids), head=head, tail=tail)
+
+    def to_json(self) -> str:
+        """Return the prompt as one line of JSON, without newline."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Prompt:
+        """Read one line back. Raises `ValueError` where it is none, `Misfit` naming what is wrong."""
+        row = parse_object(line)
+        missing = [each.name for each in fields(cls) if each.name not in row]
+        if missing:
+            raise ValueError(f"missing {', '.join(missing)}")
+        wrong = [f"{name} is no field" for name in row if name not in _SHAPES]
+        wrong += [why for name, shape in _SHAPES.items() for why in shape.misfits(name, row[name])]
+        if wrong:
+            raise Misfit("; ".join(wrong))
+        return cls(**row)
+
+
+_SHAPES = {name: shape_of(hint) for name, hint in get_type_hints(Prompt, include_extras=True).items()}
+
+Prompts = dict[tuple[str, str], Prompt]
+"""By sample and hash of the prompt."""
+
+
+def prompt_path(folder: Path, task: str) -> Path:
+    """Return where the prompts of a task lie. Raises `UserError` where it cannot name a file."""
+    check_name("task", task)
+    return folder / FOLDER / f"{task}.jsonl"
+
+
+def read_prompts(path: Path) -> Prompts:
+    """Read the prompts of a task; what cannot be read is reported to the log and left out."""
+    found, prompts = scan_lines(path, Prompt)
+    if problems := [*found.faults(), *found.remarks()]:
+        logger.warning("%s; the report shows those prompts as not recorded", problems[0])
+    return {(prompt.id, prompt.prompt_hash): prompt for prompt in prompts.values()}
+
+
+def scan_prompts(folder: Path) -> list[Scan]:
+    """Look at every file of prompts of a results folder."""
+    return [scan_lines(path, Prompt)[0] for path in sorted(folder.glob(f"{FOLDER}/*.jsonl"))]
