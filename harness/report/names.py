@@ -5,6 +5,7 @@ Files, records and commands go on naming a cell `kvmerger:top=0.1@0.35`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from kvmerge.budget import Budget
@@ -33,6 +34,31 @@ _PRINTED = {
     "pivot_only": ("Pivot only", ""),
 }
 """By method: its name, and which of the methods of that name it is."""
+
+
+_MODELS = {"smollm2": "SmolLM2", "llama2": "Llama-2", "llama3": "Llama-3"}
+_BENCHMARKS = {
+    "longbench": "LongBench",
+    "longbench_e": "LongBench-E",
+    "minilongbench": "MiniLongBench",
+    "zero_scrolls": "ZeroSCROLLS",
+    "zero_scrolls_test": "ZeroSCROLLS (test)",
+}
+
+
+def model_label(name: str) -> str:
+    """Write a model's name as its authors do: `SmolLM2-135M`, `Llama-2-7B-Chat`."""
+
+    def part(text: str) -> str:
+        is_size = re.fullmatch(r"[\d.]+[mb]", text)
+        return _MODELS.get(text) or (text.upper() if is_size else text[:1].upper() + text[1:])
+
+    return "-".join(map(part, name.split("-"))) if re.fullmatch(r"[a-z0-9.-]+", name) else name
+
+
+def benchmark_label(name: str) -> str:
+    """Write a benchmark's name as its authors do; one that is not known here keeps its own name."""
+    return _BENCHMARKS.get(name, name)
 
 
 def method_label(variant: str) -> str:

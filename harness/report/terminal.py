@@ -15,6 +15,7 @@ from harness.judgement import Judgement
 from harness.report.columns import COLUMNS
 from harness.report.contrasts import AVERAGE, contrasts
 from harness.report.gates import Verdict, gates, summary_lines
+from harness.report.missed import missed_budgets, missed_notes, shown_name
 from harness.report.published import load_references
 from harness.report.run import Run, averages
 from harness.report.tables.contrasts import verdict_text
@@ -48,15 +49,15 @@ def print_comparison(run: Run, console: Console, judgement: Judgement | None = N
     figures = _figures(run)
     fit = max(1, (console.width - _LABEL_WIDTH) // _COLUMN_WIDTH)
     if len(run.cells) > fit >= len(figures):
-        console.print(_by_cell(run.cells, figures))
+        console.print(_by_cell(run, figures))
     else:
         for start in range(0, len(run.cells), fit):
-            console.print(_by_task(run.cells[start : start + fit], figures))
+            console.print(_by_task(run, run.cells[start : start + fit], figures))
     scale = "Scores 0 to 100: " if run.averaged_tasks else ""
     console.print(f"{scale}{setting(run)}.", style="dim", highlight=False)
     for line in _contrast_lines(run, judgement.margin):
         console.print(line, highlight=False)
-    for note in gaps(run):
+    for note in (*gaps(run), *missed_notes(missed_budgets(run))):
         console.print(note, style="yellow", highlight=False)
 
 
@@ -73,8 +74,9 @@ def _contrast_lines(run: Run, margin: float) -> list[str]:
         low, high = contrast.interval
         verdict = verdict_text(contrast, margin).replace("\n", " ")
         lines.append(
-            f"{contrast.first} - {contrast.second}: {contrast.scored.value:+.2f} "
-            f"[{low:.2f}, {high:.2f}], adjusted p {contrast.p_adjusted:.3f}: {verdict}"
+            f"{shown_name(run, contrast.first)} - {shown_name(run, contrast.second)}: "
+            f"{contrast.scored.value:+.2f} [{low:.2f}, {high:.2f}], "
+            f"adjusted p {contrast.p_adjusted:.3f}: {verdict}"
         )
     if len(between) > _CONTRASTS:
         lines.append(f"{len(between) - _CONTRASTS} more contrasts: tables/contrasts.md")
@@ -91,7 +93,7 @@ class _Figure:
 
 
 def _figures(run: Run) -> list[_Figure]:
-    """Return each task's score, then average, budget and KL, without those that no cell has."""
+    """Return the average, each task's score, budget and KL, without those that no cell has."""
     scores = [
         _Figure(
             task_label(run, task),
@@ -104,29 +106,31 @@ def _figures(run: Run) -> list[_Figure]:
         for task in run.tasks
     ]
     averaged = {cell: f"{scored.value:.2f}" for cell, scored in averages(run).items()}
-    below = [_Figure("average", averaged, "bold"), *_below(run)]
-    return [*scores, *(figure for figure in below if figure.by_cell)]
+    first = [_Figure("average", averaged, "bold")] if averaged else []
+    return [*first, *scores, *(figure for figure in _below(run) if figure.by_cell)]
 
 
-def _by_task(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
+def _by_task(run: Run, cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", overflow="fold")
     for cell in cells:
         name = parse_name(cell)
-        table.add_column(f"{name.variant}\n@{name.budget}", justify="right", overflow="fold")
+        kept = missed_budgets(run).get(cell)
+        header = f"{name.variant}\n@{name.budget}" + (f"\n({kept})" if kept else "")
+        table.add_column(header, justify="right", overflow="fold")
     for figure in figures:
         texts = [figure.by_cell.get(cell, "") for cell in cells]
         table.add_row(figure.label, *texts, style=figure.style)
     return table
 
 
-def _by_cell(cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:
+def _by_cell(run: Run, figures: Sequence[_Figure]) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("cell", overflow="fold")
     for figure in figures:
         table.add_column(figure.label, justify="right", overflow="fold", style=figure.style)
-    for cell in cells:
-        table.add_row(cell, *(figure.by_cell.get(cell, "") for figure in figures))
+    for cell in run.cells:
+        table.add_row(shown_name(run, cell), *(figure.by_cell.get(cell, "") for figure in figures))
     return table
 
 

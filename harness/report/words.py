@@ -67,11 +67,15 @@ def task_label(run: Run, task: str) -> str:
 
 def gaps(run: Run) -> list[str]:
     """Name the cells without records, and the tasks whose cells hold different samples."""
-    notes = []
+    by_tasks: dict[str, list[str]] = {}
     for cell in run.cells:
         missing = [task for task in run.tasks if (task, cell) not in run.records]
         if missing:
-            notes.append(f"Blank, as there are no records: {cell} on {', '.join(missing)}.")
+            by_tasks.setdefault(", ".join(missing), []).append(cell)
+    notes = [
+        f"Blank, as there are no records: {', '.join(cells)} on {tasks}."
+        for tasks, cells in by_tasks.items()
+    ]
     for task in run.tasks:
         ids = [run.samples[task, cell].ids for cell in run.cells if (task, cell) in run.samples]
         if len(set(ids)) > 1:

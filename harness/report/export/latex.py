@@ -119,7 +119,7 @@ def _columns(table: Table, intervals: bool) -> list[_Column]:
     columns = [
         _Column(
             header=table.header[place],
-            texts=tuple(map(cell_label, texts)) if place in table.naming else texts,
+            texts=tuple(_cell(table, text) for text in texts) if place in table.naming else texts,
             is_numeric=is_numeric(table, place),
         )
         for place, texts in enumerate(
@@ -135,7 +135,7 @@ def _columns(table: Table, intervals: bool) -> list[_Column]:
             texts = [row[place] for row in table.rows]
             columns.append(
                 _Column(
-                    header=method_label(name.variant),
+                    header=method_label(name.variant) + _kept(table, cell),
                     texts=tuple(text if intervals else text.split("\n")[0] for text in texts),
                     group="" if name.method == "full" else budget,
                     is_cell=True,
@@ -144,6 +144,15 @@ def _columns(table: Table, intervals: bool) -> list[_Column]:
                 )
             )
     return columns
+
+
+def _cell(table: Table, cell: str) -> str:
+    return cell_label(cell) + _kept(table, cell)
+
+
+def _kept(table: Table, cell: str) -> str:
+    """Return what a cell kept, where it missed its budget."""
+    return f" ({table.missed[cell]})" if cell in table.missed else ""
 
 
 def _laid_out(columns: Sequence[_Column]) -> tuple[_Page, list[list[_Column]]]:

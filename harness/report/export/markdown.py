@@ -9,6 +9,7 @@ from harness.report.tables.table import Table, is_numeric
 
 def markdown(table: Table) -> str:
     """Render as a pipe table under its title, with caption and notes."""
+    table = table.as_read()
     numeric = [column for column in range(len(table.header)) if is_numeric(table, column)]
     body = markdown_table(table.header, table.rows, numeric)
     notes = "".join(f"- {note}\n" for note in table.notes)

@@ -7,23 +7,25 @@ python -m harness.report DIR DIR ... --out results/report
 from __future__ import annotations
 
 import argparse
-import base64
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 
 from harness.judgement import FlipRule, Judgement, check_flip_points, check_margin
+from harness.report.answers import answers, in_short
 from harness.report.export.tables import write_table
+from harness.report.names import benchmark_label, model_label
 from harness.report.observed.page import print_claims, write_observed
 from harness.report.observed.run import is_observed, load_observed
+from harness.report.page.html import Part, Section, render_page
+from harness.report.page.samples import browser_of, task_samples
 from harness.report.plots.draw import draw_all
-from harness.report.plots.style import Look, Plot, looks
+from harness.report.plots.style import Look, looks
 from harness.report.published import Reference, load_references
 from harness.report.run import Run, load_run
 from harness.report.submission import report_submissions
@@ -33,25 +35,12 @@ from harness.report.tables.contrasts import contrast_by_task_table, contrast_tab
 from harness.report.tables.published import gate_table, reference_table
 from harness.report.tables.runs import runs_table
 from harness.report.tables.scores import difference_table, group_tables, score_table
-from harness.report.tables.table import Table, is_numeric
+from harness.report.tables.table import Table
+from harness.report.words import count_tasks, made_by, sample_counts
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 
 _OUT = Path("results/report")
-
-
-@dataclass(frozen=True)
-class Section:
-    """What the report shows of one run."""
-
-    slug: str
-    """Folder and anchor name; unique within a report."""
-    title: str
-    tables: tuple[Table, ...]
-    plots: tuple[Plot, ...]
-    undrawn: tuple[str, ...]
-    """Why figures that a reader may look for are not there."""
-    provenance: tuple[tuple[str, str], ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,11 +152,14 @@ def write_report(
             write_table(table, out / "tables" / below)
         for plot in section.plots:
             plot.write(out / "plots" / below)
+        for samples in section.samples:
+            samples.write(out, section.slug)
     overview = runs_table(runs) if several else None
     if overview:
         write_table(overview, out / "tables")
     page = out / "report.html"
-    write_atomically(page, _page(sections, overview))
+    titled = sections[0].title if overview is None else "all runs"
+    write_atomically(page, render_page(f"KV-cache compression: {titled}", sections, overview))
     return page
 
 
@@ -178,29 +170,52 @@ def _section(
     by_method: Mapping[str, Look],
     judgement: Judgement,
 ) -> Section:
-    tables = (
-        gate_table(run, references),
-        score_table(run, references),
-        difference_table(run),
-        contrast_table(run, judgement.margin),
-        contrast_by_task_table(run, judgement.margin),
-        *group_tables(run),
-        budget_table(run),
-        reference_table(run, references),
-    )
+    margin = judgement.margin
+    parts: dict[str, list[Table | None]] = {
+        "Contrasts": [contrast_table(run, margin), contrast_by_task_table(run, margin)],
+        "Scores": [
+            gate_table(run, references),
+            score_table(run, references),
+            difference_table(run),
+            *group_tables(run),
+            reference_table(run, references),
+        ],
+        "Budgets": [budget_table(run)],
+    }
     drawn = draw_all(run, by_method, judgement)
+    samples = task_samples(run, judgement.flips, slug)
     return Section(
         slug=slug,
-        title=f"{run.benchmark}, {run.model} ({run.output_dir})",
-        tables=tuple(table for table in tables if table is not None),
+        title=f"{model_label(run.model)} on {benchmark_label(run.benchmark)}",
+        about=tuple(_about(run)),
+        short=in_short(run, judgement),
+        answers=tuple(answers(run, judgement, references)),
+        parts=tuple(
+            Part(title.lower(), title, tuple(table.of(run) for table in tables if table))
+            for title, tables in parts.items()
+            if any(tables)
+        ),
         plots=drawn.plots,
         undrawn=drawn.notes,
+        samples=tuple(samples),
+        browser=browser_of(run, samples, judgement.flips, slug),
         provenance=tuple(_flatten(run.info)),
     )
 
 
+def _about(run: Run) -> Iterator[str]:
+    """Yield what a run measured on what, a fact each."""
+    yield f"{count_tasks(len(run.tasks))} of {sample_counts(run)} samples"
+    yield f"{len(run.cells)} cells"
+    yield from made_by(run.info)
+    ended = [str(each["ended"]) for each in run.info.get("runs", []) if each.get("ended")]
+    if ended:
+        yield f"finished {ended[-1][:10]}"
+    yield str(run.output_dir)
+
+
 def _slugs(runs: Sequence[Run]) -> list[str]:
-    names = [f"{run.benchmark}-{run.model}".replace("/", "-") for run in runs]
+    names = [re.sub(r"[^\w.-]+", "-", f"{run.benchmark}-{run.model}") for run in runs]
     return [
         name if names.count(name) == 1 else f"{name}-{names[: i + 1].count(name)}"
         for i, name in enumerate(names)
@@ -214,20 +229,3 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _flatten(child, f"{name}.{key}" if name else str(key))
     else:
         yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _page(sections: Sequence[Section], overview: Table | None) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("page.html.j2")
-    return template.render(
-        title="KV-cache compression: " + (sections[0].title if overview is None else "all runs"),
-        sections=sections,
-        overview=overview,
-        numeric=is_numeric,
-        base64=lambda data: base64.b64encode(data).decode(),
-    )

@@ -8,10 +8,20 @@ import numpy as np
 import pandas as pd
 
 from harness.report.columns import TABLE
+from harness.report.missed import missed_budgets, missed_notes
 from harness.report.run import Run, averages
 from harness.report.summary import summarise
 from harness.report.tables.table import Table, score_text
 from harness.report.words import INTERVAL, gaps, sample_counts, setting
+
+
+def _missed(runs: Sequence[Run]) -> dict[str, str]:
+    """Return what cells kept instead of their budgets, of those that kept it in all runs alike."""
+    kept: dict[str, set[str]] = {}
+    for run in runs:
+        for cell in run.cells:
+            kept.setdefault(cell, set()).add(missed_budgets(run).get(cell, ""))
+    return {cell: texts.pop() for cell, texts in kept.items() if len(texts) == 1 and "" not in texts}
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
@@ -54,7 +64,12 @@ def runs_table(runs: Sequence[Run]) -> Table:
             *(column.header for column in overview),
         ),
         rows=tuple(rows),
-        notes=tuple(f"{run.output_dir}: {note}" for run in ordered for note in gaps(run)),
+        missed=_missed(ordered),
+        notes=tuple(
+            f"{run.output_dir}: {note}"
+            for run in ordered
+            for note in (*gaps(run), *missed_notes(missed_budgets(run)))
+        ),
         data=pd.concat(frames, ignore_index=True),
         naming=(3,),
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from harness.report.bootstrap import Scored
+from harness.report.missed import marked, missed_budgets, missed_notes
 from harness.report.ranks import Mark
 from harness.report.run import Run
 from kvmerge.cells import parse_name
@@ -45,6 +46,40 @@ class Table:
     """The sentence of the caption that says what stands in the brackets of cells."""
     marks: Mapping[tuple[int, int], Mark] = field(default_factory=dict)
     """By row and column: numbers that are best or second (`harness.report.ranks`)."""
+    missed: Mapping[str, str] = field(default_factory=dict)
+    """Cells that did not keep what their name says, and what they kept (`harness.report.missed`)."""
+
+    def as_read(self) -> Table:
+        """Return the table as it is read on a screen: averages first, and missed budgets told.
+
+        A cell that missed its budget says so wherever its name stands.
+        """
+        others = (row for row in range(len(self.rows)) if row not in self.averages)
+        order = [*self.averages, *others]
+        header = [
+            marked(text, self.missed) if column in self.cells else text
+            for column, text in enumerate(self.header)
+        ]
+        rows = [
+            tuple(
+                marked(text, self.missed) if column in self.naming else text
+                for column, text in enumerate(self.rows[row])
+            )
+            for row in order
+        ]
+        return replace(
+            self,
+            header=tuple(header),
+            rows=tuple(rows),
+            averages=tuple(range(len(self.averages))),
+            marks={(order.index(row), column): mark for (row, column), mark in self.marks.items()},
+            missed={},
+        )
+
+    def of(self, run: Run) -> Table:
+        """Return the table with the run's missed budgets, told in its notes."""
+        missed = missed_budgets(run)
+        return replace(self, missed=missed, notes=(*self.notes, *missed_notes(missed)))
 
 
 def is_numeric(table: Table, column: int) -> bool:

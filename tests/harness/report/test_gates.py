@@ -318,6 +318,7 @@ def test_the_console_says_it_before_the_scores(mixed: Run) -> None:
 def test_the_report_opens_with_the_gate(mixed: Run, undrawn: None) -> None:
     page = write_report([mixed]).read_text()
     assert page.index("Gate: does the full cache") < page.index("Scores by task")
+    assert "The full cache is outside its published band on passage_retrieval_en" in page
     frame = pd.read_csv(mixed.output_dir / "tables" / "gate.csv").set_index("task")
     assert frame["verdict"].to_dict() == {
         "passage_count": "inside",

@@ -1,0 +1,61 @@
+"""Cells that did not keep what their name says, and how each is marked wherever its name stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from harness.report.run import Run
+from kvmerge.cells import parse_name
+
+TOLERANCE = 0.02
+"""Share of the entries asked for by which the entries kept may differ, mean over samples."""
+
+
+def missed_budgets(run: Run) -> Mapping[str, str]:
+    """Return what was kept by each cell that missed its budget, e.g. `kept 50%`; {} where all met it.
+
+    A method may have a budget of its own, as some authors' code has: its name then tells what was asked
+    for, not what was kept.
+    """
+    if "missed_budgets" not in run.memo:
+        found = {cell: _kept(run, cell) for cell in run.cells}
+        run.memo["missed_budgets"] = {cell: kept for cell, kept in found.items() if kept}
+    missed: Mapping[str, str] = run.memo["missed_budgets"]
+    return missed
+
+
+def shown_name(run: Run, cell: str) -> str:
+    """Return a cell's name as it is shown: one that missed its budget says what it kept."""
+    return marked(cell, missed_budgets(run))
+
+
+def marked(name: str, missed: Mapping[str, str]) -> str:
+    """Return a cell's name with what it kept, where that is not what the name says."""
+    return f"{name} ({missed[name]})" if name in missed else name
+
+
+def missed_notes(missed: Mapping[str, str]) -> list[str]:
+    """Return a note on each cell that missed its budget."""
+    return [
+        f"{marked(cell, missed)}: not the budget in its name, so it does not compare with cells that "
+        "met theirs."
+        for cell in missed
+    ]
+
+
+def _kept(run: Run, cell: str) -> str:
+    """Return what a cell kept, where that is not what it was asked for; empty where it is."""
+    budget = parse_name(cell).budget
+    records = [record for task in run.tasks for record in run.records.get((task, cell), [])]
+    records = [record for record in records if record.prompt_tokens]
+    if not records:
+        return ""
+    asked = np.mean([budget.entries(r.prompt_tokens) / r.prompt_tokens for r in records])
+    kept = np.mean([record.budget_achieved for record in records])
+    if abs(kept - asked) <= TOLERANCE * asked:
+        return ""
+    if isinstance(budget.value, float):
+        return f"kept {100 * kept:.3g}%"
+    return f"kept {np.mean([record.kept_entries for record in records]):,.0f} entries"
