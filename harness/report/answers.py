@@ -265,7 +265,7 @@ def _open(
                 Tone.OPEN,
                 f"Unresolved are {len(unresolved)} of {len(found)} contrasts: {_few(named)}. In "
                 "brackets the samples over all tasks that would narrow the interval to the margin of "
-                f"{judgement.margin:g} points either way, if further ones scatter as these do.",
+                f"{_points(judgement.margin)} either way, if further ones scatter as these do.",
             )
         )
     by_task = [one for one in contrasts_by_task(run) if not isnan(one.p)]
@@ -344,7 +344,7 @@ def _seen(contrast: Contrast, cell: str, judgement: Judgement) -> Seen:
     needed = contrast.needed(judgement.margin)
     why = {
         Tone.UNKNOWN: "one sample a task, so no interval and no verdict",
-        Tone.EQUAL: f"equivalent within {judgement.margin:g} points",
+        Tone.EQUAL: f"equivalent within {_points(judgement.margin)}",
         Tone.OPEN: f"not resolved, {_p(contrast)}"
         + (f"; about {needed:,} samples would tell (now {contrast.n:,})" if needed else ""),
     }.get(tone, f"{tone}, {_p(contrast)}")
@@ -365,6 +365,10 @@ def _difference(seen: Seen) -> str:
 def _signed(value: float, digits: int) -> str:
     """Return a number with its sign, the minus as it is printed."""
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _points(margin: float) -> str:
+    return f"{margin:g} point{'s' * (margin != 1)}"
 
 
 def _p(contrast: Contrast) -> str:

@@ -77,7 +77,12 @@ def budget_label(budget: Budget) -> str:
 
 
 def cell_label(cell: str) -> str:
-    """Write a cell as `KVMerger 35%`; the full cache, which has but one budget, without it."""
+    """Write a cell as `KVMerger 35%`; the full cache, which has but one budget, without it.
+
+    Published numbers are also of methods whose budget nobody said: these have no `@`.
+    """
+    if "@" not in cell:
+        return method_label(cell)
     name = parse_name(cell)
     label = method_label(name.variant)
     return label if name.method == "full" else f"{label} {budget_label(name.budget)}"

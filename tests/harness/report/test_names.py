@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from harness.report.names import budget_groups, budget_label, cell_label, method_label
+from harness.report.names import (
+    benchmark_label,
+    budget_groups,
+    budget_label,
+    cell_label,
+    method_label,
+    model_label,
+)
 from kvmerge.budget import Budget
 from kvmerge.resolve import choices
 
@@ -47,6 +54,7 @@ def test_a_budget_is_a_percentage_or_a_number_of_entries(budget: float, label: s
 def test_a_cell_is_its_method_and_its_budget_and_the_full_cache_has_none() -> None:
     assert cell_label("kvmerger:top=0.1@0.35") == "KVMerger (top=0.1) 35%"
     assert cell_label("full@1") == "Full cache"
+    assert cell_label("kvmerger:pivot=score") == "KVMerger (pivot=score)"  # of a published number
 
 
 def test_cells_of_one_budget_stand_together_wherever_they_were_listed() -> None:
@@ -57,3 +65,21 @@ def test_cells_of_one_budget_stand_together_wherever_they_were_listed() -> None:
         "35%": ["h2o@0.35"],
         "100%": ["h2o@1"],
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("smollm2-135m", "SmolLM2-135M"),
+        ("llama2-7b-chat", "Llama-2-7B-Chat"),
+        ("qwen2.5-7b-instruct", "Qwen2.5-7B-Instruct"),
+        ("org/My Model", "org/My Model"),
+    ],
+)
+def test_a_model_is_written_as_its_authors_do(name: str, label: str) -> None:
+    assert model_label(name) == label
+
+
+def test_a_benchmark_that_is_not_known_keeps_its_name() -> None:
+    assert benchmark_label("zero_scrolls") == "ZeroSCROLLS"
+    assert benchmark_label("my rows") == "my rows"
