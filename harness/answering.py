@@ -187,6 +187,7 @@ class Answerer:
             evicted_tokens=None if stood_for is None else length - stood_for,
             prefill_seconds=round(timing.prefill, 4),
             decode_seconds=round(timing.decode, 4),
+            finish_reason=result.finish_reason,
             extra={key: value for key, value in marks.items() if key != "score"} | groups,
         )
 

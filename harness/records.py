@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, get_type_hints
 
 from harness.typed import Count, Misfit, Positive, Share, parse_object, shape_of
 from kvmerge.cells import file_name
@@ -89,6 +89,9 @@ class Record:
     """Prompt tokens that no entry stands for, mean over layers and KV heads."""
     prefill_seconds: Positive | None = None
     decode_seconds: Positive | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    """Why the answer ended: an end token, or the most tokens that it may have. None where nothing was
+    generated."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Parts of the metric (`rouge1`, `rouge2`, `rougel`; `nll`, `tokens`) and `groups`, what the scores
     are also reported by; keys of the line too."""
@@ -412,7 +415,9 @@ def features(output_dir: Path) -> Features:
     types: dict[str, Any] = {}
     for name, hint in get_type_hints(Record).items():
         text = str(hint)
-        value = Value("string" if "str" in text else "float64" if "float" in text else "int64")
+        value = Value(
+            "string" if re.search("str|Literal", text) else "float64" if "float" in text else "int64"
+        )
         types[name] = List(value) if re.match("tuple|list", text) else value
     del types["extra"]
     for path in sorted(output_dir.glob("predictions/*/*.jsonl")):

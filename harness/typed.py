@@ -7,7 +7,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from benchmarks.rows import TEXT, Kind, shown
 
@@ -68,8 +78,8 @@ _OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 def shape_of(annotation: Any) -> Shape:
     """Return what a value must be to be read into an annotation.
 
-    Understood are texts, numbers, `None`, `Any` and unions of them, lists and tuples of one
-    type, mappings, `TypedDict`, and numbers with `Between`.
+    Understood are texts, numbers, `None`, `Any`, literal texts and unions of them, lists and tuples of
+    one type, mappings, `TypedDict`, and numbers with `Between`.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if is_typeddict(annotation):
@@ -78,6 +88,8 @@ def shape_of(annotation: Any) -> Shape:
         return _bounded(shape_of(arguments[0]), arguments[1])
     if origin in (Union, UnionType):
         return _either([shape_of(each) for each in arguments])
+    if origin is Literal:
+        return _plain(Kind(" or ".join(map(repr, arguments)), lambda value: value in arguments))
     if origin in (list, tuple):
         return _list(shape_of(arguments[0]))
     if origin is Mapping:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +52,10 @@ class Stop:
     """Tokens that end the answer; the one that does is not part of its text."""
     min_new_tokens: int = 0
     """No stop token is chosen before this many tokens."""
+
+    def reason(self, answer: Sequence[int]) -> Literal["stop", "length"]:
+        """Return what ended an answer: a stop token, be it the last that was allowed, or the limit."""
+        return "stop" if answer and answer[-1] in self.token_ids else "length"
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class RowResult:
     fidelity: Fidelity | None = None
     nll: float | None = None
     """Negative log-likelihood in nats of a given continuation, summed over all its tokens."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """What ended a generated answer: a stop token, or the most tokens that it may have."""
 
 
 @dataclass
@@ -368,7 +375,7 @@ def _generate(model: PreTrainedModel, requests: Sequence[Request], stop: Stop) -
     for index, (sample, of_rows) in enumerate(zip(samples, answers, strict=True)):
         figures = tallies[index].fidelity() if index in tallies else [None] * len(of_rows)
         rows = [
-            RowResult(answer, stats, figure)
+            RowResult(answer, stats, figure, finish_reason=stop.reason(answer))
             for answer, stats, figure in zip(of_rows, sample.stats, figures, strict=True)
         ]
         results.append((sample.in_order(rows), Timing(sample.seconds, *shares)))

@@ -42,7 +42,7 @@ def group_values(run: Run) -> dict[str, list[Value]]:
     found: dict[str, set[Value]] = defaultdict(set)
     for records in run.records.values():
         for record in records:
-            for name, value in _groups(record).items():
+            for name, value in groups_of(record).items():
                 found[name].add(value)
     return {name: sorted(values, key=_place) for name, values in found.items()}
 
@@ -68,13 +68,14 @@ def scores_by(run: Run, names: Sequence[str]) -> list[GroupScore]:
 def _members(records: Iterable[Record], names: Sequence[str]) -> dict[Group, set[str]]:
     members: dict[Group, set[str]] = defaultdict(set)
     for record in records:
-        groups = _groups(record)
+        groups = groups_of(record)
         if all(name in groups for name in names):
             members[tuple(groups[name] for name in names)].add(record.id)
     return members
 
 
-def _groups(record: Record) -> Mapping[str, Value]:
+def groups_of(record: Record) -> Mapping[str, Value]:
+    """Return what the scores of a sample are also reported by; {} where there is nothing."""
     groups: Mapping[str, Value] = record.extra.get("groups", {})
     return groups
 

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from harness.judgement import Judgement
+from harness.judgement import FlipRule, Judgement
 from harness.report.columns import COLUMNS
 from harness.report.contrasts import AVERAGE, contrasts
+from harness.report.flips import TOTAL, counts
 from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.missed import missed_budgets, missed_notes, shown_name
 from harness.report.published import load_references
@@ -46,7 +47,7 @@ def print_comparison(run: Run, console: Console, judgement: Judgement | None = N
     judgement = judgement or run.judgement
     for verdict, line in summary_lines(gates(run, load_references())):
         console.print(line, style=_GATE_STYLE[verdict], highlight=False)
-    figures = _figures(run)
+    figures = _figures(run, judgement.flips)
     fit = max(1, (console.width - _LABEL_WIDTH) // _COLUMN_WIDTH)
     if len(run.cells) > fit >= len(figures):
         console.print(_by_cell(run, figures))
@@ -92,8 +93,8 @@ class _Figure:
     style: str = ""
 
 
-def _figures(run: Run) -> list[_Figure]:
-    """Return the average, each task's score, budget and KL, without those that no cell has."""
+def _figures(run: Run, rule: FlipRule) -> list[_Figure]:
+    """Return the average, each task's score, flips, budget and KL, without those that no cell has."""
     scores = [
         _Figure(
             task_label(run, task),
@@ -106,8 +107,10 @@ def _figures(run: Run) -> list[_Figure]:
         for task in run.tasks
     ]
     averaged = {cell: f"{scored.value:.2f}" for cell, scored in averages(run).items()}
+    flipped = {one.cell: f"-{one.lost} +{one.gained}" for one in counts(run, rule) if one.task == TOTAL}
     first = [_Figure("average", averaged, "bold")] if averaged else []
-    return [*first, *scores, *(figure for figure in _below(run) if figure.by_cell)]
+    below = [_Figure("samples lost, gained", flipped, "dim"), *_below(run)]
+    return [*first, *scores, *(figure for figure in below if figure.by_cell)]
 
 
 def _by_task(run: Run, cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:

@@ -159,6 +159,7 @@ def test_a_malformed_line_elsewhere_names_file_and_line(tmp_path: Path, line: by
         ({"kept_entries": 2**63}, "kept_entries must be a finite number"),
         ({"top1_agreement": 1.5}, "top1_agreement must be a finite number, 0 to 1 or null, got 1.5"),
         ({"kept_entries_by_layer": [1, None]}, "kept_entries_by_layer must be a list or null"),
+        ({"finish_reason": "end"}, "finish_reason must be 'stop' or 'length' or null, got 'end'"),
         ({"groups": ["4-8k"]}, r"groups must be an object, got \['4-8k'\]"),
         ({"groups": {"length": 0.5}}, r"groups.length must be a .* or a whole number .*, got 0.5"),
         ({"rouge1": "high"}, "rouge1 must be a finite number or null, got 'high'"),

@@ -150,7 +150,10 @@ def test_lines_hold_the_contracts_fields_and_what_was_measured(finished: Path) -
         assert line["kv_bytes_full"] == prompt * per_entry
         sizes = entries * LAYERS * KV_HEADS * 8 if cell.startswith("kvmerger") else 0
         assert line["size_bytes"] == sizes
-        assert 1 <= line["generated_tokens"] <= longbench.find_task(task).max_new_tokens
+        limit = longbench.find_task(task).max_new_tokens
+        assert 1 <= line["generated_tokens"] <= limit
+        assert line["finish_reason"] in ("stop", "length")
+        assert line["finish_reason"] == "stop" or line["generated_tokens"] == limit
 
 
 def test_prompt_and_score_are_the_benchmarks_own(finished: Path, tiny: Tiny) -> None:

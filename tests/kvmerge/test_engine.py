@@ -118,6 +118,18 @@ def test_replay_gives_the_logits_of_each_row_alone(monkeypatch, rows, policy, ch
             torch.testing.assert_close(logits[index], wanted[1:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("limit", [5, 6, 7])
+def test_an_answer_says_what_ended_it(limit):
+    """The token that stops it comes after, with, and before the last that it may have."""
+    model, input_ids = shared_model(), prompt(43)
+    free = naive_engine.greedy(model, input_ids, ROWS[0], 20)
+    place = next(i for i in range(5, 20) if free.index(free[i]) == i)  # it has not come before
+    stop = Stop(limit + place - 5, frozenset({free[place]}))
+    (result, *_), _ = run_sample(model, input_ids, ROWS, stop, sample_id="s")
+    assert len(result.token_ids) == min(place + 1, stop.max_new_tokens)
+    assert result.finish_reason == ("length" if limit == 5 else "stop")
+
+
 def test_fidelity_is_the_divergence_along_the_references_answer():
     model, input_ids = shared_model(), prompt(43)
     free = naive_engine.greedy(model, input_ids, ROWS[0], 20)

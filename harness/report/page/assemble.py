@@ -29,9 +29,17 @@ from harness.report.plots.style import Look, looks
 from harness.report.published import Reference, load_references
 from harness.report.run import Run, load_run
 from harness.report.submission import report_submissions
-from harness.report.summary import write_summary
+from harness.report.summary import to_csv, write_summary
 from harness.report.tables.budgets import budget_table
 from harness.report.tables.contrasts import contrast_by_task_table, contrast_table
+from harness.report.tables.flips import (
+    flip_table,
+    flipped_samples,
+    property_table,
+    rate_table,
+    shared_table,
+)
+from harness.report.tables.lengths import length_by_task_table, length_table
 from harness.report.tables.published import gate_table, reference_table
 from harness.report.tables.runs import runs_table
 from harness.report.tables.scores import difference_table, group_tables, score_table
@@ -146,10 +154,12 @@ def write_report(
         for run, slug, judgement in zip(runs, _slugs(runs), judgements, strict=True)
     ]
     several = len(runs) > 1
-    for section in sections:
+    for section, run, judgement in zip(sections, runs, judgements, strict=True):
         below = section.slug if several else ""
         for table in section.tables:
             write_table(table, out / "tables" / below)
+        flipped = flipped_samples(run, judgement.flips)
+        write_atomically(out / "tables" / below / "flipped_samples.csv", to_csv(flipped))
         for plot in section.plots:
             plot.write(out / "plots" / below)
         for samples in section.samples:
@@ -180,6 +190,13 @@ def _section(
             *group_tables(run),
             reference_table(run, references),
         ],
+        "Flips": [
+            flip_table(run, judgement.flips),
+            shared_table(run, judgement.flips),
+            property_table(run, judgement.flips),
+            rate_table(run, judgement.flips),
+        ],
+        "Lengths": [length_table(run), length_by_task_table(run)],
         "Budgets": [budget_table(run)],
     }
     drawn = draw_all(run, by_method, judgement)

@@ -1,0 +1,242 @@
+"""What goes with a flip: samples that a cell loses beside those that it keeps.
+
+Compared are samples that the full cache answers well, and within tasks: these differ both in length and
+in what is lost. What goes with a flip need not cause it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.metric import Array
+from harness.judgement import FlipRule
+from harness.records import Record
+from harness.report.bootstrap import SEED, Scored, resampled_means
+from harness.report.contrasts import holm
+from harness.report.flips import Flips, flips
+from harness.report.groups import Value, group_values, groups_of
+from harness.report.run import Run
+
+SHUFFLES = 9_999
+_LEAST = 2
+"""Samples that a task must have on either side, for its values to scatter."""
+_BATCH = 500  # shuffles held at once: bounds memory; the draw does not depend on it
+_DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
+
+
+@dataclass(frozen=True)
+class Property:
+    """A number that samples have, of the samples that a cell loses and of those that it keeps.
+
+    Means are within tasks and then over these, each task weighing as much as its two sides can tell:
+    lost times kept, by their sum. So a difference between tasks is none here.
+    """
+
+    cell: str
+    name: str
+    tasks: tuple[str, ...]
+    """Those with two lost and two kept samples at least, which all have the property."""
+    lost: int
+    """Samples of these tasks."""
+    kept: int
+    of_lost: float
+    """Mean of the property."""
+    of_kept: float
+    difference: Scored
+    """`of_lost` less `of_kept`; both sides of each task are resampled."""
+    p: float
+    """Two-sided: what is lost is drawn anew within tasks."""
+    p_adjusted: float = math.nan
+    """By Holm's method over all properties and cells of a run."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many samples of one group a cell loses."""
+
+    cell: str
+    name: str
+    """What the samples are grouped by."""
+    value: Value
+    lost: int
+    well: int
+    """Samples of the group that the full cache answers well."""
+
+
+def properties(run: Run, rule: FlipRule) -> list[Property]:
+    """Return every cell and property that two samples of one task on either side tell something of.
+
+    A property that has one value in every task is left out, as is a cell that loses all or nothing.
+    """
+    name = f"flip properties {rule}"
+    if name not in run.memo:
+        told = [of for of in flips(run, rule) if _LEAST <= len(of.lost) <= len(of.well) - _LEAST]
+        found = [
+            one
+            for cell in run.cells
+            for one in _of_cell(cell, [_stratum(run, of) for of in told if of.cell == cell])
+        ]
+        adjusted = holm([one.p for one in found])
+        run.memo[name] = [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
+    properties: list[Property] = run.memo[name]
+    return properties
+
+
+def rates(run: Run, rule: FlipRule) -> list[Rate]:
+    """Return the losses of every cell by each value of what the benchmark groups its samples by.
+
+    Names with one value everywhere say nothing and are left out, as is a group without a sample that
+    the full cache answers well.
+    """
+    counts: dict[tuple[str, str, Value], list[bool]] = defaultdict(list)
+    for one in flips(run, rule):
+        records, lost = _of_full(run, one.task), set(one.lost)
+        for sample in one.well:
+            for name, value in groups_of(records[sample]).items():
+                counts[one.cell, name, value].append(sample in lost)
+    return [
+        Rate(cell, name, value, sum(of), len(of))
+        for name, values in group_values(run).items()
+        if len(values) > 1
+        for cell in run.cells
+        for value in values
+        if (of := counts[cell, name, value])
+    ]
+
+
+def _of_full(run: Run, task: str) -> Mapping[str, Record]:
+    """Return a record of each sample that the full cache answered."""
+    return {record.id: record for record in run.records[task, run.full_cell or ""]}
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """Return what a sample of a task is told apart by, from the full cache's record of it."""
+    answers = [len(answer) for answer in record.answers]
+    known = {
+        "prompt tokens": float(record.prompt_tokens),
+        "full's answer tokens": float(record.generated_tokens),
+    }
+    if answers:
+        known["gold answer characters"] = float(np.mean(answers))
+    grouped = {name: float(v) for name, v in groups_of(record).items() if not isinstance(v, str)}
+    return known | grouped
+
+
+@dataclass(frozen=True)
+class _Stratum:
+    """The numbers of one task's samples: `values[i]` of `ids[i]`, one a property."""
+
+    task: str
+    ids: tuple[str, ...]
+    names: tuple[str, ...]
+    """Of properties that all samples of the task have."""
+    values: Array
+    """`(samples, properties)`"""
+    lost: NDArray[np.bool_]
+    """`(samples,)`"""
+
+    @property
+    def weight(self) -> float:
+        """Return what the task weighs: one by the variance of its difference, but for the scatter."""
+        lost = int(self.lost.sum())
+        return lost * (len(self.lost) - lost) / len(self.lost)
+
+    @cached_property
+    def sides(self) -> tuple[dict[str, Scored], dict[str, Scored]]:
+        """The mean of each property over the lost samples and over those kept, resampled."""
+        return self._side(self.lost), self._side(~self.lost)
+
+    def _side(self, chosen: NDArray[np.bool_]) -> dict[str, Scored]:
+        ids = [name for name, taken in zip(self.ids, chosen, strict=True) if taken]
+        means = self.values[chosen].mean(axis=0)
+        drawn = resampled_means(self.task, ids, self.values[chosen])
+        return {name: Scored(float(means[i]), drawn[:, i]) for i, name in enumerate(self.names)}
+
+    def centred(self, names: Sequence[str]) -> Array:
+        """Return the values less their means, `(samples, names)`; 0 of what the task has not."""
+        by_name = dict(zip(self.names, (self.values - self.values.mean(axis=0)).T, strict=True))
+        return np.stack([by_name.get(name, np.zeros(len(self.ids))) for name in names], axis=1)
+
+
+def _stratum(run: Run, of: Flips) -> _Stratum:
+    records = _of_full(run, of.task)
+    known = [_numbers(records[sample]) for sample in of.well]
+    names = tuple(name for name in known[0] if all(name in each for each in known))
+    values = np.array([[each[name] for name in names] for each in known])
+    return _Stratum(of.task, of.well, names, values, np.isin(of.well, of.lost))
+
+
+def _of_cell(cell: str, strata: Sequence[_Stratum]) -> list[Property]:
+    varying = {
+        name: [stratum for stratum in strata if name in stratum.names]
+        for name in dict.fromkeys(name for stratum in strata for name in stratum.names)
+        if any(stratum.centred([name]).any() for stratum in strata)
+    }
+    if not varying:
+        return []
+    p_values = _p_values(strata, list(varying))
+    return [
+        _property(cell, name, having, p)
+        for (name, having), p in zip(varying.items(), p_values, strict=True)
+    ]
+
+
+def _property(cell: str, name: str, strata: Sequence[_Stratum], p: float) -> Property:
+    lost, kept = (_weighted(name, strata, side) for side in (0, 1))
+    n_lost = sum(int(stratum.lost.sum()) for stratum in strata)
+    return Property(
+        cell,
+        name,
+        tuple(stratum.task for stratum in strata),
+        lost=n_lost,
+        kept=sum(len(stratum.ids) for stratum in strata) - n_lost,
+        of_lost=lost.value,
+        of_kept=kept.value,
+        difference=lost.minus(kept),
+        p=p,
+    )
+
+
+def _weighted(name: str, strata: Sequence[_Stratum], side: int) -> Scored:
+    means = [stratum.sides[side][name] for stratum in strata]
+    weights = [stratum.weight for stratum in strata]
+    return Scored(
+        float(np.average([mean.value for mean in means], weights=weights)),
+        np.average([mean.replicates for mean in means], axis=0, weights=weights),
+    )
+
+
+def _p_values(strata: Sequence[_Stratum], names: Sequence[str]) -> list[float]:
+    """Draw what is lost anew within tasks, as many as were lost, for all properties at once.
+
+    (`scipy.stats.permutation_test` exchanges samples of different tasks too.)
+
+    The weighted difference is a sum over the lost samples, each less its task's mean, times a constant.
+    """
+    centred = np.concatenate([stratum.centred(names) for stratum in strata])
+    centred /= np.abs(centred).sum(axis=0)
+    labels = [stratum.lost.astype(np.int8) for stratum in strata]
+    key = "\n".join(name for stratum in strata for name in (stratum.task, *stratum.ids)).encode()
+    digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
+    generator = np.random.default_rng([SEED, digest])
+
+    def moved(lost: NDArray[np.int8]) -> Array:
+        return np.asarray((lost @ centred).round(_DIGITS))
+
+    null = []
+    for start in range(0, SHUFFLES, _BATCH):
+        count = min(_BATCH, SHUFFLES - start)
+        drawn = [generator.permuted(np.tile(one, (count, 1)), axis=1) for one in labels]
+        null.append(moved(np.concatenate(drawn, axis=1)))
+    observed, drawn_anew = moved(np.concatenate(labels)), np.concatenate(null)
+    as_low, as_high = (drawn_anew <= observed).sum(axis=0), (drawn_anew >= observed).sum(axis=0)
+    p_values = 2 * (np.minimum(as_low, as_high) + 1) / (SHUFFLES + 1)
+    return np.minimum(p_values, 1).tolist()

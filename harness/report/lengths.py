@@ -1,0 +1,140 @@
+"""How long a cell's answers are beside the full cache's, and how they end.
+
+A cache that lost the end of a thought can ramble into the limit or stop at once, and a score does not
+say which. Lengths are in tokens, an end token included where one ended the answer; of methods that draw
+they are averaged over seeds within a sample first.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.metric import Metric
+from harness.records import Record
+from harness.report.bootstrap import Samples, Scored, average, score_task
+from harness.report.contrasts import AVERAGE
+from harness.report.run import Run
+
+_LIMIT = "max_new_tokens"
+_LENGTH = Metric(
+    "length",
+    lambda prediction, answers, all_classes=None: {},
+    parts=("length",),
+    score=lambda means: means[..., 0],
+    averaged=False,
+)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A share of which records of an earlier version tell the bounds alone."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The answers of one cell on a task, or on the average over tasks."""
+
+    task: str
+    """A task, or `average`."""
+    cell: str
+    n: int
+    """Samples, summed over tasks."""
+    mean: float
+    """Tokens of an answer."""
+    pairs: int
+    """Samples that the full cache answered too; 0 for the full cache itself."""
+    change: Scored | None
+    """Mean length over these, less the full cache's, in tokens; None without any."""
+    cut_off: Bounds
+    """Share of answers that the limit ended, 0 to 1."""
+    empty: float
+    """Share of answers without text, 0 to 1."""
+
+
+def lengths(run: Run) -> list[Lengths]:
+    """Return every cell on the average over the tasks that generate; only where it has all of them."""
+    tasks = generating(run)
+    by_key = {(one.task, one.cell): one for one in lengths_by_task(run)}
+    return [
+        _on_average(cell, [by_key[task, cell] for task in tasks])
+        for cell in run.cells
+        if tasks and all((task, cell) in by_key for task in tasks)
+    ]
+
+
+def lengths_by_task(run: Run) -> list[Lengths]:
+    """Return every task that generates and cell with records, in the run's order."""
+    if "lengths" not in run.memo:
+        answers = {
+            (task, cell): _answers(run.records[task, cell], run.recorded("tasks", task, _LIMIT))
+            for task in generating(run)
+            for cell in run.cells
+            if (task, cell) in run.records
+        }
+        run.memo["lengths"] = [
+            _lengths(task, cell, own, answers.get((task, run.full_cell or "")))
+            for (task, cell), own in answers.items()
+        ]
+    found: list[Lengths] = run.memo["lengths"]
+    return found
+
+
+def generating(run: Run) -> list[str]:
+    """Return the tasks whose answers are generated; of a given continuation nothing is."""
+    return [task for task in run.tasks if not run.metrics[task].continuation]
+
+
+def _answers(records: Sequence[Record], limit: int | None) -> Samples:
+    """Collect length, least and most that was cut off, and emptiness, averaged over seeds."""
+    by_id: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for record in records:
+        low, high = _cut_off(record, limit)
+        by_id[record.id].append((record.generated_tokens, low, high, not record.prediction.strip()))
+    ids = tuple(sorted(by_id))
+    return Samples(ids, np.array([np.mean(by_id[name], axis=0) for name in ids]))
+
+
+def _cut_off(record: Record, limit: int | None) -> tuple[bool, bool]:
+    """Return whether the limit ended an answer: for certain, and perhaps.
+
+    Earlier versions did not record why an answer ended: one below the limit was not cut off, one of
+    its length may have been.
+    """
+    if record.finish_reason is not None:
+        known = record.finish_reason == "length"
+        return known, known
+    return False, limit is None or record.generated_tokens >= limit
+
+
+def _lengths(task: str, cell: str, own: Samples, full: Samples | None) -> Lengths:
+    mean, low, high, empty = own.parts.mean(axis=0).tolist()
+    change = None
+    common = set(own.ids) & set(full.ids) if full and full is not own else set()
+    if full and common:
+        a, b = own.only(common), full.only(common)
+        change = score_task(task, Samples(a.ids, a.parts[:, :1] - b.parts[:, :1]), _LENGTH)
+    return Lengths(task, cell, len(own.ids), mean, len(common), change, Bounds(low, high), empty)
+
+
+def _on_average(cell: str, tasks: Sequence[Lengths]) -> Lengths:
+    changes = [one.change for one in tasks if one.change is not None]
+    return Lengths(
+        AVERAGE,
+        cell,
+        n=sum(one.n for one in tasks),
+        mean=float(np.mean([one.mean for one in tasks])),
+        pairs=sum(one.pairs for one in tasks),
+        change=average(changes) if len(changes) == len(tasks) else None,
+        cut_off=Bounds(
+            float(np.mean([one.cut_off.low for one in tasks])),
+            float(np.mean([one.cut_off.high for one in tasks])),
+        ),
+        empty=float(np.mean([one.empty for one in tasks])),
+    )
