@@ -50,8 +50,10 @@ class FlipRule:
         check_flip_points(self.well, "flips.well=")
         check_flip_points(self.drop, "flips.drop=")
 
-    def __str__(self) -> str:
-        return f"a good answer has {self.well:g} points or more, a bad one {self.drop:g} or more less"
+    @property
+    def sentence(self) -> str:
+        """Return the rule as tables and figures state it."""
+        return f"A good answer has {self.well:g} points or more, a bad one {self.drop:g} or more less."
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from kvmerge.files import write_atomically
 def write_table(table: Table, folder: Path) -> None:
     """Write a table as `<name>.md`, `<name>.tex` and, unrounded, `<name>.csv`.
 
-    One that has a column for each cell is there as `<name>_intervals.tex` too: `<name>.tex` leaves
-    intervals out.
+    One that has a column for each cell, with intervals, is there as `<name>_intervals.tex` too:
+    `<name>.tex` leaves them out.
     """
     write_atomically(folder / f"{table.name}.md", markdown(table))
     write_atomically(folder / f"{table.name}.csv", to_csv(table.data))
     write_atomically(folder / f"{table.name}.tex", latex(table, intervals=not table.cells))
-    if table.cells:
+    if table.cells and any("\n" in text for row in table.rows for text in row):
         write_atomically(folder / f"{table.name}_intervals.tex", latex(table))

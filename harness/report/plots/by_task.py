@@ -8,37 +8,29 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.report.names import budget_label, cell_label
+from harness.report.bootstrap import Estimate
+from harness.report.names import cell_label
 from harness.report.plots.style import (
     BAND,
-    COLUMN,
-    PAGE,
     REFERENCE,
     Look,
     Plot,
     Undrawn,
-    columns_of,
-    grid,
     is_full,
-    legend,
     mark,
     reference_mark,
     render,
     variants,
     whiskers,
-    wrap,
 )
+from harness.report.plots.task_rows import TaskRow, task_rows
 from harness.report.run import Run
 from harness.report.words import INTERVAL, gaps, setting
 from kvmerge.cells import parse_name
 
 _TITLE = "Scores by task"
-_NAME = 22
-"""Letters of a task's name to a line."""
-_PITCH, _BETWEEN, _LINE = 5.2, 5.0, 9.0
-"""Points: from mark to mark, from task to task, and a line of a name."""
-_PANELS, _LONG = 4, 12
-"""Panels side by side, and tasks that stand in one block, at most."""
+_MANY = 3
+"""Panels side by side, from which on there is room for fewer ticks."""
 _EDGE = 3.0
 """Room beyond 0 and 100, in which marks at the ends are whole."""
 
@@ -64,86 +56,47 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | Undrawn:
 
 
 def _figure(run: Run, tasks: Sequence[str], by_method: Mapping[str, Look]) -> Figure:
-    panels = _by_budget(run.cells)
-    slots = max(len(cells) for cells in panels.values())
-    lines = max(wrap(task, _NAME).count("\n") + 1 for task in tasks)
-    pitch = max(slots * _PITCH, lines * _LINE) + _BETWEEN
-    # Many tasks stand in two blocks side by side, each with all panels, where these are narrow enough.
-    blocks = 2 if len(tasks) > _LONG and len(panels) <= 2 else 1
-    rows_of_tasks = -(-len(tasks) // blocks)
-    width = COLUMN if blocks == 1 and len(panels) <= 2 else PAGE
-    columns = columns_of(len(panels), _PANELS)
-    rows = -(-len(panels) // columns)
-    height = rows * (rows_of_tasks * pitch + 28) / 72 + 0.45
-    figure = Figure((width, height), layout="constrained")
-    axes, rest = grid(figure, blocks * len(panels), blocks * columns, sharex=True)
-    for place, axis in enumerate(axes):
-        block, panel = divmod(place, len(panels))
-        own = tasks[block * rows_of_tasks : (block + 1) * rows_of_tasks]
-        title, cells = list(panels.items())[panel]
-        axis.set_title(title)
-        _draw_panel(axis, run, own, cells, by_method, pitch)
-        names = [wrap(task, _NAME) for task in own]
-        axis.set_yticks([(row + 0.5) * pitch for row in range(len(own))], names)
-        axis.set_ylim(rows_of_tasks * pitch, 0)
-        axis.tick_params(axis="y", length=0, labelleft=panel % columns == 0)
-        axis.tick_params(axis="x", labelbottom=panel + columns >= len(panels))
-    axes[0].set_xlim(-_EDGE, 100 + _EDGE)
-    axes[0].set_xticks((0, 25, 50, 75, 100) if len(panels) * blocks < _PANELS - 1 else (0, 50, 100))
-    figure.supxlabel("score")
-    shown = variants(cell for cells in panels.values() for cell in cells)
-    entries: list[tuple[Any, str]] = [(mark(by_method[name]), by_method[name].label) for name in shown]
+    def draw(axis: Axes, row: TaskRow) -> None:
+        if run.full_cell not in row.places and (row.task, run.full_cell) in run.scores:
+            _draw_reference(axis, run, row)
+        for cell, place in row.places.items():
+            if (row.task, cell) in run.scores:
+                _draw_score(axis, run.scores[row.task, cell].estimate(), place, by_method[_name(cell)])
+
+    shown = [cell for cell in run.cells if not is_full(cell)] or run.cells
+    entries: list[tuple[Any, str]] = [
+        (mark(by_method[name]), by_method[name].label) for name in variants(shown)
+    ]
     if run.full_cell and len(run.cells) > 1:
         entries.append((reference_mark(), by_method["full"].label))
-    legend(figure, entries, rest)
+    figure, axes = task_rows(run.cells, tasks, draw, entries, "score")
+    axes[0].set_xlim(-_EDGE, 100 + _EDGE)
+    axes[0].set_xticks((0, 25, 50, 75, 100) if len(axes) < _MANY else (0, 50, 100))
     return figure
 
 
-def _by_budget(cells: Sequence[str]) -> dict[str, list[str]]:
-    """Return the cells of each budget; the full cache is a panel of its own only where it is alone."""
-    panels: dict[str, list[str]] = {}
-    for cell in [cell for cell in cells if not is_full(cell)] or cells:
-        panels.setdefault(budget_label(parse_name(cell).budget), []).append(cell)
-    return panels
+def _name(cell: str) -> str:
+    return parse_name(cell).variant
 
 
-def _draw_panel(
-    axis: Axes,
-    run: Run,
-    tasks: Sequence[str],
-    cells: Sequence[str],
-    by_method: Mapping[str, Look],
-    pitch: float,
-) -> None:
-    axis.grid(visible=False, axis="y")
-    axis.grid(visible=True, axis="x")
-    for row, task in enumerate(tasks):
-        if row:
-            axis.axhline(row * pitch, color="#bbbbbb", linewidth=0.5)
-        if run.full_cell not in cells and (task, run.full_cell) in run.scores:
-            _draw_reference(axis, run, task, row, pitch)
-        for slot, cell in enumerate(cells):
-            if (task, cell) not in run.scores:
-                continue
-            shown = run.scores[task, cell].estimate()
-            look = by_method[parse_name(cell).variant]
-            axis.errorbar(
-                shown.value,
-                (row + 0.5) * pitch + (slot - (len(cells) - 1) / 2) * _PITCH,
-                xerr=whiskers([shown]),
-                color=look.colour,
-                marker=look.marker,
-                markersize=3.8,
-                elinewidth=0.9,
-                capsize=1.2,
-            )
+def _draw_score(axis: Axes, shown: Estimate, place: float, look: Look) -> None:
+    axis.errorbar(
+        shown.value,
+        place,
+        xerr=whiskers([shown]),
+        color=look.colour,
+        marker=look.marker,
+        markersize=3.8,
+        elinewidth=0.9,
+        capsize=1.2,
+    )
 
 
-def _draw_reference(axis: Axes, run: Run, task: str, row: int, pitch: float) -> None:
-    full = run.scores[task, str(run.full_cell)].estimate()
-    top, bottom = row * pitch + 1, (row + 1) * pitch - 1
-    axis.fill_betweenx((top, bottom), full.low, full.high, color=BAND, linewidth=0)
-    axis.plot((full.value,) * 2, (top, bottom), color=REFERENCE, linestyle=(0, (4, 2)))
+def _draw_reference(axis: Axes, run: Run, row: TaskRow) -> None:
+    full = run.scores[row.task, str(run.full_cell)].estimate()
+    strip = row.top, row.bottom
+    axis.fill_betweenx(strip, full.low, full.high, color=BAND, linewidth=0)
+    axis.plot((full.value,) * 2, strip, color=REFERENCE, linestyle=(0, (4, 2)))
 
 
 def _alt(run: Run, tasks: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from harness.report.plots.by_budget import (
     unaveraged_by_budget,
 )
 from harness.report.plots.by_task import scores_by_task
+from harness.report.plots.flips import flips_by_task
 from harness.report.plots.heat_maps import heat_maps
 from harness.report.plots.style import STYLE, Look, Plot, Undrawn
 from harness.report.run import Run
@@ -41,6 +42,7 @@ def draw_all(run: Run, by_method: Mapping[str, Look], judgement: Judgement) -> D
             kl_by_budget(run, by_method),
             *unaveraged_by_budget(run, by_method),
             scores_by_task(run, by_method),
+            flips_by_task(run, by_method, judgement.flips),
             *heat_maps(run),
         ]
     return Drawn(

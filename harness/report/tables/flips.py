@@ -72,7 +72,7 @@ def flip_table(run: Run, rule: FlipRule) -> Table | None:
         name="flips",
         title=f"Samples lost and gained against {run.full_cell}",
         caption=f"-a +b: a samples lost that {run.full_cell} answers well and the cell does not, b "
-        f"gained the other way round; net: b - a: {setting(run)}. {_words(rule)}. Of methods that "
+        f"gained the other way round; net: b - a: {setting(run)}. {rule.sentence} Of methods that "
         "draw, seeds are averaged first. Only samples that both hold count.",
         header=header,
         rows=tuple(rows),
@@ -108,7 +108,7 @@ def shared_table(run: Run, rule: FlipRule) -> Table | None:
         name="flips_in_common",
         title="Samples that all methods of a budget lose",
         caption=f"Of the samples that any method of a budget loses, the share that all of them lose: "
-        f"{setting(run)}. {_words(rule)}. By chance: the share, if methods lost as many of each task's "
+        f"{setting(run)}. {rule.sentence} By chance: the share, if methods lost as many of each task's "
         "samples, but independently. A share well above it says that it is the sample, near it that it "
         "is the method. Alone: samples that one method loses and no other.",
         header=_SHARED_HEADER,
@@ -155,7 +155,7 @@ def property_table(run: Run, rule: FlipRule) -> Table | None:
         name="flip_properties",
         title="What goes with a lost sample",
         caption=f"Samples that {run.full_cell} answers well, those lost beside those kept: "
-        f"{setting(run)}. {_words(rule)}. Means are within tasks, of those with two samples or more on "
+        f"{setting(run)}. {rule.sentence} Means are within tasks, of those with two samples or more on "
         f"either side, and then over tasks, by what each can tell. In brackets: {INTERVAL} of each "
         f"side. p: {SHUFFLES:,} draws of what is lost within each task, adjusted by Holm over the "
         f"{len(found)} rows. What goes with a loss need not cause it.",
@@ -195,7 +195,7 @@ def rate_table(run: Run, rule: FlipRule) -> Table | None:
         name="flips_by_group",
         title="Samples lost by group",
         caption=f"Of the samples of a group that {run.full_cell} answers well, those that a cell "
-        f"loses, over all tasks: {setting(run)}. {_words(rule)}.",
+        f"loses, over all tasks: {setting(run)}. {rule.sentence}",
         header=header,
         rows=tuple(rows),
         notes=tuple(gaps(run)),
@@ -226,10 +226,6 @@ def flipped_samples(run: Run, rule: FlipRule) -> pd.DataFrame:
         ]
     columns = ["task", "method", "budget", "id", "flip", "score_full", "score"]
     return tidy(run, rows, columns)
-
-
-def _words(rule: FlipRule) -> str:
-    return str(rule)[0].upper() + str(rule)[1:]
 
 
 def _left_out(run: Run) -> list[str]:

@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.console import Console
 
 from harness.judgement import FlipRule
@@ -29,6 +31,9 @@ from harness.report.flips import (
     without_flips,
 )
 from harness.report.page import write_report
+from harness.report.plots import flips as plot_module
+from harness.report.plots.flips import flips_by_task
+from harness.report.plots.style import Plot, Undrawn, looks
 from harness.report.run import Run, load_run
 from harness.report.tables.flips import flip_table, flipped_samples, rate_table, shared_table
 from harness.report.terminal import print_comparison
@@ -346,3 +351,27 @@ def test_the_console_shows_them_in_total(tmp_path: Path) -> None:
     print_comparison(scored(tmp_path, {FULL: [1, 1, 0], A: [0, 1, 1]}), console)
     (line,) = [row for row in console.export_text().splitlines() if "samples lost, gained" in row]
     assert line.split()[-2:] == ["-1", "+1"]
+
+
+def test_the_figure_says_what_is_lost(tmp_path: Path) -> None:
+    run = scored(tmp_path, {FULL: [1, 1, 0], A: [0, 1, 1], B: [0, 0, 0]})
+    drawn = flips_by_task(run, looks([run]), RULE)
+    assert isinstance(drawn, Plot)
+    assert "from 1 of 2 samples lost in all (KVMerger 50%) to 2 of 2 (H2O 50%)" in drawn.alt
+    assert RULE.sentence in drawn.caption
+
+
+def test_its_bars_are_as_long_as_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plot_module, "render", lambda figure, *_: figures.append(figure))
+    run = scored(tmp_path, {FULL: [1, 1, 0], A: [0, 1, 1], B: [0, 0, 0]})
+    flips_by_task(run, looks([run]), RULE)
+    patches = [patch for axis in figures[0].axes for patch in axis.patches]
+    assert [bar.get_width() for bar in patches if isinstance(bar, Rectangle)] == [-1, 1, -2]
+
+
+def test_without_a_full_cache_it_is_not_drawn(tmp_path: Path) -> None:
+    run = scored(tmp_path, {A: [1.0], B: [0.0]})
+    drawn = flips_by_task(run, looks([run]), RULE)
+    assert isinstance(drawn, Undrawn)
+    assert "full cache" in str(drawn)

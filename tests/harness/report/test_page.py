@@ -76,11 +76,16 @@ def test_one_command_writes_every_file(reported: Path) -> None:
     }
     tables = {
         f"tables/{t}.{e}"
-        for t in ("scores", "differences", "contrasts", "contrasts_by_task", "budgets")
+        for t in (
+            *("scores", "differences", "contrasts", "contrasts_by_task", "budgets"),
+            *("flips", "flips_in_common", "lengths", "lengths_by_task"),
+        )
         for e in ("md", "csv", "tex")
     } | {"tables/scores_intervals.tex", "tables/differences_intervals.tex"}
+    tables |= {"tables/flipped_samples.csv"}
     by_budget = ("average_by_budget", "average_by_memory", "kl_by_budget", "perplexity_text")
-    plots = {f"plots/{p}.{e}" for p in ("scores_by_task", *by_budget) for e in ("png", "pdf")}
+    by_task = ("scores_by_task", "flips_by_task")
+    plots = {f"plots/{p}.{e}" for p in (*by_task, *by_budget) for e in ("png", "pdf")}
     assert written == tables | plots | {"run.json", "summary.csv", "report.html"}
 
 
@@ -202,7 +207,7 @@ class Page(HTMLParser):
 def test_the_page_is_self_contained(reported: Path) -> None:
     text = (reported / "report.html").read_text()
     page = Page(text)
-    assert len(page.loads) == 5
+    assert len(page.loads) == 6
     assert all(load.startswith("data:image/png;base64,iVBOR") for load in page.loads)
     assert "url(" not in (Path(html.__file__).parent / "page.css").read_text()
     assert "50.00" in page.texts
