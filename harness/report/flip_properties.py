@@ -217,9 +217,8 @@ def _weighted(name: str, strata: Sequence[_Stratum], side: int) -> Scored:
 def _p_values(strata: Sequence[_Stratum], names: Sequence[str]) -> list[float]:
     """Draw what is lost anew within tasks, as many as were lost, for all properties at once.
 
-    (`scipy.stats.permutation_test` exchanges samples of different tasks too.)
-
     The weighted difference is a sum over the lost samples, each less its task's mean, times a constant.
+    (`scipy.stats.permutation_test` would exchange samples of different tasks too.)
     """
     centred = np.concatenate([stratum.centred(names) for stratum in strata])
     centred /= np.abs(centred).sum(axis=0)

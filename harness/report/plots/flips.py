@@ -69,22 +69,20 @@ def flips_by_task(run: Run, by_method: Mapping[str, Look], rule: FlipRule) -> Pl
 
 
 def _draw_bars(axis: Axes, one: Count, place: float, look: Look) -> None:
-    """Draw two bars from 0, with the method's mark where they end."""
-    for length, face in ((-one.lost, look.colour), (one.gained, "white")):
-        if length:
-            axis.barh(place, length, _BAR, color=face, edgecolor=look.colour, linewidth=0.7)
-            axis.plot(
-                length,
-                place,
-                color=look.colour,
-                marker=look.marker,
-                markersize=3.4,
-                markeredgecolor="white",
-                markeredgewidth=0.4,
-                clip_on=False,
-            )
-        elif length == one.lost == 0:
-            axis.plot(0, place, color=look.colour, marker=look.marker, markersize=3.4)
+    """Draw what is lost, and hollow what is gained, from 0, with the method's mark at the end."""
+    bars = [(-one.lost, look.colour), *([(one.gained, "white")] if one.gained else [])]
+    for length, face in bars:
+        axis.barh(place, length, _BAR, color=face, edgecolor=look.colour, linewidth=0.7)
+        axis.plot(
+            length,
+            place,
+            color=look.colour,
+            marker=look.marker,
+            markersize=3.4,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            clip_on=False,
+        )
 
 
 def _alt(totals: Sequence[Count], tasks: int) -> str:

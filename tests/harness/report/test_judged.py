@@ -80,3 +80,12 @@ def test_the_command_line_refuses_what_cannot_be(
 ) -> None:
     assert main([str(tmp_path), *words]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_what_observes_has_nothing_to_be_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "observations").mkdir()
+    (tmp_path / "observations" / "t.jsonl").touch()
+    assert main([str(tmp_path), "--flip-drop", "20"]) == 2
+    assert "--flip-drop: a run that observes compares nothing" in capsys.readouterr().err
