@@ -154,11 +154,9 @@ class Answerer:
         marks = self._marks(job, encoded, prediction, result)
         groups = {"groups": dict(job.sample.groups)} if job.sample.groups else {}
         counts = [count for layer in result.stats.entries for count in layer]
-        kept = sum(counts) / len(counts)
-        stood_for = None
-        if result.stats.represented is not None:
-            sums = [count for layer in result.stats.represented for count in layer]
-            stood_for = sum(sums) / len(sums)
+        kept = mean_of(result.stats.entries)
+        represented, read = result.stats.represented, result.stats.read
+        stood_for = None if represented is None else mean_of(represented)
         fidelity = result.fidelity
         return Record(
             id=job.sample.id,
@@ -179,6 +177,7 @@ class Answerer:
             kept_entries_by_layer=[sum(layer) / len(layer) for layer in result.stats.entries],
             kept_entries_min=min(counts),
             kept_entries_max=max(counts),
+            read_entries=None if read is None else mean_of(read),
             kv_bytes_full=(
                 result.stats.kv_bytes // sum(counts) * length * len(counts) + result.stats.local_bytes
             ),
@@ -198,6 +197,12 @@ class Answerer:
         if encoded.continuation is None or result.nll is None:
             return self.settings.benchmark.score(job.sample, job.task, prediction)
         return job.task.metric.sample(result.nll, len(encoded.continuation))
+
+
+def mean_of(counts: Sequence[Sequence[int]]) -> float:
+    """Return the mean over layers and KV heads of counts by both."""
+    each = [count for layer in counts for count in layer]
+    return sum(each) / len(each)
 
 
 def encode(settings: Settings, tokenizer: PreTrainedTokenizerBase, job: Job) -> Encoded:

@@ -78,6 +78,9 @@ class Record:
     kept_entries_min: Count | None = None
     """Smallest count over layers and KV heads, after prefill."""
     kept_entries_max: Count | None = None
+    read_entries: Positive | None = None
+    """Entries of the prompt that attention read for the first token fed after it, a mean as
+    `kept_entries` is: counted where it reads them, hidden ones left out. None where none was fed."""
     kv_bytes_full: Count | None = None
     """Bytes of K and V that the full cache holds for the same prompt."""
     size_bytes: Count | None = None

@@ -7,12 +7,13 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvmerge.api import compressed
+    from kvmerge.api import NothingCompressedWarning, compressed
     from kvmerge.budget import Budget
     from kvmerge.comparison import compare
     from kvmerge.compressed_cache import CompressedCache
     from kvmerge.errors import UserError
     from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer
+    from kvmerge.proof import UnprovenError
 
 __all__ = [
     "Allowance",
@@ -21,7 +22,9 @@ __all__ = [
     "DecodeStep",
     "Entries",
     "Method",
+    "NothingCompressedWarning",
     "PrefillLayer",
+    "UnprovenError",
     "UserError",
     "compare",
     "compressed",
@@ -30,9 +33,11 @@ __all__ = [
 _HOMES = {
     "CompressedCache": "compressed_cache",
     "compressed": "api",
+    "NothingCompressedWarning": "api",
     "Budget": "budget",
     "compare": "comparison",
     "UserError": "errors",
+    "UnprovenError": "proof",
 }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,7 @@ from kvmerge.hook import CACHE_NAMES, SESSION, cache_name, hooked
 from kvmerge.limits import check_fits
 from kvmerge.method import Method
 from kvmerge.resolve import load_method
-from kvmerge.session import Policy, Row, session_for
+from kvmerge.session import CacheSession, Policy, Row, session_for
 
 _CAPACITY = 64
 """New entries that buffers have room for at first; they grow."""
@@ -39,6 +40,10 @@ _OWN_CACHE = (
     "a cache of your own cannot be compressed: it would stay empty. Give none for a new prompt; to go "
     "on, give the one that an earlier call in this block returned."
 )
+
+
+class NothingCompressedWarning(UserWarning):
+    """A `with compressed(...)` block ended without a single prompt having gone through it."""
 
 
 @contextlib.contextmanager
@@ -72,6 +77,10 @@ def compressed(
             a cache of the caller's own, one made elsewhere, no cache at all, positions or masks that
             are not those of the text so far, beam search, assisted generation, chunked prefill, and a
             text that the model cannot hold.
+        UnprovenError: inside the block, if attention read something else than was asked for.
+
+    Warns:
+        NothingCompressedWarning: if the block ends, without an exception, and nothing was compressed.
     """
     check_family(model.config)
     if isinstance(method, str):
@@ -92,6 +101,14 @@ def compressed(
         finally:
             for handle in handles:
                 handle.remove()
+    if not block.prefills:  # not reached where an exception leaves the block: that says more
+        warnings.warn(
+            f"nothing was compressed: no prompt went through {type(model).__name__} inside the "
+            "`with compressed(...)` block. Call generate() or the model itself inside it, on this very "
+            "object: a copy, a pipeline's own or another process's model is not compressed.",
+            NothingCompressedWarning,
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager
@@ -117,6 +134,8 @@ class _Block:
         self._generate: Any = model.generate
         self._generating = threading.local()
         self._made: WeakSet[CompressedCache] = WeakSet()
+        self.prefills = 0
+        """Prompts, or batches of them, that were compressed."""
 
     def generate(self, *arguments: Any, **kwargs: Any) -> Any:
         """Run the model's own `generate`, where what it is asked for can be done."""
@@ -175,7 +194,9 @@ class _Block:
 
     def after(self, _: torch.nn.Module, __: Any, kwargs: dict[str, Any], ___: Any) -> None:
         """Hold a forward call that has ended against what was asked; a hook that runs after it."""
-        kwargs[SESSION].passed()
+        session: CacheSession = kwargs[SESSION]
+        self.prefills += not session.proof.fed
+        session.passed()
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:
         """Refuse a forward call that cannot be compressed, whatever its cache."""

@@ -114,6 +114,7 @@ COLUMNS = (
     Column("kept_entries_mean", "kept_entries", header="entries kept", place=1),
     Column("kept_entries_min", "kept_entries_min", SMALLEST),
     Column("kept_entries_max", "kept_entries_max", LARGEST),
+    Column("read_entries", "read_entries", header="entries read", place=1),
     Column("size_bytes", "size_bytes", header="sizes MiB", form=".3f", factor=_MIB, place=4),
     Column("merged_tokens", "merged_tokens", header="merged", place=1),
     Column("evicted_tokens", "evicted_tokens", header="evicted", place=1),

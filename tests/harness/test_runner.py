@@ -142,6 +142,7 @@ def test_lines_hold_the_contracts_fields_and_what_was_measured(finished: Path) -
         prompt = line["prompt_tokens"]
         entries = math.floor(CELLS[cell] * prompt)
         assert line["kept_entries"] == line["kept_entries_min"] == line["kept_entries_max"] == entries
+        assert line["read_entries"] == entries
         assert line["requested_entries"] == entries
         assert line["kept_entries_by_layer"] == [entries] * 2
         assert line["budget_achieved"] == pytest.approx(entries / prompt)

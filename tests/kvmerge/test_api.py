@@ -8,7 +8,14 @@ import transformers
 
 from baselines.full import Full
 from baselines.h2o import H2O
-from kvmerge import CompressedCache, UserError, compressed
+from kvmerge import (
+    CompressedCache,
+    NothingCompressedWarning,
+    UnprovenError,
+    UserError,
+    compressed,
+)
+from kvmerge.method import keep_all
 from tests import tiny
 
 PAD = 0
@@ -114,6 +121,49 @@ def test_sampling_works_and_beam_search_says_why_not(llama, prompts):
         assert generate(llama, prompts[0], do_sample=True).shape == (1, 38)
         with pytest.raises(UserError, match="beam search is not supported"):
             generate(llama, prompts[0], num_beams=2)
+
+
+def test_a_block_that_compresses_nothing_warns(llama, prompts):
+    with (
+        pytest.warns(NothingCompressedWarning, match="no prompt went through LlamaForCausalLM") as said,
+        compressed(llama, "h2o", 0.5),
+    ):
+        generate(tiny.new_model(), prompts[0])  # another object
+    assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("budget", [0.5, 1, 1000])
+def test_a_block_with_a_prompt_does_not_warn(llama, prompts, budget, recwarn):
+    with compressed(llama, "h2o", budget):
+        generate(llama, prompts[0], max_new_tokens=1, min_new_tokens=1)
+    assert not [each for each in recwarn if each.category is NothingCompressedWarning]
+
+
+def test_an_exception_that_leaves_the_block_is_not_hidden_by_the_warning(llama, recwarn):
+    with pytest.raises(RuntimeError, match="inside"), compressed(llama, "h2o", 0.5):
+        raise RuntimeError("inside")
+    assert not [each for each in recwarn if each.category is NothingCompressedWarning]
+
+
+def test_what_attention_reads_is_held_inside_the_block(llama, prompts, monkeypatch):
+    monkeypatch.setattr(H2O, "compress", lambda self, layer, allowance: keep_all(layer))
+    wanted = r"H2O@0.5 on 0: layer 0: attention reads 30 entries .* where 15 were asked for"
+    with pytest.raises(UnprovenError, match=wanted), compressed(llama, "h2o", 0.5):
+        generate(llama, prompts[2])
+
+
+def test_positions_by_the_length_of_the_cache_are_found_inside_the_block(llama, prompts, monkeypatch):
+    def by_entries(cache, kwargs):
+        tokens = kwargs["input_ids"].shape[1]
+        begin = cache.session.layers[0].groups[0].length if cache.session.layers else 0
+        return begin + torch.arange(tokens)[None]
+
+    monkeypatch.setattr("kvmerge.api._place", by_entries)
+    with (
+        pytest.raises(UnprovenError, match="a token at position 15 that stands at 30 of its text"),
+        compressed(llama, "h2o", 0.5),
+    ):
+        generate(llama, prompts[0])
 
 
 def test_right_padding_is_refused(llama, prompts):

@@ -24,6 +24,7 @@ from kvmerge.engine import Decoder
 from kvmerge.errors import UserError
 from kvmerge.kernels import choice, tiled
 from kvmerge.kvmerger import KVMerger
+from kvmerge.proof import LayerProof
 from scripts.bench import __main__ as bench
 from scripts.bench import cpu_path as paths
 from scripts.bench import kvpress_prefills, measure, peer, prefill, scaling
@@ -33,6 +34,7 @@ from scripts.bench.compression import compression
 from scripts.bench.decode import decode
 from scripts.bench.measure import Bench, LiveBytes, Report, ratio, weight_bytes
 from scripts.bench.profile import stages
+from scripts.bench.proof import proof
 
 SEVEN = [
     "full@1",
@@ -453,6 +455,17 @@ def test_a_mistake_prints_one_message_and_gives_status_2(
 ) -> None:
     assert command(tmp_path, *given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_proof_is_timed_beside_the_same_work_without_it(tiny: Bench) -> None:
+    read: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        honest = LayerProof.read
+        patch.setattr(LayerProof, "read", lambda self, *of: read.append(1) or honest(self, *of))
+        report = proof(tiny, length=60, steps=2)
+    # a round that does not count and one that does; three lengths of cache in each of two layers
+    assert len(read) == 2 * 2 * LAYERS * 3
+    assert [row["part"] for row in report.rows] == ["prefill", "2 steps"]
 
 
 def test_everything_leaves_out_what_needs_a_card(
