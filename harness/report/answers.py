@@ -187,7 +187,7 @@ def _against_others(
     seen_first = [_seen(one, one.first, judgement) for one in sure]
     decided = [seen for seen in seen_first if seen.tone in (Tone.BETTER, Tone.BEHIND, Tone.EQUAL)]
     lines = [
-        Line(Tone.NOTE, f"{_cell(run, seen.cell)} against {_method(run, seen.other)}: {seen.text}")
+        Line(seen.tone, f"{_cell(run, seen.cell)} against {_method(run, seen.other)}: {seen.text}")
         for seen in decided[:_MOST]
     ]
     if between and not decided:
@@ -286,14 +286,6 @@ def _open(
                     "With so many contrasts by task the permutation test cannot decide any.",
                 )
             )
-    lines += [
-        Line(
-            Tone.NOTE,
-            f"{cell} {kept}, which is not the budget in its name: what is said of it there is not said "
-            "at an equal budget.",
-        )
-        for cell, kept in missed_budgets(run).items()
-    ]
     lacking = without_kl(run)
     if lacking:
         lines.append(Line(Tone.UNKNOWN, f"KL to the full cache is not recorded for {_few(lacking)}."))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from harness.report.names import cell_label
 from harness.report.run import Run
 from kvmerge.cells import parse_name
 
@@ -29,6 +30,12 @@ def missed_budgets(run: Run) -> Mapping[str, str]:
 def shown_name(run: Run, cell: str) -> str:
     """Return a cell's name as it is shown: one that missed its budget says what it kept."""
     return marked(cell, missed_budgets(run))
+
+
+def shown_label(run: Run, cell: str) -> str:
+    """Return a cell's name as people write it, with what it kept where it missed its budget."""
+    kept = missed_budgets(run).get(cell)
+    return cell_label(cell) + (f" ({kept})" if kept else "")
 
 
 def marked(name: str, missed: Mapping[str, str]) -> str:

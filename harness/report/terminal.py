@@ -16,7 +16,7 @@ from harness.report.columns import COLUMNS
 from harness.report.contrasts import AVERAGE, contrasts
 from harness.report.flips import TOTAL, counts
 from harness.report.gates import Verdict, gates, summary_lines
-from harness.report.missed import missed_budgets, missed_notes, shown_name
+from harness.report.missed import missed_budgets, shown_name
 from harness.report.published import load_references
 from harness.report.run import Run, averages
 from harness.report.tables.contrasts import verdict_text
@@ -58,7 +58,7 @@ def print_comparison(run: Run, console: Console, judgement: Judgement | None = N
     console.print(f"{scale}{setting(run)}.", style="dim", highlight=False)
     for line in _contrast_lines(run, judgement.margin):
         console.print(line, highlight=False)
-    for note in (*gaps(run), *missed_notes(missed_budgets(run))):
+    for note in gaps(run):
         console.print(note, style="yellow", highlight=False)
 
 

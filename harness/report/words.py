@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from harness.report.bootstrap import RESAMPLES
+from harness.report.missed import missed_budgets, missed_notes
 from harness.report.run import Run
 
 INTERVAL = f"95% percentile bootstrap interval over samples, {RESAMPLES:,} resamples"
@@ -66,7 +67,7 @@ def task_label(run: Run, task: str) -> str:
 
 
 def gaps(run: Run) -> list[str]:
-    """Name the cells without records, and the tasks whose cells hold different samples."""
+    """Name cells without records, tasks whose cells hold different samples, and missed budgets."""
     by_tasks: dict[str, list[str]] = {}
     for cell in run.cells:
         missing = [task for task in run.tasks if (task, cell) not in run.records]
@@ -84,4 +85,4 @@ def gaps(run: Run) -> list[str]:
                 f"The cells of {task} hold different samples (n = {counts}), "
                 "so their scores do not compare until the run is finished."
             )
-    return notes
+    return [*notes, *missed_notes(missed_budgets(run))]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.report.bootstrap import Estimate
-from harness.report.names import cell_label
+from harness.report.missed import shown_label
 from harness.report.plots.style import (
     BAND,
     REFERENCE,
@@ -109,6 +109,6 @@ def _alt(run: Run, tasks: Sequence[str]) -> str:
     low, high = min(shown), max(shown)
     return (
         f"Marks of {len(run.cells)} cells on {len(tasks)} tasks, a row a task and a panel a budget, "
-        f"from {low[0]:.1f} ({cell_label(low[2])} on {low[1]}) to {high[0]:.1f} "
-        f"({cell_label(high[2])} on {high[1]})."
+        f"from {low[0]:.1f} ({shown_label(run, low[2])} on {low[1]}) to {high[0]:.1f} "
+        f"({shown_label(run, high[2])} on {high[1]})."
     )

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.report.groups import GroupScore, group_values, scores_by
-from harness.report.names import cell_label
+from harness.report.missed import shown_label
 from harness.report.plots.style import (
     BAND,
     COLUMN,
@@ -55,7 +55,7 @@ def _heat_map(run: Run, task: str, scores: Sequence[GroupScore]) -> Plot:
     alt = (
         f"Squares of {len({score.cell for score in scores})} cells on {task}, a panel a cell, depth "
         f"downwards and length to the right; the lowest is {worst.scored.value:.0f} "
-        f"({cell_label(worst.cell)} at depth {worst.group[0]}, length {worst.group[1]})."
+        f"({shown_label(run, worst.cell)} at depth {worst.group[0]}, length {worst.group[1]})."
     )
     return render(
         draw_heat_map(run, scores),
@@ -86,7 +86,7 @@ def draw_heat_map(run: Run, scores: Sequence[GroupScore]) -> Figure:
                 depth, length = score.group
                 shown[depths.index(depth), lengths.index(length)] = score.scored.value
         image = axis.imshow(shown, cmap=colours, vmin=0, vmax=100, aspect="auto")
-        axis.set_title(wrap(cell_label(cell), int(72 * width / columns / 4.6)))
+        axis.set_title(wrap(shown_label(run, cell), int(72 * width / columns / 4.6)))
         axis.grid(visible=False)
         axis.tick_params(
             length=0, labelleft=place % columns == 0, labelbottom=place + columns >= len(cells)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from harness.report.columns import TABLE
-from harness.report.missed import missed_budgets, missed_notes
+from harness.report.missed import missed_budgets
 from harness.report.run import Run, averages
 from harness.report.summary import summarise
 from harness.report.tables.table import Table, score_text
@@ -65,11 +65,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
         ),
         rows=tuple(rows),
         missed=_missed(ordered),
-        notes=tuple(
-            f"{run.output_dir}: {note}"
-            for run in ordered
-            for note in (*gaps(run), *missed_notes(missed_budgets(run)))
-        ),
+        notes=tuple(f"{run.output_dir}: {note}" for run in ordered for note in gaps(run)),
         data=pd.concat(frames, ignore_index=True),
         naming=(3,),
     )

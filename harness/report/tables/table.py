@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from harness.report.bootstrap import Scored
-from harness.report.missed import marked, missed_budgets, missed_notes
+from harness.report.missed import marked, missed_budgets
 from harness.report.ranks import Mark
 from harness.report.run import Run
 from kvmerge.cells import parse_name
@@ -77,9 +77,8 @@ class Table:
         )
 
     def of(self, run: Run) -> Table:
-        """Return the table with the run's missed budgets, told in its notes."""
-        missed = missed_budgets(run)
-        return replace(self, missed=missed, notes=(*self.notes, *missed_notes(missed)))
+        """Return the table with the run's missed budgets, to stand beside the names of cells."""
+        return replace(self, missed=missed_budgets(run))
 
 
 def is_numeric(table: Table, column: int) -> bool:

@@ -177,7 +177,7 @@ def test_a_missed_budget_is_marked_wherever_the_cell_s_name_stands(missing: Run)
     assert "| h2o@0.35 (kept 50%) | cam@0.35 | kvmerger@40 (kept 60 entries) |" in text
     assert "- h2o@0.35 (kept 50%): not the budget in its name" in text
     said = " ".join(text for lines in found(missing).values() for _, text in lines)
-    assert "h2o@0.35 kept 50%, which is not the budget in its name" in said
+    assert "h2o@0.35 (kept 50%): not the budget in its name" in said
 
 
 def test_a_missed_budget_is_told_in_print_and_on_the_terminal(missing: Run) -> None:
