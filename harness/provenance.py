@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from harness import code
@@ -41,6 +42,7 @@ _PACKAGES = (
     "hydra-core",
     "pandas",
     "scipy",
+    "statsmodels",
 )
 
 
@@ -246,6 +248,7 @@ def hardware() -> dict[str, Any]:
         "cpu_products": chosen(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

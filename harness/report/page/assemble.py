@@ -18,6 +18,8 @@ from rich.console import Console
 
 from harness.judgement import FlipRule, Judgement, check_flip_points, check_margin
 from harness.report.answers import answers, in_short
+from harness.report.export.card import card
+from harness.report.export.every_eval_ever import write_every_eval_ever
 from harness.report.export.tables import write_table
 from harness.report.names import benchmark_label, model_label
 from harness.report.observed.page import print_claims, write_observed
@@ -132,9 +134,10 @@ def _load_all(output_dirs: Sequence[Path]) -> list[Run]:
 def write_report(
     runs: Sequence[Run], out: Path | None = None, judgements: Sequence[Judgement] | None = None
 ) -> Path:
-    """Write each summary.csv, tables/, plots/ and report.html, and return the page's path.
+    """Write each summary.csv, and the report's files; return the page's path.
 
-    Several runs have one folder each below tables/ and plots/, and one table of all of them. A run
+    These are tables/, plots/, every_eval_ever/, card.md and report.html. Several runs have one folder
+    each below the former three, and one table of all of them. A run
     on the ZeroSCROLLS test split also gets its submissions/ (`harness.report.submission`).
 
     Args:
@@ -164,9 +167,11 @@ def write_report(
             plot.write(out / "plots" / below)
         for samples in section.samples:
             samples.write(out, section.slug)
+        write_every_eval_ever(run, out / "every_eval_ever" / below)
     overview = runs_table(runs) if several else None
     if overview:
         write_table(overview, out / "tables")
+    write_atomically(out / "card.md", card(runs, judgements, references))
     page = out / "report.html"
     titled = sections[0].title if overview is None else "all runs"
     write_atomically(page, render_page(f"KV-cache compression: {titled}", sections, overview))

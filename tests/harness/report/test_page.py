@@ -72,7 +72,7 @@ def test_one_command_writes_every_file(reported: Path) -> None:
     written = {
         str(path.relative_to(reported))
         for path in reported.rglob("*")
-        if path.is_file() and "predictions" not in path.parts
+        if path.is_file() and not {"predictions", "every_eval_ever"} & set(path.parts)
     }
     tables = {
         f"tables/{t}.{e}"
@@ -86,7 +86,9 @@ def test_one_command_writes_every_file(reported: Path) -> None:
     by_budget = ("average_by_budget", "average_by_memory", "kl_by_budget", "perplexity_text")
     by_task = ("scores_by_task", "flips_by_task")
     plots = {f"plots/{p}.{e}" for p in (*by_task, *by_budget) for e in ("png", "pdf")}
-    assert written == tables | plots | {"run.json", "summary.csv", "report.html"}
+    assert written == tables | plots | {"run.json", "summary.csv", "report.html", "card.md"}
+    cells = list((reported / "every_eval_ever" / "data").rglob("*.json"))
+    assert len(cells) == len(CELLS)
 
 
 def test_score_table_holds_the_scores_and_blanks(reported: Path) -> None:
