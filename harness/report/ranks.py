@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
-from harness.report.contrasts import LEVEL, Contrast, Verdict, contrasts, contrasts_by_task
+from harness.report.contrasts import AVERAGE, LEVEL, Contrast, Verdict, contrasts, contrasts_by_task
 from harness.report.names import budget_groups
 from harness.report.run import Run
 
@@ -30,9 +30,10 @@ def ranks(run: Run) -> dict[tuple[str, str], Mark]:
     `harness.report.contrasts`; the second than every other but the best, of which there must be one.
     The full cache takes no part.
     """
+    averaged = [contrast for contrast in contrasts(run) if contrast.task == AVERAGE]
     better = {
         (contrast.task, winner, loser)
-        for contrast in (*contrasts_by_task(run), *contrasts(run))
+        for contrast in (*contrasts_by_task(run), *averaged)
         for winner, loser in _decided(contrast)
     }
     others = [cell for cell in run.cells if cell != run.full_cell]

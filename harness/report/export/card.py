@@ -18,6 +18,7 @@ from harness.report.columns import TABLE
 from harness.report.contrasts import LEVEL, contrasts, contrasts_by_task, flips_of
 from harness.report.export.markdown import markdown_table
 from harness.report.gates import gates, summary_lines
+from harness.report.missed import missed_budgets
 from harness.report.names import cell_label
 from harness.report.published import Reference
 from harness.report.run import Run
@@ -163,6 +164,11 @@ def _deviations(run: Run, references: Sequence[Reference]) -> Iterator[tuple[str
     yield (
         "Notes of the run",
         NOT_RECORDED if notes is None else " ".join(_plain(str(note)) for note in notes) or "none",
+    )
+    missed = missed_budgets(run)
+    yield (
+        "Missed budgets",
+        "; ".join(_plain(f"{cell_label(cell)}: {kept}") for cell, kept in missed.items()) or "none",
     )
     yield "Missing", " ".join(map(_plain, gaps(run))) or "nothing: every cell has its samples"
 

@@ -110,7 +110,7 @@ def evaluation_log(run: Run, cell: str) -> Json:
 def sample_logs(run: Run, cell: str) -> Iterator[Json]:
     """Yield a line for each answer of a cell to a task scored 0 to 100, seed by seed.
 
-    Prompts are not recorded: their hash stands for them. Continuations, whose metric is a perplexity,
+    Prompts are not recorded whole: their hash stands for them. Continuations, scored by perplexity,
     are no answers that could be correct, so they have no line.
     """
     identity, model = _identity(run, cell), _model_id(run)
@@ -126,7 +126,7 @@ def sample_logs(run: Run, cell: str) -> Iterator[Json]:
                 "sample_id": record.id,
                 "interaction_type": "single_turn",
                 "input": {
-                    "raw": f"[not recorded; hash {record.prompt_hash}]",
+                    "raw": f"[not recorded whole; hash {record.prompt_hash}]",
                     "reference": list(record.answers),
                 },
                 "output": {"raw": [record.prediction]},

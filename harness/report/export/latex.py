@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, repeat
 
-from harness.report.export.latex_text import breakable, escape, numeric, pieces, width
+from harness.report.export.latex_text import breakable, escape, lines, numeric, pieces, width
 from harness.report.names import budget_groups, cell_label, method_label
 from harness.report.ranks import MARKS_NOTE, Mark
 from harness.report.tables.table import Table, is_numeric
@@ -31,6 +31,8 @@ _NARROWEST = 58.0
 """Points that a column of texts has at least before a table is turned instead."""
 _LINES = 4
 """Lines that a text has at most, likewise."""
+_WORD = 64.0
+"""Points from which on a word of a header breaks after its marks, or anywhere."""
 _SMALL = 7
 _SMALL_FONT = rf"\fontsize{{{_SMALL}}}{{{_SMALL + 1}}}\selectfont "
 _BELOW = (
@@ -167,11 +169,11 @@ def _laid_out(columns: Sequence[_Column]) -> tuple[_Page, list[list[_Column]]]:
         page = _Page(_SIZES[-1], turned=False)
         return page, _split(columns, page)
     page = _Page(_SIZES[-1], turned=True)
-    return page, [_fitted(columns, page, narrowest=0, lines=math.inf) or list(columns)]
+    return page, [_fitted(columns, page, narrowest=0, highest=math.inf) or list(columns)]
 
 
 def _fitted(
-    columns: Sequence[_Column], page: _Page, narrowest: float = _NARROWEST, lines: float = _LINES
+    columns: Sequence[_Column], page: _Page, narrowest: float = _NARROWEST, highest: float = _LINES
 ) -> list[_Column] | None:
     """Return the columns as they fit the page's width, texts wrapped where needed; None if they do not.
 
@@ -198,8 +200,8 @@ def _fitted(
         replace(column, wrap=max(few, low)) if max(few, low) < most else column
         for column, most, few in zip(columns, natural, least, strict=True)
     ]
-    highest = max(_lines(column, row, page.size) for column in wrapped for row in _rows(column))
-    return wrapped if highest <= lines else None
+    most_lines = max(_lines(column, row, page.size) for column in wrapped for row in _rows(column))
+    return wrapped if most_lines <= highest else None
 
 
 def _split(columns: Sequence[_Column], page: _Page) -> list[list[_Column]]:
@@ -223,13 +225,13 @@ def _split(columns: Sequence[_Column], page: _Page) -> list[list[_Column]]:
 
 def _natural(column: _Column, size: int) -> float:
     """Return how wide a column is that wraps nothing but its header, between words."""
-    words = [width(word, size) for word in column.header.split()]
-    lines = [
+    words = [width(word, size) for word in _words(column.header, size)]
+    shown = [
         width(line, _SMALL) if below else width(line, size, bold=row in column.marks)
         for row, text in enumerate(column.texts)
         for below, line in enumerate(text.split("\n"))
     ]
-    return max([*words, *lines, 0.0]) + 0.5
+    return max([*words, *shown, 0.0]) + 0.5
 
 
 def _rows(column: _Column) -> range:
@@ -237,10 +239,9 @@ def _rows(column: _Column) -> range:
 
 
 def _lines(column: _Column, row: int, size: int) -> int:
-    """Return about how many lines a text has where its column wraps; 1 where it does not."""
-    if not column.wrap:
-        return 1
-    return math.ceil(1.1 * width(column.texts[row], size) / column.wrap)
+    """Return how many lines a text has, without the one below it that an interval takes."""
+    text = column.texts[row].split("\n")[0]
+    return lines(text, size, column.wrap) if column.wrap else 1
 
 
 def _longest_piece(column: _Column, size: int) -> float:
@@ -342,24 +343,9 @@ def _head(columns: Sequence[_Column], page: _Page) -> list[str]:
 
 
 def _header(column: _Column, size: int) -> str:
-    """Stack a header's words where it is wider than what stands below."""
-    below = max(
-        [
-            width(line, _SMALL if number else size)
-            for text in column.texts
-            for number, line in enumerate(text.split("\n"))
-        ],
-        default=0.0,
-    )
-    available = column.wrap or max([below, *(width(word, size) for word in column.header.split())])
-    stacked: list[str] = []
-    for word in column.header.split():
-        if stacked and width(f"{stacked[-1]} {word}", size) <= available:
-            stacked[-1] += f" {word}"
-        else:
-            stacked.append(word)
     if column.wrap:
         return breakable(column.header)
+    stacked = _stacked(column, size)
     if len(stacked) < 2:
         return escape(column.header)
     side = "r" if column.is_numeric else "l"
@@ -368,6 +354,43 @@ def _header(column: _Column, size: int) -> str:
         + r"\\".join(map(escape, stacked))
         + r"\end{tabular}"
     )
+
+
+def _stacked(column: _Column, size: int) -> list[str]:
+    """Return the lines of a header: no wider than what stands below, or than its longest word."""
+    below = max(
+        [
+            width(line, _SMALL if number else size)
+            for text in column.texts
+            for number, line in enumerate(text.split("\n"))
+        ],
+        default=0.0,
+    )
+    words = _words(column.header, size)
+    available = max([below, *(width(word, size) for word in words)])
+    stacked: list[str] = []
+    for word in words:
+        if stacked and width(f"{stacked[-1]} {word}", size) <= available:
+            stacked[-1] += f" {word}"
+        else:
+            stacked.append(word)
+    return stacked
+
+
+def _words(header: str, size: int) -> list[str]:
+    """Return the words of a header, those that are long in parts."""
+    words: list[str] = []
+    for word in header.split():
+        if width(word, size) <= _WORD:
+            words.append(word)
+            continue
+        parts = [""]
+        for piece in pieces(word):
+            if parts[-1] and width(parts[-1] + piece, size) > _WORD:
+                parts.append("")
+            parts[-1] += piece
+        words += parts
+    return words
 
 
 def _row(columns: Sequence[_Column], row: int) -> str:
@@ -426,7 +449,7 @@ def _note(table: Table, intervals: bool) -> str:
     named = [*(table.header[place] for place in table.cells)]
     named += [row[place] for place in table.naming for row in table.rows]
     for cell in sorted(set(named), key=len, reverse=True):
-        text = text.replace(cell, cell_label(cell))
+        text = text.replace(cell, cell_label(cell)) if cell else text
     return breakable(text)
 
 
@@ -442,7 +465,14 @@ def _height(columns: Sequence[_Column], page: _Page, caption: str, note: str) ->
     rows = sum(
         (page.size + 2) * max(_lines(column, row, page.size) for column in columns)
         + (_SMALL + 3) * any("\n" in column.texts[row] for column in columns)
+        + 2
         for row in _rows(columns[0])
     )
-    lines = width(note, 8) / across + 2
-    return rows + 5 * (page.size + 3) + 9.5 * lines + 12 * (width(caption, 10) / across + 2)
+    heads = (
+        lines(column.header, page.size, column.wrap)
+        if column.wrap
+        else len(_stacked(column, page.size))
+        for column in columns
+    )
+    head = (max(heads) + 1) * (page.size + 3)
+    return rows + head + 10 * (width(note, 8) / across + 4) + 12 * (width(caption, 10) / across + 3)

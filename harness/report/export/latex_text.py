@@ -89,6 +89,21 @@ def width(text: str, size: int, *, bold: bool = False) -> float:
     return ems * _SCALE[size] * (_BOLD if bold else 1)
 
 
+def lines(text: str, size: int, across: float) -> int:
+    """Return how many lines `breakable` text fills in a column `across` points wide, at least 1."""
+    count, filled = 1, 0.0
+    for word in text.split():
+        parts = [width(piece, size) for piece in pieces(word)]
+        space = width(" ", size) if filled else 0.0
+        for part in parts:
+            if filled and filled + space + part > across:
+                count, filled = count + 1, part
+            else:
+                filled += space + part
+            space = 0.0
+    return count
+
+
 def _character(character: str) -> str:
     if character in _SPECIAL:
         return _SPECIAL[character]

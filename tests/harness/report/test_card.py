@@ -112,6 +112,12 @@ def test_a_gap_is_a_deviation(tmp_path: Path) -> None:
     assert "no records: h2o@0.5 on t." in found["Missing"]
 
 
+def test_a_missed_budget_is_a_deviation(tmp_path: Path) -> None:
+    kept = {"h2o@0.35": {"t": [record(str(i), 0.5, budget_achieved=0.5) for i in range(3)]}}
+    found = answers(card_of(load_run(write_run(tmp_path, {"t": "qa_f1"}, kept))))
+    assert found["Missed budgets"] == "H2O 35%: kept 50%"
+
+
 def test_several_runs_have_a_part_each(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / name, model=name) for name in ("one", "two")]
     text = card(runs, [run.judgement for run in runs], load_references())

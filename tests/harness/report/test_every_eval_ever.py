@@ -185,7 +185,7 @@ def test_the_samples_are_the_answers_and_are_found_from_the_cell(tmp_path: Path)
         assert line["evaluation_result_id"] == "qa"
         assert line["sample_id"] == answer.id
         assert line["output"]["raw"] == [answer.prediction]
-        assert line["input"] == {"raw": "[not recorded; hash cafe]", "reference": ["a", "b"]}
+        assert line["input"] == {"raw": "[not recorded whole; hash cafe]", "reference": ["a", "b"]}
         assert line["evaluation"] == {"score": answer.score, "is_correct": answer.score == 1}
         assert line["token_usage"] == {"input_tokens": 100, "output_tokens": 3, "total_tokens": 103}
         assert line["metadata"]["seed"] == "42"

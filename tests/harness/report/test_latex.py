@@ -30,6 +30,7 @@ MANY = [
     *CELLS,
     *(f"{method}@0.5" for method in ("kvmerger_sized", "snapkv", "pyramidkv")),
     *(f"{method}@0.35" for method in ("kvmerger:sigma=mean_distance", "kvmerger:top=0.1", "snapkv")),
+    "kvmerger:budget_mode=eps_layer,thresholds=a_file_of_thresholds_with_a_very_long_name.json@0.35",
     "meanpool_chunks@0.35",
 ]
 _LONGBENCH = (
@@ -283,6 +284,13 @@ def test_a_column_without_any_text_is_left_out() -> None:
     rows = (("a", "", "1.00"), ("b", "", "2.00"))
     table = Table("x", "X", "c", ("task", "nothing", "value"), rows, (), pd.DataFrame())
     assert body(latex(table))[0] == r"task & value \\"
+
+
+def test_a_column_that_names_cells_may_have_other_texts() -> None:
+    table = Table(
+        "x", "X", "c", ("cell",), (("h2o@0.5",), ("all",), ("",)), (), pd.DataFrame(), naming=(0,)
+    )
+    assert body(latex(table))[2:] == [r"H2O 50\% \\", r"all \\", r" \\"]
 
 
 def test_a_table_without_rows_has_its_header() -> None:
