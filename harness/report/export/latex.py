@@ -81,7 +81,8 @@ def latex(table: Table, *, intervals: bool = True) -> str:
     page, blocks = _laid_out(columns)
     label = _label(table, intervals)
     note = _note(table, intervals)
-    rule = min(table.averages, default=0)
+    first = len(table.rows) - len(table.averages)
+    rule = first if table.averages and min(table.averages) == first else 0
     printed = [
         _environment(
             block,

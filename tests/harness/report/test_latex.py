@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from harness.judgement import FlipRule
 from harness.report.export.latex import latex
 from harness.report.export.latex_text import breakable, escape, numeric, width
 from harness.report.export.tables import write_table
@@ -19,6 +20,8 @@ from harness.report.ranks import Mark
 from harness.report.run import Run, load_run
 from harness.report.tables.budgets import budget_table
 from harness.report.tables.contrasts import contrast_by_task_table, contrast_table
+from harness.report.tables.flips import flip_table, property_table, rate_table, shared_table
+from harness.report.tables.lengths import length_by_task_table, length_table
 from harness.report.tables.published import gate_table, reference_table
 from harness.report.tables.runs import runs_table
 from harness.report.tables.scores import difference_table, group_tables, score_table
@@ -91,6 +94,12 @@ def all_tables(run: Run) -> list[Table]:
         contrast_table(run, 1.0),
         contrast_by_task_table(run, 1.0),
         *group_tables(run),
+        flip_table(run, FlipRule()),
+        shared_table(run, FlipRule()),
+        property_table(run, FlipRule()),
+        rate_table(run, FlipRule()),
+        length_table(run),
+        length_by_task_table(run),
         budget_table(run),
         reference_table(run, references),
         runs_table([run, run]),
