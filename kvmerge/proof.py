@@ -244,12 +244,15 @@ class Proof:
             by row, where it was the first pass after the prefill: the entries of the prompt that
             attention read, by layer that a budget counts and KV head.
         """
-        if not self._placed or len(self.layers) < self.num_layers:
+        if len(self.layers) < self.num_layers:
             missing = self.num_layers - len(self.layers)
             what = (
                 f"attention of {missing} of {self.num_layers} layers never came to kvmerge: the model "
                 "attends by itself, with a cache of its own or with none"
             )
+            raise UnprovenError(self.names[rows[0]], what)
+        if not self._placed:
+            what = "nobody saw at which positions the model places its tokens"
             raise UnprovenError(self.names[rows[0]], what)
         self._placed = False
         settled: set[int] = set()

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import kvmerge.cache
 import kvmerge.engine
+import kvmerge.hook
 from baselines.h2o import H2O
 from kvmerge.cache import LayerCache, RowGroup, SteppedRow
 from kvmerge.engine import Decoder
@@ -165,6 +166,11 @@ def test_positions_that_the_model_counts_itself(error: Run, monkeypatch: pytest.
 
     monkeypatch.setattr(kvmerge.engine, "forward", unplaced)
     assert f"full@1 on {SAMPLE}: the model is given no positions" in error("cells=[full@1]")
+
+
+def test_positions_that_nobody_looks_at(error: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvmerge.hook, "_before_layers", lambda *_: None)
+    assert f"full@1 on {SAMPLE}: nobody saw at which positions" in error("cells=[full@1]")
 
 
 def test_a_layer_that_reads_nothing(error: Run, monkeypatch: pytest.MonkeyPatch) -> None:
