@@ -27,6 +27,7 @@ from kvmerge.engine import (
     score_continuations,
 )
 from kvmerge.errors import UserError, is_out_of_memory
+from kvmerge.kernels.packed_linear import PackedLinear
 from kvmerge.models import stop_token_ids
 from kvmerge.proof import UnprovenError
 from kvmerge.session import Row
@@ -71,6 +72,7 @@ class Answerer:
         self.tokenizer = tokenizer
         rows = sum(len(settings.seeds(cell)) for cell in settings.cells)
         self.batch_size = BatchSize(settings.batch_size, model, rows)
+        self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
 
     def answer(self, jobs: Sequence[Job]) -> Iterator[tuple[Prompt, Lines]]:
         """Answer jobs of one task with every missing cell; yields prompt and lines of each in order."""
@@ -93,8 +95,9 @@ class Answerer:
                 self.batch_size.shrink(taken)
                 continue
             del waiting[:taken]
+            rows = sum(len(prepared.request.rows) for prepared in batch)
             for prepared, result in zip(batch, results, strict=True):
-                yield self._prompt(prepared), self._lines(prepared, result)
+                yield self._prompt(prepared), self._lines(prepared, result, (len(batch), rows))
 
     def _prepare(self, job: Job) -> Prepared:
         settings = self.settings
@@ -138,15 +141,22 @@ class Answerer:
         ids = prepared.encoded.prompt
         return Prompt.of(self.tokenizer, prepared.job.sample.id, prompt_hash(ids), ids)
 
-    def _lines(self, prepared: Prepared, result: Result) -> Lines:
+    def _lines(self, prepared: Prepared, result: Result, batch: tuple[int, int]) -> Lines:
+        """Return the lines of a sample that ran in a batch of so many samples and rows."""
         results, timing = result
         return [
-            (cell, self._record(prepared, cell, seed, of_row, timing))
+            (cell, self._record(prepared, cell, seed, of_row, timing, batch))
             for (cell, seed), of_row in zip(prepared.job.missing, results, strict=False)
         ]
 
     def _record(
-        self, prepared: Prepared, cell: Cell, seed: int, result: RowResult, timing: Timing
+        self,
+        prepared: Prepared,
+        cell: Cell,
+        seed: int,
+        result: RowResult,
+        timing: Timing,
+        batch: tuple[int, int],
     ) -> Record:
         job, encoded = prepared.job, prepared.encoded
         length = len(encoded.prompt)
@@ -187,8 +197,17 @@ class Answerer:
             prefill_seconds=round(timing.prefill, 4),
             decode_seconds=round(timing.decode, 4),
             finish_reason=result.finish_reason,
+            batch_samples=batch[0],
+            batch_rows=batch[1],
+            threads=torch.get_num_threads(),
+            kernel=self._kernel(result),
             extra={key: value for key, value in marks.items() if key != "score"} | groups,
         )
+
+    def _kernel(self, result: RowResult) -> str:
+        packed = "+packed" if self.packed else ""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"{','.join(sorted(result.stats.kernels))}{packed}/{dtype}"
 
     def _marks(
         self, job: Job, encoded: Encoded, prediction: str, result: RowResult

@@ -37,6 +37,12 @@ Float32 products of other shapes differ by up to 3e-6 nats. So two runs of a sam
 resumed, write the same number or, where it lies that close to a boundary, two numbers 1e-4 apart.
 """
 
+CIRCUMSTANCES = (
+    *("prefill_seconds", "decode_seconds"),
+    *("batch_samples", "batch_rows", "threads", "kernel"),
+)
+"""Fields of `Record` that say how a sample was run, in which two runs of it may differ."""
+
 _MOST_FAULTS = 20
 """Faults of a folder that one message lists."""
 
@@ -95,6 +101,15 @@ class Record:
     finish_reason: Literal["stop", "length"] | None = None
     """Why the answer ended: an end token, or the most tokens that it may have. None where nothing was
     generated."""
+    batch_samples: Count | None = None
+    """Samples that decoded together, this one among them."""
+    batch_rows: Count | None = None
+    """Rows of that batch before any was finished: all cells and seeds of its samples."""
+    threads: Count | None = None
+    """Threads that torch worked with on the CPU."""
+    kernel: str | None = None
+    """What attended to the prompt, whether linear layers were packed, and the dtype:
+    `tiled-onednn+packed/float32` (`kvmerge.kernels.attention.prompt_kernel`)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Parts of the metric (`rouge1`, `rouge2`, `rougel`; `nll`, `tokens`) and `groups`, what the scores
     are also reported by; keys of the line too."""
@@ -236,7 +251,7 @@ class Scan:
     malformed: Mapping[int, str] = field(default_factory=dict)
     """Why others are no records."""
     repeated: tuple[int, ...] = ()
-    """Those that say what an earlier one says, times aside."""
+    """Those that say what an earlier one says, `CIRCUMSTANCES` aside."""
     differing: tuple[tuple[int, ...], ...] = ()
     """Those that say different things of one sample and seed, together."""
     unreadable: str = ""
@@ -272,7 +287,7 @@ class Scan:
             )
 
     def _differing_in(self, numbers: tuple[int, ...]) -> list[str]:
-        first, *others = (_untimed(self.records[number]) for number in numbers)
+        first, *others = (_outcome(self.records[number]) for number in numbers)
         names = dict.fromkeys(name for row in (first, *others) for name in row)
         return [name for name in names if any(row.get(name) != first.get(name) for row in others)]
 
@@ -320,7 +335,7 @@ def _repetitions(
     for numbers in by_sample.values():
         if len(numbers) == 1:
             continue
-        first, *others = (_untimed(records[number]) for number in numbers)
+        first, *others = (_outcome(records[number]) for number in numbers)
         if any(other != first for other in others):
             differing.append(tuple(numbers))
         else:
@@ -328,10 +343,11 @@ def _repetitions(
     return tuple(repeated), tuple(differing)
 
 
-def _untimed(record: Record) -> dict[str, Any]:
-    """Return the keys of a record's line, without what no two runs of a sample share."""
-    untimed = replace(record, prefill_seconds=None, decode_seconds=None)
-    return parse_object(untimed.to_json())  # as JSON, where not a number equals itself
+def _outcome(record: Record) -> dict[str, Any]:
+    """Return the keys of a record's line, without how the sample was run."""
+    unknown: dict[str, Any] = dict.fromkeys(CIRCUMSTANCES)
+    outcome = replace(record, **unknown)
+    return parse_object(outcome.to_json())  # as JSON, where not a number equals itself
 
 
 def scan_folder(folder: Path) -> list[Scan]:
@@ -343,7 +359,7 @@ def read_records(path: Path) -> list[Record]:
     """Read all whole lines of a prediction file, in file order; a missing file has none.
 
     A half-written last line (no newline, or no object with a record's keys) and lines that repeat an
-    earlier one but for its times are reported to the log and left out.
+    earlier one but for its `CIRCUMSTANCES` are reported to the log and left out.
 
     Raises:
         UserError: naming file, line and field, where the file is damaged otherwise; it lists what is

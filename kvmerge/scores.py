@@ -63,15 +63,12 @@ def column_sums(
         raise ValueError(f"lse has shape {tuple(lse.shape)}, not {(batch, heads, length)}.")
     if softmax is None:
         softmax = plain(head_dim) if scale is None else Softmax(scale)
-    if lse is not None and softmax.is_plain and queries.is_cuda and find_spec("triton") is not None:
-        from kvmerge.kernels import (
-            column_sums_triton as kernel,  # CPU builds of torch come without Triton
-        )
+    if lse is not None and sums_by_triton(queries, softmax):
+        from kvmerge.kernels import column_sums_triton  # CPU builds of torch come without Triton
 
-        if kernel.available(queries):
-            return kernel.column_sums(
-                queries, keys, lse, causal=causal, scale=softmax.scale, lengths=lengths
-            )
+        return column_sums_triton.column_sums(
+            queries, keys, lse, causal=causal, scale=softmax.scale, lengths=lengths
+        )
     sums = torch.zeros(batch, kv_heads, length, dtype=torch.float32, device=queries.device)
     for row in range(batch):
         start = 0 if lengths is None else length - int(lengths[row])
@@ -80,6 +77,15 @@ def column_sums(
             queries[row, :, start:], keys[row, :, start:], row_lse, causal, softmax
         )
     return sums
+
+
+def sums_by_triton(queries: Tensor, softmax: Softmax) -> bool:
+    """Return whether `column_sums` has a kernel of its own for queries whose log-sum-exp is known."""
+    if not (softmax.is_plain and queries.is_cuda and find_spec("triton") is not None):
+        return False
+    from kvmerge.kernels import column_sums_triton  # as above
+
+    return column_sums_triton.available(queries)
 
 
 def last_rows(queries: Tensor, keys: Tensor, rows: int, *, softmax: Softmax | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from kvmerge.budget import Budget, at_least_one
 from kvmerge.cache import Hold, LayerCache, SteppedRow
 from kvmerge.errors import UserError, unknown
 from kvmerge.families import local_windows
-from kvmerge.kernels.attention import attention_and_scores, masked_attention
+from kvmerge.kernels.attention import attention_and_scores, masked_attention, prompt_kernel
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, tail
 from kvmerge.proof import Claim, Proof
 from kvmerge.rope import Rope
@@ -151,6 +151,8 @@ class RowStats:
     read: list[list[int]] | None = None
     """Entries of the prompt that attention read for the first token fed after it, those that are hidden
     left out, by layer and KV head as `entries` are; None where no token was fed."""
+    kernels: set[str] = field(default_factory=set)
+    """What attended to the prompt (`prompt_kernel`, or `masked`), of all layers."""
 
     def add_layer(self, kept: Entries) -> None:
         """Count one more layer."""
@@ -299,9 +301,13 @@ class CacheSession:
                 layer = replace(layer, scores=scores)
                 visible = self.rows[first].method.visible(layer, allowance)
                 out = masked_attention(*states, softmax, visible)
+                kernel = "masked"
             else:
+                kernel = prompt_kernel(*states, softmax, scored=scored, window=window)
                 out, scores = attention_and_scores(*states, softmax, scored=scored, window=window)
                 layer = replace(layer, scores=scores)
+        for index in indices:
+            self.stats[index].kernels.add(kernel)
         check_finite(layer)
         return layer, out
 

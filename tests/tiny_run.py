@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from harness import settings
+from harness.records import CIRCUMSTANCES
 from harness.settings import Settings
 from tests.tiny import new_model
 
@@ -107,12 +108,12 @@ Key = tuple[str, str, int, str]
 
 
 def read_lines(output_dir: Path) -> dict[Key, dict[str, Any]]:
-    """Every line under predictions/, without its times, which no two runs share."""
+    """Every line under predictions/, without how it was run, which no two runs share."""
     found: dict[Key, dict[str, Any]] = {}
     for path in sorted(output_dir.glob("predictions/*/*.jsonl")):
         for text in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
             line = json.loads(text)
             key = (path.parent.name, path.stem, line["seed"], line["id"])
             assert key not in found, f"{key} is there twice"
-            found[key] = {name: value for name, value in line.items() if "seconds" not in name}
+            found[key] = {name: value for name, value in line.items() if name not in CIRCUMSTANCES}
     return found

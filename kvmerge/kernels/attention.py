@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvmerge.kernels import tiled
-from kvmerge.scores import column_sums
+from kvmerge.scores import column_sums, sums_by_triton
 from kvmerge.softmax import Softmax
 
 Read = Callable[[int, Tensor, Tensor, Tensor | None], None]
@@ -53,6 +53,28 @@ def attention_and_scores(
     return out, column_sums(queries, keys, lse, softmax=softmax) if scored else None
 
 
+def prompt_kernel(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    softmax: Softmax,
+    *,
+    scored: bool,
+    window: int | None = None,
+) -> str:
+    """Name what `attention_and_scores` works by: records tell runs of different kernels apart by it.
+
+    The arguments are that function's. `tiled-torch` and `tiled-onednn` name the library that
+    multiplies; `flash`, `efficient` and `flash-cpu` torch's fused kernels, `sdpa` whatever torch takes
+    otherwise; `+triton` follows where the column sums have a kernel of their own.
+    """
+    if tiled.suits(queries) or window is not None or not softmax.is_plain:
+        return f"tiled-{tiled.faster_products(queries)}"
+    kernel = _fused_kernel(queries, keys, values)
+    has_lse = kernel != "sdpa"
+    return f"{kernel}+triton" if scored and has_lse and sums_by_triton(queries, softmax) else kernel
+
+
 def prefill_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -66,30 +88,52 @@ def prefill_attention(
     Returns:
         output `(1, heads, T, head_dim)`; lse `(1, heads, T)` float32 natural log, or None.
     """
-    if queries.is_cuda and queries.shape[-1] % 8 == 0 and _can_use_flash(queries, keys, values):
+    kernel = _fused_kernel(queries, keys, values)
+    if kernel == "flash":
         # No public call returns the log-sum-exp. This kernel takes grouped heads as they are.
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             queries, keys, values, 0.0, True, scale=scale
         )
         return out, lse
-    # KV heads go to the batch axis, so that a group shares its keys by a stride of 0.
+    packed = _packed(queries, keys, values)
+    out, lse = _packed_attention(kernel, *packed, scale)
+    return out.flatten(0, 1).unsqueeze(0), None if lse is None else lse.flatten(0, 1).unsqueeze(0)
+
+
+def _fused_kernel(queries: Tensor, keys: Tensor, values: Tensor) -> str:
+    """Name torch's kernel for a prompt: `flash`, `efficient`, `flash-cpu` or `sdpa`."""
+    if queries.device.type == "cpu":
+        return "flash-cpu"
+    if queries.is_cuda:
+        if queries.shape[-1] % 8 == 0 and _can_use_flash(queries, keys, values):
+            return "flash"
+        if _can_use_efficient(*_packed(queries, keys, values)):
+            return "efficient"
+    return "sdpa"
+
+
+def _packed(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move KV heads to the batch axis, so that a group shares its keys by a stride of 0.
+
+    Returns:
+        `(kv_heads, group, T, head_dim)` each.
+    """
     packed = queries.squeeze(0).unflatten(0, (keys.shape[1], -1))
     shared_keys, shared_values = (
         state.transpose(0, 1).expand(-1, packed.shape[1], -1, -1) for state in (keys, values)
     )
-    out, lse = _packed_attention(packed, shared_keys, shared_values, scale)
-    return out.flatten(0, 1).unsqueeze(0), None if lse is None else lse.flatten(0, 1).unsqueeze(0)
+    return packed, shared_keys, shared_values
 
 
 def _packed_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    kernel: str, queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attend over `(kv_heads, group, T, head_dim)` states: output; lse, or None."""
-    if queries.device.type == "cpu":
+    if kernel == "flash-cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, 0.0, True, scale=scale
         )
-    if queries.is_cuda and _can_use_efficient(queries, keys, values):
+    if kernel == "efficient":
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             queries, keys, values, None, True, 0.0, True, scale=scale
         )

@@ -184,12 +184,14 @@ def test_a_line_of_an_earlier_version_lacks_what_came_later(tmp_path: Path) -> N
     assert read_records(path) == [record("1", 0.1, kv_bytes_full=None)]
 
 
-def test_lines_that_agree_but_for_times_count_once(
+def test_lines_that_agree_but_for_how_they_were_run_count_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "x.jsonl"
     first = record("1", math.nan, decode_seconds=1.0)
-    again = record("1", math.nan, decode_seconds=2.0, kept_entries=50)
+    again = record(
+        "1", math.nan, decode_seconds=2.0, batch_samples=4, threads=2, kernel="flash", kept_entries=50
+    )
     for line in (first, again, record("1", 0.5, seed=43), again):
         append_record(path, line)
     with caplog.at_level(logging.WARNING):

@@ -135,6 +135,26 @@ def test_there_is_a_line_for_every_task_cell_seed_and_sample(finished: Path) -> 
     assert set(read_lines(finished)) == wanted
 
 
+def test_lines_say_in_which_batch_with_how_many_threads_and_by_which_kernel_they_ran(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    cells = "cells=[full@1,cam@0.5]"  # three rows a sample, of two seeds
+    only = "benchmark.tasks=[trec]"
+    run(tiny(cells, only, "batch_size=2"))
+    run(tiny(cells, only, "limit=1", "model.pack_weights=false", folder=tmp_path / "unpacked"))
+    run(tiny(cells, only, "limit=1", "model.dtype=bfloat16", folder=tmp_path / "bfloat16"))
+
+    def how(folder: Path) -> list[tuple[int | None, int | None, int | None, str | None]]:
+        records = Results(folder).records("trec", "cam@0.5")
+        return [(r.batch_samples, r.batch_rows, r.threads, r.kernel) for r in records if r.seed == 0]
+
+    threads = torch.get_num_threads()
+    batched = (2, 6, threads, "tiled-torch+packed/float32")
+    assert how(tmp_path / "out") == [batched, batched, (1, 3, threads, "tiled-torch+packed/float32")]
+    assert how(tmp_path / "unpacked") == [(1, 3, threads, "tiled-torch/float32")]
+    assert how(tmp_path / "bfloat16") == [(1, 3, threads, "flash-cpu/bfloat16")]
+
+
 def test_lines_hold_the_contracts_fields_and_what_was_measured(finished: Path) -> None:
     for (task, cell, seed, sample), line in read_lines(finished).items():
         assert list(line)[: len(CONTRACT)] == CONTRACT

@@ -5,7 +5,13 @@ import torch
 
 from kvmerge.errors import UserError
 from kvmerge.hook import NAME, forward, hooked
-from kvmerge.kernels.attention import attention_and_scores, cached_attention, prefill_attention
+from kvmerge.kernels import choice
+from kvmerge.kernels.attention import (
+    attention_and_scores,
+    cached_attention,
+    prefill_attention,
+    prompt_kernel,
+)
 from kvmerge.softmax import Softmax
 from tests.kvmerge import oracles
 from tests.tiny import AnySession, new_model, normal, prompt, shared_model
@@ -128,3 +134,21 @@ def test_the_kernel_and_its_log_sum_exp_give_the_same(monkeypatch, scored):
     assert (found[1] is None) == (wanted[1] is None) == (not scored)
     if scored:
         torch.testing.assert_close(found[1], wanted[1], atol=1e-4, rtol=1e-5)
+
+
+def test_the_kernel_of_a_prompt_is_named_by_what_runs():
+    def named(dtype, window=None, softcap=None):
+        states = (torch.ones(1, heads, 9, 16, dtype=dtype) for heads in (4, 2, 2))
+        return prompt_kernel(*states, Softmax(0.25, softcap), scored=True, window=window)
+
+    assert named(torch.float32) == "tiled-torch"
+    assert named(torch.bfloat16) == named(torch.float16) == "flash-cpu"
+    assert named(torch.bfloat16, window=4) == "tiled-torch"
+    assert named(torch.bfloat16, softcap=30.0) == "tiled-torch"
+
+
+def test_a_long_prompt_names_the_library_that_multiplies(monkeypatch):
+    states = [torch.ones(1, heads, 512, 16) for heads in (4, 2, 2)]
+    for way in choice.WAYS:
+        monkeypatch.setenv(choice.VARIABLE, way)
+        assert prompt_kernel(*states, Softmax(0.25), scored=True) == f"tiled-{way}"

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvmerge.kernels.attention import prefill_attention
+from kvmerge.kernels.attention import prefill_attention, prompt_kernel
+from kvmerge.softmax import Softmax
 
 FLASH = "_scaled_dot_product_flash_attention"
 EFFICIENT = "_scaled_dot_product_efficient_attention"
@@ -47,6 +48,7 @@ def trace(monkeypatch):
                 for heads in (8, 2, 2)
             )
             out, lse = prefill_attention(queries, keys, values, 0.1)
+            run.named = prompt_kernel(queries, keys, values, Softmax(0.1), scored=False)
         return out, lse, calls.seen
 
     return run
@@ -80,3 +82,12 @@ def test_without_a_kernel_that_gives_it_the_lse_is_none(trace):
     out, lse, _ = trace(set(), torch.float16)
     assert out.shape == (1, 8, 33, 64)
     assert lse is None
+
+
+@pytest.mark.parametrize(
+    ("kernels", "name"),
+    [({"flash", "efficient"}, "flash"), ({"efficient"}, "efficient"), ((), "sdpa")],
+)
+def test_records_get_the_name_of_the_kernel_that_ran(trace, kernels, name):
+    trace(kernels, torch.float16)
+    assert trace.named == name
