@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from harness import code
-from harness.results import Results
+from harness.results import Results, changed_settings
 from harness.settings import Settings
 from kvmerge.cells import Cell
 from kvmerge.errors import UserError
@@ -131,9 +131,6 @@ def check_resumable(results: Results, current: Mapping[str, Any]) -> dict[str, A
             for name in sorted(set(value) & set(before or {})):
                 _refuse_change(results, f"{key}.{name}", before[name], value[name])
             merged[key] = {**(before or {}), **value}
-        elif isinstance(value, dict) and isinstance(before, dict):
-            for name in sorted(set(value) | set(before)):
-                _refuse_change(results, f"{key}.{name}", before.get(name), value.get(name))
         else:
             _refuse_change(results, key, before, value)
     stale = stale_cells(results, current)
@@ -182,11 +179,11 @@ def _changes(
             yield name, before.get(name), now.get(name)
 
 
-def _refuse_change(results: Results, setting: str, before: object, now: object) -> None:
-    if json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
+def _refuse_change(results: Results, place: str, before: object, now: object) -> None:
+    for setting, then, is_now in changed_settings(before, now, place):
         raise UserError(
-            f"{results.folder} holds results made with another {setting}: {before!r} then, "
-            f"{now!r} now. Choose another output_dir, or delete that folder to start over."
+            f"{results.folder} holds results made with another {setting}: {then!r} then, "
+            f"{is_now!r} now. Choose another output_dir, or delete that folder to start over."
         )
 
 

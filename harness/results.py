@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,6 +19,23 @@ from harness.typed import Count, parse_object, shape_of
 from kvmerge.cells import file_name
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
+
+
+def changed_settings(
+    before: object, now: object, place: str = ""
+) -> Iterator[tuple[str, object, object]]:
+    """Yield where two plain values differ: the dotted path of a setting, and its two values.
+
+    Of mappings what they hold is compared; what only one of them has is `None` in the other, and an
+    empty one is as none at all.
+    """
+    one, other = ({} if side is None else side for side in (before, now))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for name in sorted({*one, *other}):
+            below = f"{place}.{name}" if place else name
+            yield from changed_settings(one.get(name), other.get(name), below)
+    elif json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
+        yield place, before, now
 
 
 class _Judged(TypedDict):

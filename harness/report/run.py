@@ -18,7 +18,7 @@ from harness.prompts import Prompts
 from harness.records import Record, prediction_path
 from harness.report.bootstrap import Samples, Scored, average, gather, score_task
 from harness.report.columns import COLUMNS, figures
-from harness.results import Results
+from harness.results import Results, changed_settings
 from kvmerge.cells import file_name, parse_name
 from kvmerge.errors import UserError
 
@@ -172,13 +172,7 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
     first = parts[0].info
     for part in parts:
         check_info(part)
-        for key in ("fingerprint", "model", "benchmark"):
-            if part.info.get(key) != first.get(key):
-                raise UserError(
-                    f"{part.folder} and {parts[0].folder} differ in {key} ({part.info.get(key)!r} "
-                    f"against {first.get(key)!r}), so they are not one run. Run the odd shard again "
-                    "with the settings of the others."
-                )
+        refuse_other_settings(part, parts[0])
     tasks = {task: spec["metric"] for part in parts for task, spec in part.info["tasks"].items()}
     cells = list(dict.fromkeys(cell for part in parts for cell in part.info["cells"]))
     cells += _unlisted_cells(parts, cells)
@@ -191,6 +185,20 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
     }
     _refuse_unknown_tasks(parts, tasks)
     return Run(output_dir, first, tasks, tuple(cells), records, tuple(parts))
+
+
+def refuse_other_settings(part: Results, first: Results) -> None:
+    """Refuse a shard that was run with other settings than the first, naming one of them."""
+
+    def settings(results: Results) -> Mapping[str, Any]:
+        names = {f"{key}.name": results.info[key] for key in ("model", "benchmark")}
+        return names | results.info.get("fingerprint", {})
+
+    for setting, here, there in changed_settings(settings(part), settings(first)):
+        raise UserError(
+            f"{part.folder} and {first.folder} differ in {setting} ({here!r} against {there!r}), so "
+            "they are not one run. Run the odd shard again with the settings of the others."
+        )
 
 
 def complete_shards(output_dir: Path, shards: Sequence[R]) -> list[R]:

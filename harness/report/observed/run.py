@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.metric import Array
 from harness.observation import FOLDER, Observation, Observed, read_maps
 from harness.report.bootstrap import Estimate, Scored, resampled_means
-from harness.report.run import check_info, complete_shards
+from harness.report.run import check_info, complete_shards, refuse_other_settings
 from harness.report.words import made_by, span
 from kvmerge.errors import UserError
 
@@ -193,11 +193,7 @@ def load_observed(output_dir: Path, results: Observed | None = None) -> Observed
         check_info(part)
         if part.info.get("fingerprint", {}).get("observe") is None:
             raise UserError(f"{part.run_file} does not say what was observed. Run again to write it.")
-        if part.info["fingerprint"] != parts[0].info["fingerprint"]:
-            raise UserError(
-                f"{part.folder} and {parts[0].folder} were observed with different settings, so they "
-                "are not one run. Run the odd shard again with the settings of the others."
-            )
+        refuse_other_settings(part, parts[0])
     names = dict.fromkeys(task for part in parts for task in part.info["tasks"])
     found = {name: [each for part in parts for each in part.observations(name)] for name in names}
     for name, of_task in found.items():

@@ -388,8 +388,12 @@ def test_shards_beside_predictions_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fingerprint": {"dtype": "bfloat16"}}, "differ in fingerprint.*bfloat16"),
-        ({"model": "other"}, "differ in model"),
+        (
+            {"fingerprint": {"data": {"t": "abc"}, "model": {"dtype": "bfloat16"}}},
+            r"differ in model\.dtype \('bfloat16' against None\)",
+        ),
+        ({"fingerprint": {"data": {"t": "x"}}}, r"differ in data\.t \('x' against 'abc'\)"),
+        ({"model": "other"}, r"differ in model\.name \('other' against 'toy-1m'\)"),
         ({"shard": 0}, "says shard 0 of 3"),
         ({"num_shards": 4}, "says shard 1 of 4"),
     ],
