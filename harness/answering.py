@@ -135,7 +135,7 @@ class Answerer:
         except UserError as error:
             named = (f"{p.job.sample.id!r} ({len(p.encoded.prompt)} prompt tokens)" for p in batch)
             where = f"task {batch[0].job.task.name}, sample {', '.join(named)}"
-            raise UserError(f"{where}: {error}") from error
+            raise type(error)(f"{where}: {error}") from error
 
     def _prompt(self, prepared: Prepared) -> Prompt:
         ids = prepared.encoded.prompt

@@ -13,7 +13,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from kvmerge.errors import UserError
+from kvmerge.errors import Infeasible
 from kvmerge.models import attention_sizes
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,10 @@ class BatchSize:
         """Lower the size after a batch of `used` samples ran out of memory, and say so.
 
         Raises:
-            UserError: if the size was given, or one sample alone is too large.
+            Infeasible: if the size was given, or one sample alone is too large.
         """
         if used == 1 or not self.auto:
-            raise UserError(
+            raise Infeasible(
                 f"out of memory with batch_size={used} on {self._device}. Use "
                 + ("batch_size=auto" if used > 1 else "fewer cells or a smaller model.max_length")
                 + " and run the same command again: it resumes."

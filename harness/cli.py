@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.lock import only_writer
+from harness.noise import noise
 from harness.observation import Observed
 from harness.observing import observe_all
 from harness.overrides import MULTIRUN, read_overrides, told
@@ -35,6 +36,7 @@ from harness.results import Results
 from harness.runner import run
 from harness.selfcheck import selfcheck
 from harness.settings import Choices, Settings, settings_from
+from harness.variants import check_noise
 from kvmerge.errors import UserError, first_line
 from kvmerge.files import remove_leftovers
 from kvmerge.resolve import config_dir
@@ -115,6 +117,9 @@ def execute(config: DictConfig) -> None:
 
 def compare(settings: Settings, console: Console) -> None:
     """Run a comparison and report it."""
+    if settings.judgement.noise is not None:  # or it would be refused after hours of work
+        folder = Path(settings.judgement.noise).expanduser()
+        check_noise(folder, settings.model.name, settings.benchmark.name)
     results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
     report(settings, results, console)
 
@@ -142,6 +147,7 @@ _KINDS: dict[str, Callable[[Settings, Console], None]] = {
     "comparison": _alone(compare),
     "selfcheck": selfcheck,
     "observations": _alone(observe),
+    "noise": noise,
 }
 """What is done with the settings, by `kind`."""
 

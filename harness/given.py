@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from harness.variants import UNPACKED
+from kvmerge.errors import unknown
+from kvmerge.kernels.forced import KERNELS
+from kvmerge.models.spec import DTYPES
 from kvmerge.observations import Measures
 from kvmerge.schema import Within
 
@@ -17,7 +21,7 @@ Index = Annotated[int, Within(0)]
 class Given:
     """A composed configuration as plain data. What a text may say is checked where it is used."""
 
-    kind: Literal["comparison", "selfcheck", "observations"]
+    kind: Literal["comparison", "selfcheck", "observations", "noise"]
     """What is done with the settings (`harness.cli`)."""
     model: Mapping[str, Any]
     benchmark: Mapping[str, Any]
@@ -39,6 +43,8 @@ class Given:
     margin: float
     flips: Mapping[str, Any]
     """Of `harness.judgement.FlipRule`."""
+    noise: str | None
+    """Folder of a run of `kind=noise`, for the report."""
     output_dir: str | None
     stale: Literal["refuse", "rerun"]
     dry_run: bool
@@ -46,6 +52,8 @@ class Given:
     """Of `SelfcheckOptions`, for `kind=selfcheck`."""
     observe: Mapping[str, Any] | None
     """Of `Observe`, for `kind=observations`."""
+    vary: Mapping[str, Any] | None
+    """Of `Vary`, for `kind=noise`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,31 @@ class Observe(Measures):
         return {each.name: getattr(self, each.name) for each in fields(Measures)}
 
 
-JUDGED = ("margin", "flips")
+@dataclass(frozen=True)
+class Vary:
+    """What `kind=noise` changes, one at a time.
+
+    Raises `UserError` for a dtype or kernel that does not exist.
+    """
+
+    batch_sizes: Sequence[Count]
+    threads: Sequence[Count] | None
+    """None: 1, 2, 4 and so on, up to the processors that the process may use."""
+    kernels: Sequence[str]
+    """Of `kvmerge.kernels.forced.KERNELS`, and `unpacked`."""
+    dtypes: Sequence[str]
+
+    def __post_init__(self) -> None:
+        for name, given, known in (
+            ("vary.kernels", self.kernels, (*KERNELS, UNPACKED)),
+            ("vary.dtypes", self.dtypes, DTYPES),
+        ):
+            for each in given:
+                if each not in known:
+                    raise unknown(f"entry of {name}", each, known)
+
+
+JUDGED = ("margin", "flips", "noise")
 """Settings of what the report judges by, which only a comparison has."""
 OF_CELLS = (
     *("method", "budget", "cells", "seed", "num_seeds", "decode_policy", "pos", "layers_skip"),

@@ -63,12 +63,18 @@ class Judgement:
     margin: float = MARGIN
     """Points within which two scores are equivalent."""
     flips: FlipRule = FlipRule()
+    noise: str | None = None
+    """Folder of a run of `kind=noise`; None: where one of the same model and benchmark writes."""
 
     def __post_init__(self) -> None:
         check_margin(self.margin)
 
     def but(
-        self, margin: float | None = None, well: float | None = None, drop: float | None = None
+        self,
+        margin: float | None = None,
+        well: float | None = None,
+        drop: float | None = None,
+        noise: str | None = None,
     ) -> Judgement:
         """Return it with what is given in place of its own."""
         return Judgement(
@@ -76,6 +82,7 @@ class Judgement:
             FlipRule(
                 self.flips.well if well is None else well, self.flips.drop if drop is None else drop
             ),
+            self.noise if noise is None else noise,
         )
 
 
@@ -85,7 +92,7 @@ def judgement_from(config: Mapping[str, Any]) -> Judgement:
     Raises:
         UserError: naming the setting that is not allowed.
     """
-    given = {name: config[name] for name in ("margin", "flips") if name in config}
+    given = {name: config[name] for name in ("margin", "flips", "noise") if name in config}
     if isinstance(given.get("flips"), Mapping):
         given["flips"] = construct(FlipRule, given["flips"], "flips")
     return construct(Judgement, given)

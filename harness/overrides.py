@@ -23,11 +23,12 @@ from kvmerge.errors import UserError, causes, first_line, unknown
 from kvmerge.resolve import choices
 
 GROUPS = ("model", "method", "benchmark", "experiment")
-_SECTIONS = {"selfcheck": "selfcheck", "observe": "observations"}
+_SECTIONS = {"selfcheck": "selfcheck", "observe": "observations", "vary": "noise"}
 """Options that one kind of run has, and the experiment that sets it."""
 MULTIRUN = frozenset({"-m", "--multirun"})
 PATHS = (
     "output_dir",
+    "noise",
     "model.path",
     "method.thresholds",
     "benchmark.data_dir",

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
-from harness.given import JUDGED, OF_CELLS, Given, Observe, SelfcheckOptions
+from harness.given import JUDGED, OF_CELLS, Given, Observe, SelfcheckOptions, Vary
 from harness.judgement import Judgement, judgement_from
 from harness.overrides import GROUPS, read_overrides, told
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
@@ -83,7 +83,7 @@ class Settings:
     """Everything one run needs."""
 
     kind: str
-    """What is done with the rest: `comparison`, `selfcheck`."""
+    """What is done with the rest (`harness.cli`)."""
     cells: list[Cell]
     """What answers; empty where the run observes."""
     model: ModelSpec
@@ -107,6 +107,8 @@ class Settings:
     """Where `kind` is `selfcheck`."""
     observe: Observe | None
     """Where `kind` is `observations`."""
+    vary: Vary | None
+    """Where `kind` is `noise`."""
     resolved: dict[str, Any]
     """The configuration as plain data, for provenance."""
 
@@ -176,8 +178,9 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         judgement=judgement_from(resolved),
         stale=given.stale,
         dry_run=given.dry_run,
-        selfcheck=_selfcheck(given, choices),
+        selfcheck=_uncompared(given, choices, "selfcheck", "selfcheck", SelfcheckOptions),
         observe=observe,
+        vary=_uncompared(given, choices, "noise", "vary", Vary),
         resolved=resolved,
     )
 
@@ -194,15 +197,18 @@ def _options(given: Given, kind: str, section: str, options: type[Options]) -> O
     return construct(options, found, section)
 
 
-def _selfcheck(given: Given, choices: Choices) -> SelfcheckOptions | None:
-    options = _options(given, "selfcheck", "selfcheck", SelfcheckOptions)
+def _uncompared(
+    given: Given, choices: Choices, kind: str, section: str, options: type[Options]
+) -> Options | None:
+    """Return the options of a kind that compares no two methods, as `_options` does."""
+    found = _options(given, kind, section, options)
     idle = _given_of(JUDGED, choices)
-    if options is not None and idle:
+    if found is not None and idle:
         raise UserError(
-            f"kind=selfcheck compares no two methods, so {' and '.join(idle)} cannot be given as well. "
+            f"kind={kind} compares no two methods, so {' and '.join(idle)} cannot be given as well. "
             "Leave it out, or give it to the run that comes after."
         )
-    return options
+    return found
 
 
 def _observe(given: Given, choices: Choices) -> Observe | None:
@@ -261,7 +267,9 @@ def _output_dir(
         if not given.output_dir:
             raise UserError("output_dir='' names no folder; give one, or null.")
         return Path(given.output_dir).expanduser()
-    if choices.experiment and "cells" not in choices.given:
+    if given.vary is not None:
+        run = "noise"  # whatever its cells: there the report looks for it
+    elif choices.experiment and "cells" not in choices.given:
         run = choices.experiment
     elif not cells:
         run = "observations"

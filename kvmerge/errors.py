@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class Infeasible(UserError):
+    """What was asked for is sound, but memory ran out here, or numbers overflow in this dtype."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its name where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

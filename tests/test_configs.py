@@ -11,11 +11,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harness.given import Observe
+from harness.given import Observe, Vary
 from harness.settings import GROUPS, Settings
+from harness.variants import UNPACKED
 from kvmerge import resolve
 from kvmerge.cells import parse_cells
 from kvmerge.errors import UserError
+from kvmerge.kernels.forced import KERNELS
 from kvmerge.method import Method
 from kvmerge.models import DTYPES, ModelSpec
 from kvmerge.resolve import choices, config_dir, load_method, method_settings
@@ -126,6 +128,15 @@ def test_an_experiment_that_observes_lists_every_setting_with_its_default(name: 
     for each in fields(Observe):
         given = getattr(run.observe, each.name)
         assert (tuple(given) if isinstance(given, list) else given) == each.default
+
+
+def test_the_noise_experiment_lists_what_it_varies_and_takes_all_dtypes_and_kernels() -> None:
+    config = composed("experiment=noise")
+    assert list(config.vary) == [each.name for each in fields(Vary)]
+    vary = settings("experiment=noise").vary
+    assert vary is not None
+    assert set(vary.dtypes) == set(DTYPES)
+    assert set(vary.kernels) == {*KERNELS, UNPACKED}
 
 
 def test_an_experiment_says_what_it_needs_and_leaves_the_model_open() -> None:

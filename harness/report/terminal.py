@@ -17,9 +17,11 @@ from harness.report.contrasts import AVERAGE, contrasts
 from harness.report.flips import TOTAL, counts
 from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.missed import missed_budgets, shown_name
+from harness.report.noise import Floor, find_floor
 from harness.report.published import load_references
 from harness.report.run import Run, averages
-from harness.report.tables.contrasts import verdict_text
+from harness.report.tables.contrasts import WITHIN_NOISE, verdict_text
+from harness.report.tables.noise import noise_tables, notes
 from harness.report.words import gaps, setting, task_label
 from kvmerge.cells import parse_name
 
@@ -56,14 +58,31 @@ def print_comparison(run: Run, console: Console, judgement: Judgement | None = N
             console.print(_by_task(run, run.cells[start : start + fit], figures))
     scale = "Scores 0 to 100: " if run.averaged_tasks else ""
     console.print(f"{scale}{setting(run)}.", style="dim", highlight=False)
-    for line in _contrast_lines(run, judgement.margin):
+    for line in _contrast_lines(run, judgement.margin, find_floor(run, judgement).floor):
         console.print(line, highlight=False)
     for note in gaps(run):
         console.print(note, style="yellow", highlight=False)
 
 
-def _contrast_lines(run: Run, margin: float) -> list[str]:
-    """Return a line for every two methods at one budget, the surest first; the rest is counted."""
+def print_floor(floor: Floor, console: Console) -> None:
+    """Print both tables, and what says nothing."""
+    for table in noise_tables(floor):
+        shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in table.header:
+            shown.add_column(column, overflow="fold")
+        for row in table.rows:
+            shown.add_row(*map(escape, row))
+        console.print(shown)
+    console.print(f"{setting(floor.base)}.", style="dim", highlight=False, markup=False)
+    for note in notes(floor):
+        console.print(note, style="yellow", highlight=False, markup=False)
+
+
+def _contrast_lines(run: Run, margin: float, floor: Floor | None) -> list[str]:
+    """Return a line for every two methods at one budget, the surest first; the rest is counted.
+
+    Those within the noise floor are marked.
+    """
     between = [
         contrast
         for contrast in contrasts(run)
@@ -73,7 +92,7 @@ def _contrast_lines(run: Run, margin: float) -> list[str]:
     lines = []
     for contrast in between[:_CONTRASTS]:
         low, high = contrast.interval
-        verdict = verdict_text(contrast, margin).replace("\n", " ")
+        verdict = verdict_text(contrast, margin, floor).replace("\n", " ")
         lines.append(
             f"{shown_name(run, contrast.first)} - {shown_name(run, contrast.second)}: "
             f"{contrast.scored.value:+.2f} [{low:.2f}, {high:.2f}], "
@@ -81,6 +100,13 @@ def _contrast_lines(run: Run, margin: float) -> list[str]:
         )
     if len(between) > _CONTRASTS:
         lines.append(f"{len(between) - _CONTRASTS} more contrasts: tables/contrasts.md")
+    if lines and floor:
+        noise = floor.noise(AVERAGE)
+        lines.append(
+            f"{WITHIN_NOISE}: within noise, {noise:.2f} on the average ({floor.folder})"
+            if noise == noise
+            else f"noise: not measured on the average ({floor.folder})"
+        )
     return [escape(line) for line in lines]
 
 

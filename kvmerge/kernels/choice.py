@@ -16,7 +16,8 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -38,6 +39,19 @@ _taken: dict[str, str] = {}
 """The answer of this process by machine: one run takes one way, whatever happens to the file."""
 
 
+_named: ContextVar[str | None] = ContextVar("named", default=None)
+
+
+@contextlib.contextmanager
+def products_by(way: str | None) -> Iterator[None]:
+    """Name the way inside the block, before environment and measurement; None leaves it to them."""
+    token = _named.set(way)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
 def fastest(run: Callable[[str], None]) -> str:
     """Return the way that is faster here, one of `WAYS`.
 
@@ -48,7 +62,7 @@ def fastest(run: Callable[[str], None]) -> str:
     Raises:
         UserError: if the environment variable names something else.
     """
-    given = os.environ.get(VARIABLE)
+    given = _named.get() or os.environ.get(VARIABLE)
     if given:
         if given not in WAYS:
             raise unknown(VARIABLE, given, WAYS)
@@ -62,7 +76,7 @@ def fastest(run: Callable[[str], None]) -> str:
 def chosen() -> str | None:
     """Return the way that `fastest` gives on this machine, None where it has not been measured yet."""
     machine = _machine()
-    return os.environ.get(VARIABLE) or _taken.get(machine) or _kept(machine)
+    return _named.get() or os.environ.get(VARIABLE) or _taken.get(machine) or _kept(machine)
 
 
 @functools.cache

@@ -6,6 +6,10 @@ window without a mask of T x T.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -17,6 +21,18 @@ _WORTH_A_CHOICE = 512
 _TILE = 2**20
 """Logits worked on at once: they stay in the cache between the two products and the softmax."""
 
+_unused: ContextVar[bool] = ContextVar("unused", default=False)
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """Leave prompts to torch's own kernel inside the block, wherever that can compute them."""
+    token = _unused.set(True)
+    try:
+        yield
+    finally:
+        _unused.reset(token)
+
 
 def suits(states: Tensor) -> bool:
     """Return whether `attend` is the way whatever the softmax: float32 on a CPU.
@@ -25,7 +41,7 @@ def suits(states: Tensor) -> bool:
     it is not taken, because it rounds otherwise, and what a cell gives must not depend on whether
     another cell beside it wants scores.
     """
-    return states.device.type == "cpu" and states.dtype == torch.float32
+    return states.device.type == "cpu" and states.dtype == torch.float32 and not _unused.get()
 
 
 def attend(

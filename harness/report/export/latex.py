@@ -122,7 +122,7 @@ def _columns(table: Table, intervals: bool) -> list[_Column]:
     columns = [
         _Column(
             header=table.header[place],
-            texts=tuple(_cell(table, text) for text in texts) if place in table.naming else texts,
+            texts=tuple(text and _cell(table, text) for text in texts) if place in table.naming else texts,
             is_numeric=is_numeric(table, place),
         )
         for place, texts in enumerate(
@@ -448,7 +448,7 @@ def _note(table: Table, intervals: bool) -> str:
     marks = [MARKS_NOTE] if table.marks else []
     text = " ".join((caption, *marks, *table.notes))
     named = [*(table.header[place] for place in table.cells)]
-    named += [row[place] for place in table.naming for row in table.rows]
+    named += [row[place] for place in table.naming for row in table.rows if row[place]]
     for cell in sorted(set(named), key=len, reverse=True):
         text = text.replace(cell, cell_label(cell)) if cell else text
     return breakable(text)

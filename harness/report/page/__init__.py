@@ -1,5 +1,5 @@
 """From finished runs to their files: summary, tables, plots, and one page to read."""
 
-from harness.report.page.assemble import main, write_report
+from harness.report.page.assemble import main, report_noise, write_report
 
-__all__ = ["main", "write_report"]
+__all__ = ["main", "report_noise", "write_report"]

@@ -22,6 +22,7 @@ from harness.report.export.card import card
 from harness.report.export.every_eval_ever import write_every_eval_ever
 from harness.report.export.tables import write_table
 from harness.report.names import benchmark_label, model_label
+from harness.report.noise import find_floor, load_floor
 from harness.report.observed.page import print_claims, write_observed
 from harness.report.observed.run import is_observed, load_observed
 from harness.report.page.html import Part, Section, render_page
@@ -42,11 +43,14 @@ from harness.report.tables.flips import (
     shared_table,
 )
 from harness.report.tables.lengths import length_by_task_table, length_table
+from harness.report.tables.noise import noise_tables
 from harness.report.tables.published import gate_table, reference_table
 from harness.report.tables.runs import runs_table
 from harness.report.tables.scores import difference_table, group_tables, score_table
 from harness.report.tables.table import Table
 from harness.report.words import count_tasks, made_by, sample_counts
+from harness.report.terminal import print_floor
+from harness.variants import is_noise
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 
@@ -82,24 +86,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="points by which the other answer is worse, for it to be lost "
         f"(default: that of the run; {FlipRule.drop:g})",
     )
+    parser.add_argument(
+        "--noise",
+        type=Path,
+        help="folder that experiment=noise wrote with the same model and benchmark "
+        "(default: that of the run, or where such an experiment writes)",
+    )
     arguments = parser.parse_args(argv)
     observed = [folder for folder in arguments.output_dir if is_observed(folder)]
-    answered = [folder for folder in arguments.output_dir if folder not in observed]
+    floors = [folder for folder in arguments.output_dir if is_noise(folder)]
+    answered = [folder for folder in arguments.output_dir if folder not in (*observed, *floors)]
     try:
         _check_given(arguments, answered)
         if arguments.out and observed and len(arguments.output_dir) > 1:
             raise UserError("--out takes one run that observes at a time; leave it out for several.")
+        for folder in floors:
+            report_noise(folder, Console())
         for folder in observed:
             run = load_observed(folder)
             print_claims(run, write_observed(run, arguments.out), Console())
         if answered:
             runs = _load_all(answered)
-            given = arguments.margin, arguments.flip_well, arguments.flip_drop
+            noise = None if arguments.noise is None else str(arguments.noise)
+            given = arguments.margin, arguments.flip_well, arguments.flip_drop, noise
             print(write_report(runs, arguments.out, [run.judgement.but(*given) for run in runs]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def report_noise(folder: Path, console: Console) -> None:
+    """Write tables/ of a noise run into its folder, and print them.
+
+    Raises:
+        UserError: as `load_floor` does.
+    """
+    floor = load_floor(folder)
+    for table in noise_tables(floor):
+        write_table(table, folder / "tables")
+    print_floor(floor, console)
 
 
 def _check_given(arguments: argparse.Namespace, answered: Sequence[Path]) -> None:
@@ -108,6 +134,7 @@ def _check_given(arguments: argparse.Namespace, answered: Sequence[Path]) -> Non
         "--margin": arguments.margin,
         "--flip-well": arguments.flip_well,
         "--flip-drop": arguments.flip_drop,
+        "--noise": arguments.noise,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if given and not answered:
@@ -118,7 +145,7 @@ def _check_given(arguments: argparse.Namespace, answered: Sequence[Path]) -> Non
     for name, value in given.items():
         if name == "--margin":
             check_margin(value, f"{name} ")
-        else:
+        elif name != "--noise":
             check_flip_points(value, f"{name} ")
 
 
@@ -185,9 +212,13 @@ def _section(
     by_method: Mapping[str, Look],
     judgement: Judgement,
 ) -> Section:
-    margin = judgement.margin
+    margin, noise = judgement.margin, find_floor(run, judgement)
     parts: dict[str, list[Table | None]] = {
-        "Contrasts": [contrast_table(run, margin), contrast_by_task_table(run, margin)],
+        "Contrasts": [
+            contrast_table(run, margin, noise),
+            contrast_by_task_table(run, margin, noise),
+            *(noise_tables(noise.floor) if noise.floor else ()),
+        ],
         "Scores": [
             gate_table(run, references),
             score_table(run, references),

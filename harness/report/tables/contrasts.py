@@ -17,18 +17,30 @@ from harness.report.contrasts import (
     without_kl,
 )
 from harness.report.divergence import KL
+from harness.report.noise import Floor, Found
 from harness.report.run import Run
 from harness.report.tables.table import Table, number, score_text, tidy
 from harness.report.words import INTERVAL, gaps, setting, subject, task_label
 
+WITHIN_NOISE = "‡"
+"""Mark of a verdict on a contrast that is no larger than the noise."""
+_NOT_LOOKED_FOR = Found(None, "")
 
-def contrast_table(run: Run, margin: float) -> Table | None:
-    """Compare cells on the average and on KL; None where no two can be."""
+
+def contrast_table(run: Run, margin: float, noise: Found = _NOT_LOOKED_FOR) -> Table | None:
+    """Compare cells on the average and on KL; None where no two can be.
+
+    Args:
+        run: what was answered.
+        margin: points within which two scores are equivalent.
+        noise: the noise floor that stands beside, or why there is none.
+    """
     lacking = without_kl(run)
     return _contrast_table(
         run,
         contrasts(run),
         margin,
+        noise,
         name="contrasts",
         title="Contrasts on the average and on KL",
         about="KL to the full cache (nats, lower is better) has no margin, and no contrast with the "
@@ -39,12 +51,13 @@ def contrast_table(run: Run, margin: float) -> Table | None:
     )
 
 
-def contrast_by_task_table(run: Run, margin: float) -> Table | None:
-    """Compare cells on each task; None where no two can be."""
+def contrast_by_task_table(run: Run, margin: float, noise: Found = _NOT_LOOKED_FOR) -> Table | None:
+    """Compare cells on each task, with arguments as in `contrast_table`; None where no two can be."""
     return _contrast_table(
         run,
         contrasts_by_task(run),
         margin,
+        noise,
         name="contrasts_by_task",
         title="Contrasts by task",
         about="Scores that are not of 0 to 100 have no margin",
@@ -69,6 +82,7 @@ def _contrast_table(
     run: Run,
     found: Sequence[Contrast],
     margin: float,
+    noise: Found,
     *,
     name: str,
     title: str,
@@ -78,7 +92,8 @@ def _contrast_table(
     if not found:
         return None
     family = sum(not np.isnan(contrast.p) for contrast in found)
-    notes = [*gaps(run), *notes]
+    notes = [*gaps(run), *notes, *([noise.note] if noise.note else [])]
+    floor = noise.floor
     flips = flips_of(len(found))
     least = min(1.0, 2 * family / (flips + 1))
     if least >= LEVEL:
@@ -95,21 +110,22 @@ def _contrast_table(
         f"{LEVEL:g}. Equivalent: 90% interval within {margin:g} points of 0. Unresolved: neither; in "
         "brackets the samples that would narrow the interval to the margin, if further ones scatter "
         "as these do (its width falls with the root of their number). Win: a sample on which A is "
-        f"better. {about}.",
-        header=_CONTRAST_HEADER,
-        rows=tuple(_contrast_row(run, contrast, margin) for contrast in found),
+        f"better. {about}."
+        + (f" {WITHIN_NOISE}: within noise, no larger than the noise beside it." if floor else ""),
+        header=(*_CONTRAST_HEADER[:-1], *(["noise"] if floor else []), _CONTRAST_HEADER[-1]),
+        rows=tuple(_contrast_row(run, contrast, margin, floor) for contrast in found),
         notes=tuple(notes),
         data=tidy(
             run,
-            [_contrast_data(contrast, margin) for contrast in found],
-            list(_contrast_data(found[0], margin)),
+            [_contrast_data(contrast, margin, floor) for contrast in found],
+            list(_contrast_data(found[0], margin, floor)),
         ),
         subject=subject(run),
         naming=(1, 2),
     )
 
 
-def _contrast_row(run: Run, contrast: Contrast, margin: float) -> tuple[str, ...]:
+def _contrast_row(run: Run, contrast: Contrast, margin: float, floor: Floor | None) -> tuple[str, ...]:
     label = {AVERAGE: AVERAGE, KL: "KL to full"}.get(contrast.task)
     spreads = ", ".join(number(spread, ".2f") or "-" for spread in contrast.spreads)
     return (
@@ -122,7 +138,12 @@ def _contrast_row(run: Run, contrast: Contrast, margin: float) -> tuple[str, ...
         number(contrast.p_adjusted, ".4f"),
         f"{contrast.wins}/{contrast.ties}/{contrast.losses}",
         "" if all(np.isnan(contrast.spreads)) else spreads,
-        verdict_text(contrast, margin),
+        *(
+            [number(floor.noise(contrast.task), ".4f" if contrast.task == KL else ".2f")]
+            if floor
+            else []
+        ),
+        verdict_text(contrast, margin, floor),
     )
 
 
@@ -132,17 +153,24 @@ def _kl_text(contrast: Contrast) -> str:
     return text if np.isnan(low) else f"{text}\n[{low:.4f}, {high:.4f}]"
 
 
-def verdict_text(contrast: Contrast, margin: float) -> str:
-    """Return a verdict in words, with the samples that would resolve it; empty where there is none."""
+def verdict_text(contrast: Contrast, margin: float, floor: Floor | None = None) -> str:
+    """Return a verdict in words, marked within noise, with the samples that would resolve it.
+
+    Empty where there is none.
+    """
     verdict = contrast.verdict(margin)
+    if verdict is None:
+        return ""
     needed = contrast.needed(margin)
-    return f"{verdict or ''}" + (f"\n[{needed:,} samples]" if needed else "")
+    mark = f" {WITHIN_NOISE}" if floor and floor.covers(contrast) else ""
+    return f"{verdict}{mark}" + (f"\n[{needed:,} samples]" if needed else "")
 
 
-def _contrast_data(contrast: Contrast, margin: float) -> dict[str, Any]:
+def _contrast_data(contrast: Contrast, margin: float, floor: Floor | None) -> dict[str, Any]:
     low, high = contrast.interval
     low_90, high_90 = contrast.narrow
     verdict = contrast.verdict(margin)
+    noise = floor.noise(contrast.task) if floor else np.nan
     return {
         "task": contrast.task,
         "a": contrast.first,
@@ -163,4 +191,6 @@ def _contrast_data(contrast: Contrast, margin: float) -> dict[str, Any]:
         "margin": margin if contrast.in_points else np.nan,
         "verdict": str(verdict or ""),
         "samples_needed": contrast.needed(margin),
+        "noise": noise,
+        "below_noise": floor.covers(contrast) if floor and not np.isnan(noise) else None,
     }

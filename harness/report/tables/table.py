@@ -39,7 +39,7 @@ class Table:
     cells: tuple[int, ...] = ()
     """Columns that are a cell each, named by their header."""
     naming: tuple[int, ...] = ()
-    """Columns whose texts name cells."""
+    """Columns whose texts name cells, or are blank."""
     averages: tuple[int, ...] = ()
     """Rows that average others."""
     brackets: str = ""
