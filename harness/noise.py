@@ -106,7 +106,9 @@ def planned(settings: Settings) -> list[Variant]:
             "output_dir."
         )
     dtype, device = settings.model.dtype, settings.model.torch_device()
-    threads = vary.threads or [2**power for power in range(usable_processors().bit_length())]
+    threads = vary.threads
+    if threads is None:
+        threads = [2**power for power in range(usable_processors().bit_length())]
     variants = [Variant(BASE, "", _below(settings, BASE))]
     variants += [
         Variant(name, "batch_size", _below(settings, name, batch_size=size))
@@ -114,7 +116,13 @@ def planned(settings: Settings) -> list[Variant]:
         if size != settings.batch_size and (name := f"batch-{size}")
     ]
     variants += [
-        Variant(name, "threads", _below(settings, name), threads=count)
+        Variant(
+            name,
+            "threads",
+            _below(settings, name),
+            threads=count,
+            obstacle="" if device.type == "cpu" else f"the model computes on {device.type}",
+        )
         for count in dict.fromkeys(threads)
         if count != torch.get_num_threads() and (name := f"threads-{count}")
     ]

@@ -36,8 +36,8 @@ class Variants(TypedDict):
 
 
 def is_noise(folder: Path) -> bool:
-    """Return whether a folder is that of a run of `kind=noise`."""
-    return (folder / FILE).exists()
+    """Return whether a folder is that of a run of `kind=noise`, finished or not."""
+    return (folder / FOLDER).is_dir()
 
 
 def read_variants(folder: Path) -> Variants:

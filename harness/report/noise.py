@@ -8,7 +8,7 @@ steps of 100/n where a sample is right or wrong.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -65,6 +65,8 @@ class Floor:
     """What each variant changes."""
     passed_over: Mapping[str, str]
     """Why others say nothing, by name."""
+    apart: frozenset[str] = frozenset()
+    """`average` and `kl` where they are over other tasks than those of the run beside it."""
 
     @cached_property
     def changes(self) -> tuple[Change, ...]:
@@ -89,7 +91,7 @@ class Floor:
     def noise(self, task: str) -> float:
         """Return the noise of a task, `average` or `kl`; NaN where it was not measured."""
         change = self.largest.get(task)
-        return abs(change.difference) if change else np.nan
+        return np.nan if change is None or task in self.apart else abs(change.difference)
 
     def covers(self, contrast: Contrast) -> bool:
         """Return whether a contrast is no larger than noise that was measured and is not 0."""
@@ -155,11 +157,11 @@ def load_floor(folder: Path) -> Floor:
     """Read the folder of a noise run.
 
     Raises:
-        UserError: where it is none, cannot be read, or a variant differs from the base in a setting
-            that it was not to change, naming that.
+        UserError: where it is none, cannot be read, or a variant differs from the base, or within
+            itself, in a setting that it was not to change, naming that.
     """
     content = read_variants(folder)
-    base = load_run(folder / FOLDER / BASE)
+    base = _read(folder / FOLDER / BASE)
     variants: dict[str, Run] = {}
     passed_over: dict[str, str] = {}
     for listed in content["variants"]:
@@ -169,7 +171,7 @@ def load_floor(folder: Path) -> Floor:
         if listed["obstacle"]:
             passed_over[name] = listed["obstacle"]
             continue
-        run = load_run(folder / FOLDER / name)
+        run = _read(folder / FOLDER / name)
         _refuse_other_changes(base, run, listed)
         if _ran_alike(base, run):
             passed_over[name] = "it ran as the base did, in the same batches, threads and kernels"
@@ -177,6 +179,18 @@ def load_floor(folder: Path) -> Floor:
             variants[name] = run
     settings = {listed["name"]: listed["setting"] for listed in content["variants"]}
     return Floor(folder, base, variants, settings, passed_over)
+
+
+def _read(folder: Path) -> Run:
+    """Read a variant. Raises `UserError` also where it was resumed with another number of threads."""
+    run = load_run(folder)
+    threads = {record.threads for records in run.records.values() for record in records}
+    if len(threads) > 1:
+        raise UserError(
+            f"{folder} was run with different threads ({', '.join(sorted(map(str, threads)))}), so it "
+            "does not tell what one setting makes. Delete that folder and run experiment=noise again."
+        )
+    return run
 
 
 def _refuse_other_changes(base: Run, run: Run, listed: Listed) -> None:
@@ -242,8 +256,7 @@ def _find(run: Run, given: str | None) -> Found:
                 None, f"Noise: {folder}, which the run was given, is gone; --noise names another."
             )
         check_noise(folder, run.model, run.benchmark)
-        floor = load_floor(folder)
-        return Found(floor, _note(run, floor))
+        return _beside(run, load_floor(folder))
     place = _default_place(run)
     if place is None or not is_noise(place):
         return Found(
@@ -253,15 +266,28 @@ def _find(run: Run, given: str | None) -> Found:
         )
     try:  # nobody asked for this folder, so it must not stand in the way of a report
         check_noise(place, run.model, run.benchmark)
-        floor = load_floor(place)
+        return _beside(run, load_floor(place))
     except UserError as error:
         return Found(None, f"Noise: left out, {error}")
-    return Found(floor, _note(run, floor))
 
 
 def _default_place(run: Run) -> Path | None:
     parents = run.output_dir.resolve().parents
     return parents[2] / "noise" / run.benchmark / run.model if len(parents) > 2 else None
+
+
+def _beside(run: Run, floor: Floor) -> Found:
+    """Return a floor with what of it compares with a run."""
+    apart = frozenset(
+        what
+        for what, theirs, ours in (
+            (AVERAGE, floor.base.averaged_tasks, run.averaged_tasks),
+            (KL, divergence(floor.base).tasks, divergence(run).tasks),
+        )
+        if theirs and ours and set(theirs) != set(ours)
+    )
+    floor = replace(floor, apart=apart)
+    return Found(floor, _note(run, floor))
 
 
 def _note(run: Run, floor: Floor) -> str:
@@ -276,4 +302,5 @@ def _note(run: Run, floor: Floor) -> str:
         f"({', '.join(floor.variants)}) made in one of {', '.join(floor.base.cells)}, n = "
         f"{span(counts or {0})} samples a task, from {floor.folder}; blank: not measured."
         + (f" Measured otherwise: {'; '.join(differs)}." if differs else "")
+        + (" Its averages are over other tasks, so they are left out." if floor.apart else "")
     )

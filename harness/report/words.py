@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from harness.records import Record
 from harness.report.bootstrap import RESAMPLES
 from harness.report.missed import missed_budgets, missed_notes
 from harness.report.run import Run
@@ -66,14 +67,70 @@ def task_label(run: Run, task: str) -> str:
     return task if better else f"{task} ({run.tasks[task]}, lower is better)"
 
 
+NOT_RECORDED = "not recorded"
+
+
+def ran_with(run: Run) -> dict[str, str]:
+    """Say in which batches, with how many threads and by which kernels the samples of a run ran."""
+    found = {
+        label: {getattr(record, name) for records in run.records.values() for record in records}
+        for label, name in (
+            ("samples a batch", "batch_samples"),
+            ("threads", "threads"),
+            ("kernel", "kernel"),
+        )
+    }
+    return {label: _listed(values) for label, values in found.items()}
+
+
+def ran_otherwise(run: Run) -> list[str]:
+    """Name the tasks whose cells ran with other threads or another kernel than each other.
+
+    A difference between such cells may be what that alone makes. How many samples shared a batch
+    differs within every run. A prefill through a mask, and column sums by a kernel of their own, belong
+    to the method.
+    """
+    tasks: dict[str, list[str]] = {}
+    for what, of in (
+        ("threads", lambda record: record.threads),
+        ("kernels", lambda record: (record.kernel or NOT_RECORDED).replace("+triton", "")),
+    ):
+        for task in run.tasks:
+            by_cell = {
+                frozenset(of(record) for record in run.records[task, cell] if not _is_masked(record))
+                for cell in run.cells
+                if (task, cell) in run.records
+            }
+            if len(by_cell - {frozenset()}) > 1:
+                tasks.setdefault(f"{what}: {_listed(set().union(*by_cell))}", []).append(task)
+    return [
+        f"The cells of {', '.join(of_tasks)} did not all run with the same {what}."
+        for what, of_tasks in tasks.items()
+    ]
+
+
+def _is_masked(record: Record) -> bool:
+    return (record.kernel or "").startswith("masked")
+
+
+def _listed(values: Collection[Any]) -> str:
+    known = sorted(value for value in values if value is not None)
+    texts = list(map(str, known)) + [NOT_RECORDED] * (None in values)
+    return ", ".join(texts)
+
+
 def gaps(run: Run) -> list[str]:
-    """Name cells without records, tasks whose cells hold different samples, and missed budgets."""
+    """Name cells without records, tasks whose cells do not compare, and missed budgets.
+
+    Those hold different samples, or were run otherwise.
+    """
     by_tasks: dict[str, list[str]] = {}
     for cell in run.cells:
         missing = [task for task in run.tasks if (task, cell) not in run.records]
         if missing:
             by_tasks.setdefault(", ".join(missing), []).append(cell)
-    notes = [
+    notes = ran_otherwise(run)
+    notes += [
         f"Blank, as there are no records: {', '.join(cells)} on {tasks}."
         for tasks, cells in by_tasks.items()
     ]

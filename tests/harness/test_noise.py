@@ -220,10 +220,24 @@ def test_what_the_base_has_already_is_no_variant(measured: Callable[..., Setting
         *("batch_size=4", "vary.batch_sizes=[4,8,8]", "vary.threads=[1]"),
         *("vary.kernels=[]", "vary.dtypes=[float32]"),
     )
+    assert torch.get_num_threads() == 1
     assert [(each.name, each.setting) for each in planned(settings)] == [
         ("base", ""),
         ("batch-8", "batch_size"),
     ]
+
+
+def test_threads_say_nothing_of_a_model_on_a_gpu(
+    measured: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = measured()
+    monkeypatch.setattr(type(settings.model), "torch_device", lambda _: torch.device("cuda"))
+    obstacles = {each.name: each.obstacle for each in planned(settings) if each.obstacle}
+    assert obstacles == {
+        "threads-2": "the model computes on cuda",
+        **dict.fromkeys(("tiled-torch", "tiled-onednn", "flash-cpu"), "a kernel of CPUs"),
+        "unpacked": "linear layers are not packed here",
+    }
 
 
 def test_threads_are_by_default_powers_of_two_up_to_the_processors(

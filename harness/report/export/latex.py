@@ -122,7 +122,9 @@ def _columns(table: Table, intervals: bool) -> list[_Column]:
     columns = [
         _Column(
             header=table.header[place],
-            texts=tuple(text and _cell(table, text) for text in texts) if place in table.naming else texts,
+            texts=tuple(text and _cell(table, text) for text in texts)
+            if place in table.naming
+            else texts,
             is_numeric=is_numeric(table, place),
         )
         for place, texts in enumerate(

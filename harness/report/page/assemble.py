@@ -48,8 +48,8 @@ from harness.report.tables.published import gate_table, reference_table
 from harness.report.tables.runs import runs_table
 from harness.report.tables.scores import difference_table, group_tables, score_table
 from harness.report.tables.table import Table
-from harness.report.words import count_tasks, made_by, sample_counts
 from harness.report.terminal import print_floor
+from harness.report.words import count_tasks, made_by, ran_with, sample_counts
 from harness.variants import is_noise
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
@@ -98,10 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     answered = [folder for folder in arguments.output_dir if folder not in (*observed, *floors)]
     try:
         _check_given(arguments, answered)
-        if arguments.out and observed and len(arguments.output_dir) > 1:
-            raise UserError("--out takes one run that observes at a time; leave it out for several.")
+        if arguments.out and (observed or floors) and len(arguments.output_dir) > 1:
+            raise UserError(
+                "--out takes one run that observes or measures noise at a time; leave it out for "
+                "several."
+            )
         for folder in floors:
-            report_noise(folder, Console())
+            report_noise(folder, Console(), arguments.out)
         for folder in observed:
             run = load_observed(folder)
             print_claims(run, write_observed(run, arguments.out), Console())
@@ -116,15 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def report_noise(folder: Path, console: Console) -> None:
-    """Write tables/ of a noise run into its folder, and print them.
+def report_noise(folder: Path, console: Console, out: Path | None = None) -> None:
+    """Write tables/ of a noise run, by default into its own folder, and print them.
 
     Raises:
         UserError: as `load_floor` does.
     """
     floor = load_floor(folder)
     for table in noise_tables(floor):
-        write_table(table, folder / "tables")
+        write_table(table, (out or folder) / "tables")
     print_floor(floor, console)
 
 
@@ -252,7 +255,7 @@ def _section(
         undrawn=drawn.notes,
         samples=tuple(samples),
         browser=browser_of(run, samples, judgement.flips, slug),
-        provenance=tuple(_flatten(run.info)),
+        provenance=(*ran_with(run).items(), *_flatten(run.info)),
     )
 
 

@@ -178,6 +178,13 @@ def test_a_variant_that_differs_in_more_than_it_was_to_change_is_refused_naming_
         load_floor(folder)
 
 
+def test_a_variant_of_mixed_threads_is_refused(folder: Path) -> None:
+    path = folder / "variants" / "base" / "predictions" / "t" / f"{A}.jsonl"
+    path.write_text(path.read_text().replace('"threads": 2', '"threads": 1', 1))
+    with pytest.raises(UserError, match=r"base was run with different threads \(1, 2\)"):
+        load_floor(folder)
+
+
 def test_another_dtype_alone_is_what_the_variant_is_for(folder: Path) -> None:
     for name, dtype in (("base", "float32"), ("bfloat16", "bfloat16")):
         set_prints(folder, name, model={"dtype": dtype})
@@ -219,6 +226,18 @@ def test_a_contrast_above_noise_and_one_without_noise_are_not_marked(folder: Pat
     assert [row[-2] for row in table.rows] == ["2.50", ""]
     assert not any(WITHIN_NOISE in row[-1] for row in table.rows)
     assert [*table.data["below_noise"]] == [False, None]
+
+
+def test_an_average_over_other_tasks_is_no_noise_of_this_one(folder: Path) -> None:
+    cells = {cell: {"t": lines([1, score, 1, 0])} for cell, score in ((A, 1), (B, 0))}
+    run = load_run(write_run(of_default_place(folder), {"t": "qa_f1"}, cells))
+    found = find_floor(run, run.judgement)
+    assert found.floor is not None
+    assert found.floor.noise("t") == 25
+    assert math.isnan(found.floor.noise(AVERAGE))
+    assert "averages are over other tasks" in found.note
+    same = find_floor(compared(folder.parent / "same" / "x" / "y"), Judgement(noise=str(folder)))
+    assert "other tasks" not in same.note
 
 
 def test_noise_of_0_marks_nothing(folder: Path) -> None:
@@ -301,6 +320,24 @@ def test_a_noise_run_reports_itself(folder: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "Noise floor" in out
     assert "float16 says nothing: numbers overflow." in out
+
+
+def test_an_unfinished_noise_run_is_told_and_left_out_of_reports(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / FILE).unlink()
+    assert main([str(folder)]) == 2
+    assert "not a finished run of experiment=noise" in capsys.readouterr().err
+    found = find_floor(compared(of_default_place(folder)), Judgement())
+    assert found.floor is None
+    assert "not a finished run" in found.note
+
+
+def test_a_floor_goes_to_the_folder_that_was_asked_for(folder: Path, tmp_path: Path) -> None:
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "tables" / "noise.tex").exists()
+    assert not (folder / "tables").exists()
+    assert main([str(folder), str(folder), "--out", str(tmp_path / "out")]) == 2
 
 
 def test_a_floor_without_any_variant_says_so(folder: Path) -> None:
