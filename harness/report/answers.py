@@ -26,6 +26,7 @@ from harness.report.contrasts import (
 from harness.report.gates import gates, outside
 from harness.report.missed import missed_budgets
 from harness.report.names import budget_label, method_label
+from harness.report.noise import find_floor
 from harness.report.published import Reference
 from harness.report.run import Run
 from harness.report.words import count_tasks, gaps
@@ -266,6 +267,17 @@ def _open(
                 f"Unresolved are {len(unresolved)} of {len(found)} contrasts: {_few(named)}. In "
                 "brackets the samples over all tasks that would narrow the interval to the margin of "
                 f"{_points(judgement.margin)} either way, if further ones scatter as these do.",
+            )
+        )
+    floor = find_floor(run, judgement).floor
+    within = [one for one in found if floor is not None and floor.covers(one)]
+    if within:
+        named = [f"{_cell(run, one.first)} against {_method(run, one.second)}" for one in within]
+        lines.append(
+            Line(
+                Tone.UNKNOWN,
+                f"Within noise are {len(within)} of {len(found)} contrasts: {_few(named)}. They are no "
+                "larger than what another batch size, other threads, kernels or dtypes alone changed.",
             )
         )
     by_task = [one for one in contrasts_by_task(run) if not isnan(one.p)]

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from harness.judgement import Judgement
 from harness.records import Record
+from harness.report.answers import answers
 from harness.report.contrasts import AVERAGE, contrasts, contrasts_by_task
 from harness.report.divergence import KL
 from harness.report.noise import Floor, find_floor, load_floor
@@ -261,6 +262,9 @@ def test_a_report_finds_the_floor_of_its_model_and_benchmark_and_says_which(fold
     assert "n = 2 to 4 samples a task" in (tables / "contrasts.md").read_text()
     assert (tables / "noise.md").exists()
     assert (tables / "noise_by_variant.csv").exists()
+    *_, (_, left_open) = ((one.question, one.lines) for one in answers(run, run.judgement))
+    texts = [line.text for line in left_open]
+    assert any("Within noise are 1 of 1 contrasts: KVMerger at 50% against H2O." in t for t in texts)
     console = Console(file=io.StringIO(), width=200)
     print_comparison(run, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
