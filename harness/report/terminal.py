@@ -21,7 +21,7 @@ from harness.report.noise import Floor, find_floor
 from harness.report.published import load_references
 from harness.report.run import Run, averages
 from harness.report.tables.contrasts import WITHIN_NOISE, verdict_text
-from harness.report.tables.noise import noise_tables, notes
+from harness.report.tables.noise import IN_FILES_ALONE, noise_tables, notes
 from harness.report.words import gaps, setting, task_label
 from kvmerge.cells import parse_name
 
@@ -68,10 +68,11 @@ def print_floor(floor: Floor, console: Console) -> None:
     """Print both tables, and what says nothing."""
     for table in noise_tables(floor):
         shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in table.header:
-            shown.add_column(column, overflow="fold")
+        places = [place for place, name in enumerate(table.header) if name not in IN_FILES_ALONE]
+        for place in places:
+            shown.add_column(table.header[place], overflow="fold")
         for row in table.rows:
-            shown.add_row(*map(escape, row))
+            shown.add_row(*(escape(row[place]) for place in places))
         console.print(shown)
     console.print(f"{setting(floor.base)}.", style="dim", highlight=False, markup=False)
     for note in notes(floor):

@@ -14,6 +14,8 @@ from harness.report.tables.table import Table, number, tidy
 from harness.report.words import setting, subject, task_label
 from kvmerge.cells import parse_name
 
+IN_FILES_ALONE = ("changes", "as recorded")
+"""Columns for which a terminal has no room."""
 _WHAT = (
     "The same cells on the same samples, computed in another way: the base as the settings say, each "
     "variant with one change. The largest of a handful is no bound, and with n samples one that is "
