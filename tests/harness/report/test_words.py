@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.report.run import Run, load_run
-from harness.report.words import gaps, ran_with
+from harness.report.words import ran_otherwise, ran_with
 from tests.synthetic_run import record, write_run
 
 HOW = {"batch_samples": 4, "threads": 2, "kernel": "flash+triton/float16"}
@@ -34,7 +34,7 @@ def test_how_samples_ran_is_listed(tmp_path: Path) -> None:
 
 def test_what_an_earlier_version_did_not_record_is_told_and_not_guessed(tmp_path: Path) -> None:
     assert set(ran_with(run_of(tmp_path / "old", {}, {})).values()) == {"not recorded"}
-    assert gaps(run_of(tmp_path / "also old", {}, {})) == []
+    assert ran_otherwise(run_of(tmp_path / "also old", {}, {})) == []
     assert ran_with(run_of(tmp_path / "both", {}, HOW))["threads"] == "2, not recorded"
 
 
@@ -49,9 +49,11 @@ def test_what_an_earlier_version_did_not_record_is_told_and_not_guessed(tmp_path
 def test_cells_that_ran_otherwise_than_each_other_are_told(
     tmp_path: Path, other: dict[str, Any], note: str
 ) -> None:
-    assert gaps(run_of(tmp_path, HOW, HOW | other)) == [f"The cells of t did not all run {note}"]
+    assert ran_otherwise(run_of(tmp_path, HOW, HOW | other)) == [
+        f"The cells of t did not all run {note}"
+    ]
 
 
 def test_what_belongs_to_a_method_is_no_other_way(tmp_path: Path) -> None:
     alike = HOW, HOW | {"kernel": "flash/float16"}, HOW | {"kernel": "masked/float16"}
-    assert gaps(run_of(tmp_path, *alike)) == []
+    assert ran_otherwise(run_of(tmp_path, *alike)) == []
