@@ -9,10 +9,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
 
 from harness import cli
 from harness.settings import Settings
 from tests.tiny_run import TASKS, row, save_checkpoint, tiny_settings, write_rows
+
+# The same examples everywhere, and no test that fails because a machine is busy.
+settings.register_profile("kvmerge", deadline=None, derandomize=True)
+settings.load_profile("kvmerge")
 
 
 class Output(NamedTuple):
