@@ -16,6 +16,7 @@ from harness.report.plots.by_budget import (
 )
 from harness.report.plots.by_task import scores_by_task
 from harness.report.plots.flips import flips_by_task
+from harness.report.plots.forest import forests
 from harness.report.plots.heat_maps import heat_maps
 from harness.report.plots.style import STYLE, Look, Plot, Undrawn
 from harness.report.run import Run
@@ -37,6 +38,7 @@ def draw_all(run: Run, by_method: Mapping[str, Look], judgement: Judgement) -> D
     """
     with mpl.rc_context(STYLE):
         found = [
+            *forests(run, judgement),
             average_by_budget(run, by_method),
             average_by_memory(run, by_method),
             kl_by_budget(run, by_method),

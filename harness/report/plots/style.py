@@ -150,13 +150,20 @@ def is_full(cell: str) -> bool:
 
 
 def wrap(label: str, width: int) -> str:
-    """Break a name behind `_`, `-`, `:`, `,` or a space, never within a word, however long that is."""
+    """Break a name at spaces, and what is longer than `width` letters behind `_`, `-`, `:` or `,` too.
+
+    Never within a word, however long that is.
+    """
     lines = [""]
-    for word in re.findall(r"[^_\-:, ]*[_\-:, ]*", label):
-        if lines[-1] and len((lines[-1] + word).rstrip()) > width:
-            lines.append("")
-        lines[-1] += word
-    return "\n".join(line.rstrip() for line in lines)
+    for word in label.split(" "):
+        parts = [word] if len(word) <= width else re.findall(r"[^_\-:,]+[_\-:,]*|[_\-:,]+", word)
+        for place, part in enumerate(parts):
+            longer = lines[-1] + (" " if place == 0 and lines[-1] else "") + part
+            if lines[-1] and len(longer) > width:
+                lines.append(part)
+            else:
+                lines[-1] = longer
+    return "\n".join(lines)
 
 
 def text_width(text: str, size: float = SMALL) -> float:
