@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from harness.records import Record
 from harness.report.bootstrap import Scored
@@ -30,6 +31,8 @@ class GroupScore:
     group: Group
     n: int
     """Samples; never 0."""
+    prompt_tokens: float
+    """Mean over the samples: a nominal length need not be that of a prompt."""
     scored: Scored
     """Resampled within the group, alike in all cells that hold the same samples of it."""
 
@@ -44,7 +47,7 @@ def group_values(run: Run) -> dict[str, list[Value]]:
         for record in records:
             for name, value in groups_of(record).items():
                 found[name].add(value)
-    return {name: sorted(values, key=_place) for name, values in found.items()}
+    return {name: sorted(values, key=place_of) for name, values in found.items()}
 
 
 def scores_by(run: Run, names: Sequence[str]) -> list[GroupScore]:
@@ -54,23 +57,49 @@ def scores_by(run: Run, names: Sequence[str]) -> list[GroupScore]:
     left out.
     """
     scores = [
-        GroupScore(task, cell, group, len(ids), run.score_of(task, cell, ids))
+        GroupScore(
+            task, cell, group, len(tokens), mean(tokens.values()), run.score_of(task, cell, tokens)
+        )
         for (task, cell), records in run.records.items()
-        for group, ids in _members(records, names).items()
+        for group, tokens in _members(records, names).items()
     ]
     tasks, cells = list(run.tasks), list(run.cells)
     return sorted(
         scores,
-        key=lambda one: (tasks.index(one.task), [*map(_place, one.group)], cells.index(one.cell)),
+        key=lambda one: (tasks.index(one.task), [*map(place_of, one.group)], cells.index(one.cell)),
     )
 
 
-def _members(records: Iterable[Record], names: Sequence[str]) -> dict[Group, set[str]]:
-    members: dict[Group, set[str]] = defaultdict(set)
+def unsampled(run: Run) -> dict[str, list[Value]]:
+    """Return what was asked for and has no sample, by name: a run's `limit` may end before a length.
+
+    Read from the lists in the run's own settings (`benchmark.lengths`, `benchmark.depths`).
+    """
+    found = {}
+    for name, values in group_values(run).items():
+        asked = run.recorded("config", "benchmark", f"{name}s")
+        if isinstance(asked, list) and (missing := [each for each in asked if each not in values]):
+            found[name] = missing
+    return found
+
+
+def unsampled_notes(run: Run) -> list[str]:
+    """Name what was asked for and has no sample."""
+    limit = run.recorded("config", "limit")
+    why = f": limit={limit} ends before" if limit is not None else ""
+    return [
+        f"No samples of {name} {', '.join(map(str, missing))}{why}."
+        for name, missing in unsampled(run).items()
+    ]
+
+
+def _members(records: Iterable[Record], names: Sequence[str]) -> dict[Group, dict[str, int]]:
+    """Return the prompt tokens of each sample by its id, by group."""
+    members: dict[Group, dict[str, int]] = defaultdict(dict)
     for record in records:
         groups = groups_of(record)
         if all(name in groups for name in names):
-            members[tuple(groups[name] for name in names)].add(record.id)
+            members[tuple(groups[name] for name in names)][record.id] = record.prompt_tokens
     return members
 
 
@@ -80,7 +109,7 @@ def groups_of(record: Record) -> Mapping[str, Value]:
     return groups
 
 
-def _place(value: Value) -> tuple[float, str]:
+def place_of(value: Value) -> tuple[float, str]:
     """Sort key: the value, or the number that a text begins with; texts without one come last."""
     if isinstance(value, str):
         number = re.match(r"\d+", value)

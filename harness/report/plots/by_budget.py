@@ -28,6 +28,7 @@ from harness.report.plots.style import (
     Undrawn,
     columns_of,
     grid,
+    intervals,
     is_full,
     legend,
     reference_mark,
@@ -38,7 +39,7 @@ from harness.report.plots.style import (
     wrap,
 )
 from harness.report.run import Run, averages
-from harness.report.words import INTERVAL, count_tasks, gaps, setting
+from harness.report.words import count_tasks, gaps, setting
 from kvmerge.cells import parse_name
 
 _MIB = 2.0**-20
@@ -49,6 +50,7 @@ _FEW = 4
 """Panels that stand two by two in a column; more take the page's width."""
 _PANEL = 1.35
 """Inches of a row of panels."""
+_BARS = "Bars and band"
 _MEMORY: Any = {"color": REFERENCE, "linestyle": (0, (1, 1.5)), "linewidth": 0.9}
 
 
@@ -83,7 +85,7 @@ def average_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | Undrawn
         return Undrawn(title, _no_average(run))
     up = _score_axis(run, points)
     seen = _Seen(_achieved(run, points), points, _budget_axis(run, points), up, full)
-    return _plot(run, by_method, seen, "average_by_budget", title, _average_caption(run))
+    return _plot(run, by_method, seen, "average_by_budget", title, _average_caption(run, points))
 
 
 def average_by_memory(run: Run, by_method: Mapping[str, Look]) -> Plot | Undrawn:
@@ -99,7 +101,7 @@ def average_by_memory(run: Run, by_method: Mapping[str, Look]) -> Plot | Undrawn
     most = max([*bytes_of.values(), *([full_x] if full_x else [])])
     across = _Axis("keys and values after prefill, MiB a sample", 0, 1.06 * most)
     seen = _Seen(bytes_of, points, across, _score_axis(run, points), full, full_x)
-    return _plot(run, by_method, seen, "average_by_memory", title, _average_caption(run))
+    return _plot(run, by_method, seen, "average_by_memory", title, _average_caption(run, points))
 
 
 def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | Undrawn:
@@ -113,7 +115,7 @@ def kl_by_budget(run: Run, by_method: Mapping[str, Look]) -> Plot | Undrawn:
     over = count_tasks(len(divergence(run).tasks))
     caption = (
         "KL(full || cell) along the full cache's own answer, mean over positions, samples, then "
-        f"{over}, 0 where nothing changed: {setting(run)}. Bars: {INTERVAL}."
+        f"{over}, 0 where nothing changed: {setting(run)}. {intervals(points.values(), 'Bars')}"
     )
     return _plot(run, by_method, seen, "kl_by_budget", title, caption)
 
@@ -142,8 +144,8 @@ def _task_by_budget(run: Run, task: str, by_method: Mapping[str, Look]) -> Plot 
     seen = _Seen(_achieved(run, points), points, _budget_axis(run, points), up, full)
     title = f"{name.capitalize()} of {task} against budget"
     caption = (
-        f"{name.capitalize()} of {task}, {better} is better: {setting(run)}. Bars and band: "
-        f"{INTERVAL}, each cell alone."
+        f"{name.capitalize()} of {task}, {better} is better: {setting(run)}. "
+        f"{intervals(shown.values(), _BARS)}"
     )
     return _plot(run, by_method, seen, f"{name}_{task}", title, caption)
 
@@ -161,11 +163,11 @@ def _no_average(run: Run) -> str:
     return "No cell beside the full cache has records of every task."
 
 
-def _average_caption(run: Run) -> str:
+def _average_caption(run: Run, points: Mapping[str, Estimate]) -> str:
     over = count_tasks(len(run.averaged_tasks))
     return (
-        f"Average score (plain mean over {over}): {setting(run)}. Bars and band: {INTERVAL}, each cell "
-        "on its own; the contrasts have the paired intervals."
+        f"Average score (plain mean over {over}): {setting(run)}. {intervals(points.values(), _BARS)} "
+        "Each cell stands on its own; the contrasts have the paired intervals."
     )
 
 

@@ -16,6 +16,7 @@ from harness.report.plots.style import (
     Look,
     Plot,
     Undrawn,
+    intervals,
     is_full,
     mark,
     reference_mark,
@@ -25,7 +26,7 @@ from harness.report.plots.style import (
 )
 from harness.report.plots.task_rows import TaskRow, task_rows
 from harness.report.run import Run
-from harness.report.words import INTERVAL, gaps, setting
+from harness.report.words import count_tasks, gaps, setting
 from kvmerge.cells import parse_name
 
 _TITLE = "Scores by task"
@@ -43,7 +44,9 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | Undrawn:
     if not tasks:
         return Undrawn(_TITLE, "No task has a score of 0 to 100.")
     figure = _figure(run, tasks, by_method)
-    caption = f"Score by task, 0 to 100: {setting(run)}. Bars and band: {INTERVAL}."
+    shown = [run.scores[key].estimate() for key in run.scores if key[0] in tasks]
+    bars = intervals(shown, "Bars and band")
+    caption = f"Score by task, 0 to 100: {setting(run)}. {bars}"
     others = [task for task in run.tasks if task not in tasks and run.metrics[task].parts]
     apart = [f"Not a score of 0 to 100: {', '.join(others)}."] if others else []
     return render(
@@ -108,7 +111,8 @@ def _alt(run: Run, tasks: Sequence[str]) -> str:
     ]
     low, high = min(shown), max(shown)
     return (
-        f"Marks of {len(run.cells)} cells on {len(tasks)} tasks, a row a task and a panel a budget, "
-        f"from {low[0]:.1f} ({shown_label(run, low[2])} on {low[1]}) to {high[0]:.1f} "
+        f"Marks of {len(run.cells)} cells on {count_tasks(len(tasks))}, a row a task, a panel a "
+        "budget, from "
+        f"{low[0]:.1f} ({shown_label(run, low[2])} on {low[1]}) to {high[0]:.1f} "
         f"({shown_label(run, high[2])} on {high[1]})."
     )

@@ -88,17 +88,18 @@ def _forest(run: Run, found: Sequence[Contrast], margin: float, name: str, title
     on_kl = found[0].task == KL
     verdicts = [contrast.verdict(margin) for contrast in shown]
     counts = [
-        f"{verdicts.count(verdict)} {_WORDS[verdict]}" for verdict in _MARKS if verdict in verdicts
+        f"{_WORDS[verdict]}: {verdicts.count(verdict)}" for verdict in _MARKS if verdict in verdicts
     ]
     what = (
         "KL to the full cache (nats, less is better)"
         if on_kl
         else (f"average score over {count_tasks(len(run.averaged_tasks))}")
     )
-    margin_words = "" if on_kl else f" Band: the margin of {margin:g} points."
+    margin_words = "" if on_kl else f" Band: the margin of ±{margin:g} points."
+    lacking = "; none where a task has one sample" if None in verdicts else ""
     caption = (
         f"Difference of the {what}, first minus second: {setting(run)}. Thin line: 95%, thick: 90% "
-        f"interval, paired by sample id.{margin_words} Better: adjusted p below {LEVEL:g}, "
+        f"interval, paired by sample id{lacking}.{margin_words} Better: adjusted p below {LEVEL:g}, "
         "over all rows of the table of contrasts."
     )
     if len(shown) < len(found):
@@ -111,7 +112,7 @@ def _forest(run: Run, found: Sequence[Contrast], margin: float, name: str, title
         name,
         title,
         " ".join((caption, *gaps(run))),
-        f"{len(shown)} differences of the {what}, a row a pair: {', '.join(counts)}.",
+        f"Differences of the {what}, a row a pair of cells. {', '.join(counts).capitalize()}.",
     )
 
 
@@ -126,12 +127,10 @@ def _most_asked(found: Sequence[Contrast]) -> list[Contrast]:
 
 
 def _figure(shown: Sequence[Contrast], margin: float, on_kl: bool) -> Figure:
-    groups: dict[str, list[Contrast]] = {}
-    for contrast in shown:
-        budget = budget_label(parse_name(contrast.first).budget)
-        groups.setdefault(f"budget {budget}", []).append(contrast)
+    groups = _groups(shown)
     totals = [sum(map(_height, members)) for members in groups.values()]
-    width = COLUMN if max(text_width(_label(one)) for one in shown) < 36 * COLUMN else PAGE
+    widest = max(text_width(label) for members in groups.values() for label in members)
+    width = COLUMN if widest < 36 * COLUMN else PAGE
     height = (sum(totals) + 20 * len(groups)) / 72 + 0.65
     figure = Figure((width, height), layout="constrained")
     below: Any = {"height_ratios": totals}
@@ -144,11 +143,11 @@ def _figure(shown: Sequence[Contrast], margin: float, on_kl: bool) -> Figure:
             axis.axvspan(-margin, margin, color=BAND, linewidth=0, zorder=0)
         axis.axvline(0, color=REFERENCE, linewidth=0.8, zorder=1)
         ends = accumulate(map(_height, members))
-        middles = [end - _height(one) / 2 for end, one in zip(ends, members, strict=True)]
-        for middle, contrast in zip(middles, members, strict=True):
+        middles = [end - _height(label) / 2 for end, label in zip(ends, members, strict=True)]
+        for middle, contrast in zip(middles, members.values(), strict=True):
             _draw_row(axis, middle, contrast, margin)
         axis.set_ylim(total, 0)
-        axis.set_yticks(middles, list(map(_label, members)))
+        axis.set_yticks(middles, list(members))
         axis.tick_params(axis="y", length=0)
     low, high = _reach(shown, margin, on_kl)
     axes[0].set_xlim(low, high)
@@ -158,15 +157,29 @@ def _figure(shown: Sequence[Contrast], margin: float, on_kl: bool) -> Figure:
     return figure
 
 
-def _label(contrast: Contrast) -> str:
-    """Name a pair by its methods; the budget stands over the group."""
-    first, second = (parse_name(cell).variant for cell in (contrast.first, contrast.second))
-    return wrap(f"{method_label(first)} − {method_label(second)}", _LABEL)
+def _groups(shown: Sequence[Contrast]) -> dict[str, dict[str, Contrast]]:
+    """Return the contrasts of each budget by label; all together where each budget has but one."""
+    groups: dict[str, dict[str, Contrast]] = {}
+    for contrast in shown:
+        first, second = (parse_name(cell) for cell in (contrast.first, contrast.second))
+        pair = f"{method_label(first.variant)} − {method_label(second.variant)}"
+        budget = budget_label(first.budget)
+        groups.setdefault(f"budget {budget}", {})[wrap(pair, _LABEL)] = contrast
+    if len(shown) > len(groups) or len(shown) == 1:
+        return groups
+    # As many titles as rows would be more to read than a budget in each label.
+    return {
+        "": {
+            wrap(f"{label}, {title.removeprefix('budget ')}", _LABEL): contrast
+            for title, members in groups.items()
+            for label, contrast in members.items()
+        }
+    }
 
 
-def _height(contrast: Contrast) -> float:
+def _height(label: str) -> float:
     """Return the points that a row takes."""
-    return _ROW + _LINE * _label(contrast).count("\n")
+    return _ROW + _LINE * label.count("\n")
 
 
 def _draw_row(axis: Axes, at: float, contrast: Contrast, margin: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +12,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.report.groups import GroupScore, group_values, scores_by
+from harness.report.groups import (
+    GroupScore,
+    Value,
+    group_values,
+    place_of,
+    scores_by,
+    unsampled,
+    unsampled_notes,
+)
 from harness.report.missed import shown_label
 from harness.report.plots.style import (
-    BAND,
     COLUMN,
     INK,
     PAGE,
+    PALE,
     SMALL,
     Plot,
     columns_of,
@@ -31,7 +40,7 @@ from harness.report.words import gaps, setting, span
 
 _SQUARE = 10.0
 """Points of a row: a number of the smallest size stands in it."""
-_FEW = 2
+_FEW, _PANELS = 2, 4
 """Panels that share a column; more take the page's width."""
 
 
@@ -48,8 +57,9 @@ def heat_maps(run: Run) -> list[Plot]:
 
 def _heat_map(run: Run, task: str, scores: Sequence[GroupScore]) -> Plot:
     caption = (
-        f"Score by depth (percent of the text before the needle) and length on {task}, samples a "
-        f"square: {span({score.n for score in scores})}, grey where there are none. {setting(run)}."
+        f"Score by depth (percent of the text before the needle) and length (mean tokens of the "
+        f"prompts, below them the nominal length) on {task}, samples a square: "
+        f"{span({score.n for score in scores})}, hatched where there are none. {setting(run)}."
     )
     worst = min(scores, key=lambda score: score.scored.value)
     alt = (
@@ -61,24 +71,32 @@ def _heat_map(run: Run, task: str, scores: Sequence[GroupScore]) -> Plot:
         draw_heat_map(run, scores),
         f"heat_map_{task}",
         f"Score by depth and length: {task}",
-        " ".join((caption, *gaps(run))),
+        " ".join((caption, *unsampled_notes(run), *gaps(run))),
         alt,
     )
 
 
 def draw_heat_map(run: Run, scores: Sequence[GroupScore]) -> Figure:
     """Draw one task's scores, a panel a cell, all on one scale."""
-    values = group_values(run)
-    depths, lengths = values["depth"], values["length"]
+    depths, lengths = (_asked(run, name) for name in ("depth", "length"))
     cells = [cell for cell in run.cells if any(score.cell == cell for score in scores)]
-    columns = columns_of(len(cells), _FEW if len(cells) <= _FEW else 4)
+    columns = columns_of(len(cells), _FEW if len(cells) <= _FEW else _PANELS)
     width = COLUMN if len(cells) <= _FEW else PAGE
     rows = -(-len(cells) // columns)
-    figure = Figure((width, rows * (_SQUARE * len(depths) / 72 + 0.45) + 0.35), layout="constrained")
+    # What is left of a panel's share when names and the scale have theirs.
+    across = 72 * width / columns - 40
+    square = across / len(lengths)
+    ticks = [_length_label(length, scores) for length in lengths]
+    flat = square > max(map(text_width, ticks)) + 3
+    if not flat:
+        each = math.ceil(1.4 * SMALL / square)
+        ticks = [tick.replace("\n", " ") * (place % each == 0) for place, tick in enumerate(ticks)]
+    below = (2 * SMALL if flat else max(map(text_width, ticks))) / 72
+    height = rows * (_SQUARE * len(depths) / 72 + 0.32) + below + 0.3
+    figure = Figure((width, height), layout="constrained")
     axes, rest = grid(figure, len(cells), columns, sharex=True, sharey=True)
     # Perceptually uniform, and read alike without colour vision and in grey.
-    colours = mpl.colormaps["viridis"].with_extremes(bad=BAND)
-    square = (72 * width / columns - 24) / len(lengths)
+    colours = mpl.colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0))
     for place, (axis, cell) in enumerate(zip(axes, cells, strict=True)):
         shown = np.full((len(depths), len(lengths)), np.nan)
         for score in scores:
@@ -86,23 +104,36 @@ def draw_heat_map(run: Run, scores: Sequence[GroupScore]) -> Figure:
                 depth, length = score.group
                 shown[depths.index(depth), lengths.index(length)] = score.scored.value
         image = axis.imshow(shown, cmap=colours, vmin=0, vmax=100, aspect="auto")
-        axis.set_title(wrap(shown_label(run, cell), int(72 * width / columns / 4.6)))
+        axis.set_title(wrap(shown_label(run, cell), int(across / 4.6)))
         axis.grid(visible=False)
-        axis.tick_params(
-            length=0, labelleft=place % columns == 0, labelbottom=place + columns >= len(cells)
-        )
-        axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+        axis.patch.set(facecolor="white", edgecolor=PALE, hatch="/////")
+        # Tall names would tear the rows apart, so above an empty slot there are none.
+        lowest = place + columns >= len(cells) if flat else place // columns == rows - 1
+        axis.tick_params(length=0, labelleft=place % columns == 0, labelbottom=lowest)
+        axis.tick_params(axis="x", rotation=0 if flat else 90)
+        axis.set_xticks(range(len(lengths)), ticks)
         axis.set_yticks(range(len(depths)), [str(depth) for depth in depths])
         if square > text_width("100") + 2:
             _number_squares(axis, shown)
-    figure.supxlabel("length, tokens")
+    figure.supxlabel("prompt tokens, mean (nominal length)")
     figure.supylabel("depth, %")
     if rest is None:
-        figure.colorbar(image, ax=figure.axes, label="score", aspect=30)
+        figure.colorbar(image, ax=axes, label="score", aspect=30)
     else:
         inside = rest.inset_axes((0.1, 0.45, 0.8, 0.1))
         figure.colorbar(image, cax=inside, orientation="horizontal", label="score")
     return figure
+
+
+def _asked(run: Run, name: str) -> list[Value]:
+    """Return the values of a group in order, with those that the run asked for and has no sample of."""
+    return sorted([*group_values(run)[name], *unsampled(run).get(name, ())], key=place_of)
+
+
+def _length_label(length: Value, scores: Sequence[GroupScore]) -> str:
+    """Name a length by the tokens that prompts of it have, the nominal length in brackets below."""
+    tokens = [score.prompt_tokens for score in scores if score.group[1] == length]
+    return f"{np.mean(tokens):.0f}\n({length})" if tokens else f"-\n({length})"
 
 
 def _number_squares(axis: Axes, shown: np.ndarray) -> None:

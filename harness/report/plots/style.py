@@ -25,6 +25,7 @@ from matplotlib.textpath import TextPath
 from harness.report.bootstrap import Estimate
 from harness.report.names import method_label
 from harness.report.run import Run
+from harness.report.words import INTERVAL
 from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
 
@@ -180,6 +181,13 @@ def whiskers(shown: Sequence[Estimate]) -> np.ndarray:
     lengths = np.array([[e.value - e.low for e in shown], [e.high - e.value for e in shown]])
     # A percentile interval need not hold the value of the sample it was drawn from.
     return np.clip(lengths, 0, None)
+
+
+def intervals(shown: Iterable[Estimate], what: str) -> str:
+    """Say what the bars of a figure are, or why there are none."""
+    if all(np.isnan(each.low) for each in shown):
+        return "No intervals: these take two samples of every task."
+    return f"{what}: {INTERVAL}."
 
 
 def columns_of(panels: int, most: int) -> int:

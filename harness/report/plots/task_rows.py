@@ -90,7 +90,7 @@ def _by_budget(cells: Sequence[str]) -> dict[str, list[str]]:
     """Return the cells of each budget; the full cache is a panel of its own only where it is alone."""
     panels: dict[str, list[str]] = {}
     for cell in [cell for cell in cells if not is_full(cell)] or cells:
-        panels.setdefault(budget_label(parse_name(cell).budget), []).append(cell)
+        panels.setdefault(f"budget {budget_label(parse_name(cell).budget)}", []).append(cell)
     return panels
 
 

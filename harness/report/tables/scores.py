@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import combinations, product
+from statistics import mean
 
 from harness.report.gates import gates, outside
-from harness.report.groups import group_values, scores_by
+from harness.report.groups import group_values, scores_by, unsampled_notes
 from harness.report.published import Reference, members
 from harness.report.ranks import ranks
 from harness.report.run import Run, averages, differences
@@ -96,33 +97,37 @@ def _group_table(run: Run, by: tuple[str, ...]) -> Table:
     by_key = {(one.task, one.group, one.cell): one for one in found}
     tasks = dict.fromkeys(one.task for one in found)
     values = group_values(run)
-    header = ("task", *by, "n", *run.cells)
+    header = ("task", *by, "n", "prompt tokens", *run.cells)
     rows = []
     for task, group in product(tasks, product(*(values[name] for name in by))):
         scores = [by_key.get((task, group, cell)) for cell in run.cells]
         counts = {one.n for one in scores if one is not None}
         texts = [score_text(one.scored if one else None) for one in scores]
         n = span(counts) if counts else "0"
-        rows.append((task_label(run, task), *map(str, group), n, *texts))
+        tokens = [one.prompt_tokens for one in scores if one is not None]
+        length = f"{mean(tokens):,.0f}" if tokens else ""
+        rows.append((task_label(run, task), *map(str, group), n, length, *texts))
     brackets = f"In brackets: {INTERVAL} within the group."
     return Table(
         name=f"scores_by_{'_and_'.join(by)}",
         title=f"Scores by {' and '.join(by)}",
         caption=f"Scores of the samples of each group: {setting(run)}. {brackets} "
-        "Blank where a group has no samples.",
+        "Blank where a group has no samples. Prompt tokens: mean of what was really fed.",
         header=header,
         rows=tuple(rows),
-        notes=tuple(gaps(run)),
+        notes=(*gaps(run), *unsampled_notes(run)),
         data=tidy(
             run,
             [
-                score_row(one.cell, one.task, one.scored, one.n) | dict(zip(by, one.group, strict=True))
+                score_row(one.cell, one.task, one.scored, one.n)
+                | dict(zip(by, one.group, strict=True))
+                | {"prompt_tokens_mean": one.prompt_tokens}
                 for one in found
             ],
-            ["method", "budget", "task", *by, "n", "score", "ci_low", "ci_high"],
+            ["method", "budget", "task", *by, "n", "prompt_tokens_mean", "score", "ci_low", "ci_high"],
         ),
         subject=subject(run),
-        cells=tuple(range(2 + len(by), len(header))),
+        cells=tuple(range(3 + len(by), len(header))),
         brackets=brackets,
     )
 

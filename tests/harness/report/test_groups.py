@@ -14,7 +14,7 @@ from benchmarks.metric import Metric
 from harness import runner
 from harness.records import Record
 from harness.report import bootstrap
-from harness.report.groups import GroupScore, Value, group_values, scores_by
+from harness.report.groups import GroupScore, Value, group_values, scores_by, unsampled
 from harness.report.page import write_report
 from harness.report.run import Run, load_run
 from harness.report.tables.scores import difference_table, group_tables, score_table
@@ -209,23 +209,23 @@ def test_what_is_the_same_everywhere_has_no_table(tmp_path: Path) -> None:
 
 def test_groups_are_rows_and_cells_columns(run: Run) -> None:
     table = table_named(run, "scores_by_length")
-    assert table.header == ("task", "length", "n", "full@1", "h2o@0.5")
+    assert table.header == ("task", "length", "n", "prompt tokens", "full@1", "h2o@0.5")
     assert [row[:3] for row in table.rows] == [
         ("t", "0-4k", "3"),
         ("t", "4-8k", "1"),
         ("t", "8k+", "2"),
         ("t", "10k", "2"),
     ]
-    assert table.rows[0][3].startswith("50.00\n[")
-    assert table.rows[1][3:] == ("25.00", "75.00")
+    assert table.rows[0][4].startswith("50.00\n[")
+    assert table.rows[1][3:] == ("100", "25.00", "75.00")
 
 
 def test_an_empty_group_is_blank_not_zero(run: Run) -> None:
     (row,) = [row for row in table_named(run, "scores_by_length").rows if row[1] == "8k+"]
-    assert row[3].startswith("50.00")
-    assert row[4] == ""
+    assert row[4].startswith("50.00")
+    assert row[5] == ""
     both = table_named(run, "scores_by_length_and_kind")
-    assert ("t", "0-4k", "b", "0", "", "") in both.rows
+    assert ("t", "0-4k", "b", "0", "", "", "") in both.rows
 
 
 def test_the_numbers_for_programs_are_tidy(run: Run) -> None:
@@ -236,6 +236,20 @@ def test_the_numbers_for_programs_are_tidy(run: Run) -> None:
     (row,) = frame[(frame["method"] == "h2o") & (frame["length"] == "4-8k")].to_dict("records")
     assert (row["kind"], row["n"], row["score"]) == ("a", 1, 75.0)
     assert pd.isna(row["ci_low"])
+
+
+def test_a_length_that_a_limit_left_out_is_named(tmp_path: Path) -> None:
+    records = grouped({(512, 0): [1.0], (512, 50): [0.0]}, ("length", "depth"))
+    asked = {"lengths": [512, 1024, 2048], "depths": [0, 50]}
+    config = {"benchmark": asked, "limit": 2}
+    run = load_run(write_run(tmp_path, {"t": "qa_f1"}, {"full@1": {"t": records}}, config=config))
+    assert unsampled(run) == {"length": [1024, 2048]}
+    (table,) = group_tables(run)
+    assert table.notes == ("No samples of length 1024, 2048: limit=2 ends before.",)
+
+
+def test_a_run_that_does_not_say_what_was_asked_for_names_nothing(run: Run) -> None:
+    assert unsampled(run) == {}
 
 
 # From a run to its report
@@ -256,6 +270,11 @@ def test_a_needle_run_is_reported_by_depth_and_length(checkpoint: Path, tmp_path
     runner.run(settings)
     page = write_report([load_run(settings.output_dir)])
     records = load_run(settings.output_dir).records["number", "full@1"]
+    tables = {table.name: table for table in group_tables(load_run(settings.output_dir))}
+    for row in tables["scores_by_length"].rows:
+        fed = [r.prompt_tokens for r in records if str(r.extra["groups"]["length"]) == row[1]]
+        assert row[3] == f"{np.mean(fed):,.0f}"
+        assert row[3] != row[1]
     assert [record.extra["groups"] for record in records] == [
         {"length": length, "depth": depth} for length in (300, 400) for depth in (0, 100)
     ]
