@@ -230,7 +230,7 @@ def test_an_empty_group_is_blank_not_zero(run: Run) -> None:
 
 def test_the_numbers_for_programs_are_tidy(run: Run) -> None:
     frame = table_named(run, "scores_by_length_and_kind").data
-    columns = "model benchmark method budget task length kind n score ci_low ci_high"
+    columns = "model benchmark method budget task length kind n prompt_tokens_mean score ci_low ci_high"
     assert " ".join(frame.columns) == columns
     assert len(frame) == 4 + 3
     (row,) = frame[(frame["method"] == "h2o") & (frame["length"] == "4-8k")].to_dict("records")
