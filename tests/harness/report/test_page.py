@@ -85,7 +85,8 @@ def test_one_command_writes_every_file(reported: Path) -> None:
     tables |= {"tables/flipped_samples.csv"}
     by_budget = ("average_by_budget", "average_by_memory", "kl_by_budget", "perplexity_text")
     by_task = ("scores_by_task", "flips_by_task")
-    plots = {f"plots/{p}.{e}" for p in (*by_task, *by_budget) for e in ("png", "pdf")}
+    drawn = (*by_task, *by_budget, "contrasts_full")
+    plots = {f"plots/{p}.{e}" for p in drawn for e in ("png", "pdf")}
     assert written == tables | plots | {"run.json", "summary.csv", "report.html", "card.md"}
     cells = list((reported / "every_eval_ever" / "data").rglob("*.json"))
     assert len(cells) == len(CELLS)
@@ -209,7 +210,7 @@ class Page(HTMLParser):
 def test_the_page_is_self_contained(reported: Path) -> None:
     text = (reported / "report.html").read_text()
     page = Page(text)
-    assert len(page.loads) == 6
+    assert len(page.loads) == 7
     assert all(load.startswith("data:image/png;base64,iVBOR") for load in page.loads)
     assert "url(" not in (Path(html.__file__).parent / "page.css").read_text()
     assert "50.00" in page.texts
