@@ -242,7 +242,7 @@ def test_a_length_that_a_limit_left_out_is_named(tmp_path: Path) -> None:
     records = grouped({(512, 0): [1.0], (512, 50): [0.0]}, ("length", "depth"))
     asked = {"lengths": [512, 1024, 2048], "depths": [0, 50]}
     config = {"benchmark": asked, "limit": 2}
-    run = load_run(write_run(tmp_path, {"t": "qa_f1"}, {"full@1": {"t": records}}, config=config))
+    run = load_run(write_run(tmp_path, {"t": "qa_f1"}, {"h2o@0.5": {"t": records}}, config=config))
     assert unsampled(run) == {"length": [1024, 2048]}
     (table,) = group_tables(run)
     assert table.notes == ("No samples of length 1024, 2048: limit=2 ends before.",)

@@ -18,6 +18,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from harness.judgement import Judgement
+from harness.records import Record
 from harness.report.bootstrap import Estimate
 from harness.report.divergence import kl_averages
 from harness.report.plots import forest
@@ -43,7 +44,7 @@ def made_up(
     """Scores of `n` samples, 0 on the task called zero; KL beside them, but for the full cache."""
     rng = np.random.default_rng(0)
 
-    def records(cell: str, task: str) -> list:
+    def records(cell: str, task: str) -> list[Record]:
         budget = float(cell.rpartition("@")[2])
         share = budget if budget <= 1 else budget / 1024
         return [
@@ -64,18 +65,23 @@ def made_up(
 def needle(folder: Path, cells: Sequence[str], lengths: Sequence[int], sampled: int) -> Run:
     """A grid of depths and lengths, of which the last were not sampled."""
     depths = range(0, 101, 10)
-    records = [
-        record(
-            f"{length}-{depth}",
-            depth / 100,
-            prompt_tokens=length - 133,
-            extra={"groups": {"length": length, "depth": depth}},
-        )
-        for length in lengths[:sampled]
-        for depth in depths
-    ]
-    config = {"limit": len(records), "benchmark": {"lengths": list(lengths), "depths": list(depths)}}
-    written = {cell: {"number": records} for cell in cells}
+
+    def records(cell: str) -> list[Record]:
+        return [
+            record(
+                f"{length}-{depth}",
+                depth / 100,
+                prompt_tokens=length - 133,
+                budget_achieved=float(cell.rpartition("@")[2]),
+                extra={"groups": {"length": length, "depth": depth}},
+            )
+            for length in lengths[:sampled]
+            for depth in depths
+        ]
+
+    asked = {"lengths": list(lengths), "depths": list(depths)}
+    config = {"limit": sampled * len(depths), "benchmark": asked}
+    written = {cell: {"number": records(cell)} for cell in cells}
     return load_run(write_run(folder, {"number": "number"}, written, config=config))
 
 
