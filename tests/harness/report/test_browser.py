@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pypdf import PdfReader
 
 from harness.prompts import Prompt, prompt_path
@@ -174,14 +174,14 @@ def test_a_table_sorts_and_searches(browser: Browser, report: Path) -> None:
         assert rows.first.locator("th").inner_text() == "average"
         assert rows.count() == 10
         header = table.locator("thead th").first
-        header.click()
-        header.click()
-        assert header.get_attribute("aria-sort") == "descending"
-        assert rows.first.locator("th").inner_text() == "task_8"
+        for order in ("ascending", "descending"):
+            header.click()
+            expect(header).to_have_attribute("aria-sort", order)
+        expect(rows.first.locator("th")).to_have_text("task_8")
         exhibit = page.locator(".exhibit").filter(has=page.locator("h4", has_text="Scores by task"))
         exhibit.locator("input[type=search]").fill("task_3")
-        assert rows.count() == 1
-        assert rows.first.locator("th").inner_text() == "task_3"
+        expect(rows).to_have_count(1)
+        expect(rows.first.locator("th")).to_have_text("task_3")
 
 
 def test_numbers_sort_as_numbers(browser: Browser, report: Path) -> None:
@@ -190,7 +190,9 @@ def test_numbers_sort_as_numbers(browser: Browser, report: Path) -> None:
         table = page.locator("table.sorted").filter(
             has=page.locator("caption", has_text="Contrasts by task")
         )
-        table.locator("thead th", has_text="A - B").click()
+        header = table.locator("thead th", has_text="A - B")
+        header.click()
+        expect(header).to_have_attribute("aria-sort", "ascending")
         shown = table.locator("tbody td[data-order]:nth-child(5)")
         values = [
             float(one) for one in shown.evaluate_all("all => all.map((one) => one.dataset.order)")
@@ -239,7 +241,7 @@ def test_on_paper_every_column_is_there(browser: Browser, report: Path) -> None:
         if what.strip() and not 0 <= x < width - 20
     ]
     assert beyond == []
-    assert len(printed.pages) < 12
+    assert len(printed.pages) < 20
 
 
 def placed(sheet: Any) -> list[tuple[str, float]]:
