@@ -154,7 +154,7 @@ def browser_of(run: Run, samples: Sequence[TaskSamples], rule: FlipRule, slug: s
         "slug": slug,
         "cells": [visible(shown_name(run, cell)) for cell in run.cells],
         "full": -1 if run.full_cell is None else run.cells.index(run.full_cell),
-        "rule": str(rule),
+        "rule": rule.sentence,
         "tasks": [
             {"task": one.task, "name": visible(one.task), "count": one.count, "file": one.url}
             for one in samples

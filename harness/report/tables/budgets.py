@@ -17,11 +17,17 @@ def budget_table(run: Run) -> Table:
     """Put cells in rows: what was kept, what it weighs, how far the predictions move from full."""
     rows = []
     data = []
-    for cell in run.cells:
+    by_cell = {cell: run.over_tasks(cell) for cell in run.cells}
+    shown = [
+        column
+        for column in TABLE
+        if any(not np.isnan(values.get(column.name, np.nan)) for values in by_cell.values())
+    ]
+    lacking = [column.header for column in TABLE if column not in shown]
+    for cell, values in by_cell.items():
         name = parse_name(cell)
-        values = run.over_tasks(cell)
         tasks = sum((task, cell) in run.records for task in run.tasks)
-        rows.append((cell, str(tasks), *(_figure_text(column, values) for column in TABLE)))
+        rows.append((cell, str(tasks), *(_figure_text(column, values) for column in shown)))
         if values:
             data.append({"method": name.variant, "budget": str(name.budget), "tasks": tasks} | values)
     return Table(
@@ -32,9 +38,9 @@ def budget_table(run: Run) -> Table:
         "the prompt tokens that share another's entry, evicted those that none stands for (told by "
         "methods that keep sizes). KV counts K and V alone, size vectors stand apart. KL(full || cell) "
         "in nats and top-1 agreement along the full cache's own answer.",
-        header=("cell", "tasks", *(column.header for column in TABLE)),
+        header=("cell", "tasks", *(column.header for column in shown)),
         rows=tuple(rows),
-        notes=tuple(gaps(run)),
+        notes=(*gaps(run), *([f"Not recorded: {', '.join(lacking)}."] if lacking else [])),
         data=tidy(run, data, ["method", "budget", "tasks", *(column.name for column in COLUMNS)]),
         subject=subject(run),
         naming=(0,),
