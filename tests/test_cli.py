@@ -69,7 +69,8 @@ def assert_refused(output: Output, *parts: str) -> None:
 def test_as_a_process_a_mistake_prints_one_message_and_gives_status_2(tmp_path: Path) -> None:
     output = process(tmp_path, "method=kvmergr")
     assert_refused(output, "error: unknown method 'kvmergr'. Did you mean 'kvmerger'?")
-    assert len(output.err.splitlines()) == 1
+    loading, _ = output.err.splitlines()
+    assert loading == "kvmerge: loading torch and transformers"
     assert list(tmp_path.iterdir()) == []
 
 

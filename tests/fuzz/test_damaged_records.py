@@ -51,7 +51,12 @@ INFO = SETTINGS | {
     "cells": list(CELLS),
     "tasks": {task: {"metric": name, "samples": 3} for task, name in METRICS.items()},
     "runs": [{"ended": "2026-01-01T00:00:00+00:00", "seconds": 3.5}],
-    "fingerprint": {"data": {"qa": "ab"}, "cells": {"full@1": {}}, "model": {"dtype": "float32"}},
+    "fingerprint": {
+        "data": {"qa": "ab"},
+        "cells": {"full@1": {"window": 3}},
+        "methods": {"full@1": {"baselines.full": "ab"}},
+        "model": {"dtype": "float32"},
+    },
     "shard": 0,
     "num_shards": 1,
 }

@@ -343,7 +343,7 @@ def test_longbenchs_tasks_are_published_short_and_of_both_wraps() -> None:
         (["experiment=selfcheck", "num_shards=2"], "a selfcheck is one process"),
         (["experiment=selfcheck", "cells=[h2o@0.5]"], "add full@1 to the cells"),
         (["kind=selfcheck"], "experiment=selfcheck has them"),
-        (["kind=selfchek"], "kind='selfchek' must be comparison, selfcheck or observations."),
+        (["kind=selfchek"], "kind='selfchek' must be comparison, selfcheck, observations or noise."),
         (
             ["experiment=selfcheck", "selfcheck.tokens=1"],
             "selfcheck.tokens=1 must be a whole number of 2",
