@@ -60,7 +60,7 @@ def _kept(run: Run, cell: str) -> str:
     if not records:
         return ""
     asked = np.mean([budget.entries(r.prompt_tokens) / r.prompt_tokens for r in records])
-    kept = np.mean([record.budget_achieved for record in records])
+    kept = float(np.mean([record.budget_achieved for record in records]))
     if abs(kept - asked) <= TOLERANCE * asked:
         return ""
     if isinstance(budget.value, float):
