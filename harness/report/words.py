@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -54,6 +56,19 @@ def made_by(info: Mapping[str, Any]) -> list[str]:
         modified = " with local changes" if git.get("dirty") else ""
         parts.append(f"commit {commit[:10]}{modified}")
     return parts
+
+
+def code_digest(run: Run) -> str | None:
+    """Return one digest of the code that made a run; None where it is not recorded.
+
+    A fingerprint has one for each module, by cell where they are a method's own; those of earlier
+    versions had one over all code.
+    """
+    shared, methods = run.recorded("fingerprint", "code"), run.recorded("fingerprint", "methods")
+    if not isinstance(shared, Mapping):
+        return None if shared is None else str(shared)
+    text = json.dumps([shared, methods], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def count_tasks(count: int) -> str:

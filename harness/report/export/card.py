@@ -15,14 +15,14 @@ from typing import Any
 from harness.judgement import Judgement
 from harness.report.bootstrap import RESAMPLES, SEED
 from harness.report.columns import TABLE
-from harness.report.contrasts import LEVEL, contrasts, contrasts_by_task, flips_of
+from harness.report.contrasts import LEVEL, contrasts, contrasts_by_task, exchanges_of
 from harness.report.export.markdown import markdown_table
 from harness.report.gates import gates, summary_lines
 from harness.report.missed import missed_budgets
 from harness.report.names import cell_label
 from harness.report.published import Reference
 from harness.report.run import Run
-from harness.report.words import gaps, sample_counts, subject
+from harness.report.words import code_digest, gaps, sample_counts, subject
 
 NOT_RECORDED = "not recorded"
 
@@ -87,8 +87,9 @@ def _statistics(run: Run, judgement: Judgement) -> Iterator[tuple[str, str]]:
     yield (
         "Tests",
         "two-sided paired sign-flip permutation tests over samples, adjusted by Holm's method within "
-        f"each family: {family} contrasts on the average and on KL ({flips_of(family):,} flips, or "
-        f"all), {by_task:,} by task ({flips_of(by_task):,}); better means adjusted p below {LEVEL:g}",
+        f"each family: {family} contrasts on the average and on KL ({exchanges_of(family):,} "
+        f"exchanges, or all), {by_task:,} by task ({exchanges_of(by_task):,}); better means adjusted p "
+        f"below {LEVEL:g}",
     )
     yield (
         "Equivalence",
@@ -108,7 +109,7 @@ def _choices(run: Run, judgement: Judgement) -> Iterator[tuple[str, str]]:
         or "no cell takes calibrated ones: a budget is met by count, or a fixed cosine is an option",
     )
     yield "Margin of equivalence", f"{judgement.margin:g} points ({_origin(run, 'margin')})"
-    yield "Rule for flips", f"{judgement.flips} ({_origin(run, 'flips')})"
+    yield "Rule for flips", f"{judgement.flips.sentence.rstrip('.')} ({_origin(run, 'flips')})"
     seeds = sorted({record.seed for records in run.records.values() for record in records})
     yield "Seeds", f"{', '.join(map(str, seeds)) or 'none'}; a method that does not draw has the first"
     yield "Samples left out", _limit(run)
@@ -135,7 +136,7 @@ def _access(run: Run) -> Iterator[tuple[str, str]]:
     commit = run.recorded("git", "commit")
     dirty = " with local changes, which are not recorded" if run.recorded("git", "dirty") else ""
     yield "Commit", _value(commit) + (dirty if commit else "")
-    yield "Digest of the code", _value(run.recorded("fingerprint", "code"))
+    yield "Digest of the code", _value(code_digest(run))
     yield "Python", _value(run.recorded("hardware", "python"))
     packages = run.recorded("packages")
     known = packages if isinstance(packages, Mapping) else {}

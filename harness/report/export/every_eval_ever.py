@@ -25,6 +25,7 @@ from typing import Any
 from harness.records import Record
 from harness.report.bootstrap import RESAMPLES, Scored
 from harness.report.run import Run, averages
+from harness.report.words import code_digest
 from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
 
@@ -97,7 +98,7 @@ def evaluation_log(run: Run, cell: str) -> Json:
             version=run.recorded("git", "commit") or _UNKNOWN,
             additional_details=_texts(
                 modified=run.recorded("git", "dirty"),
-                code=run.recorded("fingerprint", "code"),
+                code=code_digest(run),
                 packages=run.recorded("packages"),
                 hardware=run.recorded("hardware"),
             ),

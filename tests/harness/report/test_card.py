@@ -45,6 +45,18 @@ def answers(text: str) -> dict[str, str]:
     return dict(re.findall(r"^- \*\*(.+?)\*\*: (.*)$", text, flags=re.MULTILINE))
 
 
+def test_the_code_of_all_modules_has_one_digest(tmp_path: Path) -> None:
+    def digest(name: str, **methods: str) -> str:
+        prints = {"code": {"kvmerge.engine": "aa"}, "methods": {"full@1": methods}}
+        run = run_of(tmp_path / name, **RECORDED | {"fingerprint": RECORDED["fingerprint"] | prints})
+        return answers(card_of(run))["Digest of the code"]
+
+    one = digest("one", **{"baselines.full": "bb"})
+    assert re.fullmatch("`[0-9a-f]{16}`", one)
+    assert digest("same", **{"baselines.full": "bb"}) == one
+    assert digest("other", **{"baselines.full": "cc"}) != one
+
+
 def test_what_run_json_says_is_answered(tmp_path: Path) -> None:
     found = answers(card_of(run_of(tmp_path, **RECORDED)))
     assert found["Weights"] == "`meta-llama/Llama-2-7b-chat-hf`"
@@ -55,6 +67,7 @@ def test_what_run_json_says_is_answered(tmp_path: Path) -> None:
     assert found["Cores and threads"] == "2 and 1"
     assert found["Wall time"] == "120 s, in 2 starts"
     assert found["Digest of the code"] == "`c0de`"
+    assert found["Rule for flips"].startswith("A good answer has 50 points or more, ")
     assert found["Margin of equivalence"].startswith("2 points")
     assert found["Samples left out"] == "all but 5 of each task (`limit=5`)"
     assert found["Thresholds of merging"] == "KVMerger 50%: calibrated ones, `llama@0.5`"
