@@ -19,7 +19,7 @@ from rich.console import Console
 from harness.lock import only_writer
 from harness.plan import print_plan
 from harness.results import Results
-from harness.runner import Loaded, found_with, pending, run
+from harness.runner import Loaded, left, run
 from harness.settings import Settings
 from harness.start import usable_processors
 from harness.variants import BASE, FILE, FOLDER, UNPACKED, Listed, Variants
@@ -80,7 +80,7 @@ def noise(settings: Settings, console: Console) -> None:
         remove_leftovers(settings.output_dir)
         for variant in variants:  # what a run would refuse is refused before the first one
             if not variant.obstacle:
-                _has_work(variant.settings)
+                left(variant.settings)
         variants = _run_all(variants, console)
         _write(settings, variants)
         _report(settings, console)
@@ -209,15 +209,7 @@ def _run_all(variants: Sequence[Variant], console: Console) -> list[Variant]:
 def _run(variant: Variant, weights: _Weights) -> Results:
     settings = variant.settings
     remove_leftovers(settings.results_dir)
-    return run(settings, loaded=weights.of(settings) if _has_work(settings) else None)
-
-
-def _has_work(settings: Settings) -> bool:
-    """Return whether anything of a run is left. Raises `UserError` if it cannot go on in its folder."""
-    results = Results(settings.results_dir)
-    looking = replace(settings, dry_run=True)  # nothing is moved
-    (jobs, _, _), _ = found_with(looking, results, lambda: pending(settings, results))
-    return bool(jobs)
+    return run(settings, loaded=weights.of(settings) if left(settings) else None)
 
 
 class _Weights:

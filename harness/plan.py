@@ -9,8 +9,7 @@ from benchmarks.source import NeedsDownload, no_downloads
 from harness.answering import Job
 from harness.observation import Observed
 from harness.observing import pending_observations
-from harness.results import Results
-from harness.runner import found_with, pending
+from harness.runner import found_with, left
 from harness.settings import Settings
 from kvmerge.models import DTYPES
 
@@ -85,10 +84,8 @@ def _pending(settings: Settings) -> list[Job]:
 
     Raises `UserError` where the run could not add them to what is there.
     """
-    if settings.observe is not None:
-        observed = Observed(settings.results_dir)
-        found, _ = found_with(settings, observed, lambda: pending_observations(settings, observed))
-    else:
-        results = Results(settings.results_dir)
-        found, _ = found_with(settings, results, lambda: pending(settings, results))
+    if settings.observe is None:
+        return left(settings)
+    observed = Observed(settings.results_dir)
+    found, _ = found_with(settings, observed, lambda: pending_observations(settings, observed))
     return found[0]

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -158,9 +158,7 @@ def stale_cells(results: Results, current: Mapping[str, Any]) -> dict[str, str]:
     earlier = results.info.get("fingerprint") or {}
     stale = {}
     for cell in current["cells"]:
-        settings, modules = (
-            list(_changes(earlier.get(part, {}).get(cell), current[part][cell])) for part in _OF_CELLS
-        )
+        settings, modules = (_changes(earlier, current, part, cell) for part in _OF_CELLS)
         differing = [f"{name} was {then!r} and is {now!r}" for name, then, now in settings]
         differing += [f"{name} has changed" for name, *_ in modules]
         if differing and results.has_cell(cell):
@@ -169,14 +167,11 @@ def stale_cells(results: Results, current: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _changes(
-    before: Mapping[str, Any] | None, now: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the name of each part that differs, what it was and what it is."""
-    if before is None:
-        return
-    for name in sorted(set(before) | set(now)):
-        if before.get(name) != now.get(name):
-            yield name, before.get(name), now.get(name)
+    earlier: Mapping[str, Any], current: Mapping[str, Any], part: str, cell: str
+) -> list[tuple[str, object, object]]:
+    """Return what differs in a part of a cell; nothing where the cell is new."""
+    before = earlier.get(part, {})
+    return list(changed_settings(before[cell], current[part][cell])) if cell in before else []
 
 
 def _refuse_change(results: Results, place: str, before: object, now: object) -> None:

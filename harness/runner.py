@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeAlias, TypeVar
 
@@ -94,6 +94,18 @@ def found_with(settings: Settings, results: Results, find: Callable[[], F]) -> t
             results.set_aside(cell)
     found = find()  # first, as it names the line of a bad row
     return found, check_resumable(results, current)
+
+
+def left(settings: Settings) -> list[Job]:
+    """Return what a run would answer, and change nothing.
+
+    Raises:
+        UserError: where the run could not add it to what its folder holds.
+    """
+    results = Results(settings.results_dir)
+    looking = replace(settings, dry_run=True)
+    (jobs, _, _), _ = found_with(looking, results, lambda: pending(settings, results))
+    return jobs
 
 
 @dataclass(frozen=True)

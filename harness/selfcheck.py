@@ -37,13 +37,12 @@ from harness.checks import (
 )
 from harness.lock import only_writer
 from harness.plan import print_plan
-from harness.provenance import check_resumable, fingerprint
 from harness.report.export.markdown import markdown_table
 from harness.report.gates import sampled_gates
 from harness.report.published import load_references
 from harness.report.run import load_run
 from harness.results import Results
-from harness.runner import run
+from harness.runner import left, run
 from harness.settings import Settings
 from kvmerge.errors import UserError, is_out_of_memory
 from kvmerge.files import remove_leftovers, write_atomically
@@ -100,9 +99,7 @@ def selfcheck(settings: Settings, console: Console) -> None:
         return
     with only_writer(settings.results_dir):
         remove_leftovers(settings.results_dir)
-        # what the run would refuse is refused before the checks, not after them
-        prints = fingerprint(settings, settings.benchmark.fingerprint())
-        check_resumable(Results(settings.results_dir), prints)
+        left(settings)  # what the run would refuse is refused before the checks, not after them
         model, tokenizer = load(settings.model)
         golden, golden_ids = golden_prompts(settings, tokenizer)
         checks, pace = [golden], ""
