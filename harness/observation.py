@@ -8,7 +8,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harness.records import append_record
 from harness.results import Results
-from harness.typed import Count, Misfit, Positive, Share, parse_object, shape_of
+from harness.typed import Count, Misfit, Positive, Share, parse_fields, shape_of
 from kvmerge.errors import UserError
 from kvmerge.files import check_name
 from kvmerge.observations import KINDS, RULES, LayerObservation
@@ -94,15 +94,7 @@ class Observation:
     @classmethod
     def from_json(cls, line: str | bytes) -> Observation:
         """Read one line back. Raises `ValueError` where it is none, `Misfit` naming what is wrong."""
-        row = parse_object(line)
-        missing = [each.name for each in fields(cls) if each.name not in row]
-        if missing:
-            raise ValueError(f"missing {', '.join(missing)}")
-        wrong = [f"{name} is no field" for name in row if name not in _SHAPES]
-        wrong += [why for name, shape in _SHAPES.items() for why in shape.misfits(name, row[name])]
-        if wrong:
-            raise Misfit("; ".join(wrong[:5]))
-        read = cls(**row)
+        read = cls(**parse_fields(line, _SHAPES))
         read._check_lengths()
         return read
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
 from harness.records import Scan, scan_lines
-from harness.typed import Count, Misfit, parse_object, shape_of
+from harness.typed import Count, parse_fields, shape_of
 from kvmerge.files import check_name
 
 logger = logging.getLogger(__name__)
@@ -64,15 +64,7 @@ class Prompt:
     @classmethod
     def from_json(cls, line: str | bytes) -> Prompt:
         """Read one line back. Raises `ValueError` where it is none, `Misfit` naming what is wrong."""
-        row = parse_object(line)
-        missing = [each.name for each in fields(cls) if each.name not in row]
-        if missing:
-            raise ValueError(f"missing {', '.join(missing)}")
-        wrong = [f"{name} is no field" for name in row if name not in _SHAPES]
-        wrong += [why for name, shape in _SHAPES.items() for why in shape.misfits(name, row[name])]
-        if wrong:
-            raise Misfit("; ".join(wrong))
-        return cls(**row)
+        return cls(**parse_fields(line, _SHAPES))
 
 
 _SHAPES = {name: shape_of(hint) for name, hint in get_type_hints(Prompt, include_extras=True).items()}

@@ -53,6 +53,8 @@ Positive = Annotated[float, Between(0)]
 """A float of 0 or more."""
 Share = Annotated[float, Between(0, 1)]
 
+_NAMED = 5
+"""Faults of one line that a message names."""
 _LARGEST = 2**63
 """Whole numbers beyond it overflow in numpy, and where `datasets` reads them."""
 
@@ -178,3 +180,19 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"an object is needed, not {type(value).__name__}")
     return value
+
+
+def parse_fields(data: str | bytes, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Parse a JSON object that has every one of some keys, and no other.
+
+    Raises `ValueError` where it is none or lacks a key; `Misfit` naming the first `_NAMED` faults.
+    """
+    row = parse_object(data)
+    missing = [name for name in shapes if name not in row]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    wrong = [f"{name} is no field" for name in row if name not in shapes]
+    wrong += [why for name, shape in shapes.items() for why in shape.misfits(name, row[name])]
+    if wrong:
+        raise Misfit("; ".join(wrong[:_NAMED]))
+    return row
