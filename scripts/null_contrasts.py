@@ -31,7 +31,7 @@ TABLES = 1_000
 SIZES = (20, 50, 100, 200)
 """Samples of a task; tables take them in turn."""
 CELLS = ("kvmerger@0.5", "h2o@0.5", "cam@0.5", "full@1")
-FLIPS = 1_999
+EXCHANGES = 1_999
 """Fewer than a report's: the test is as valid, and a little less powerful."""
 RESAMPLES = 1_000
 _HEADER = (
@@ -107,7 +107,7 @@ def _table(generator: np.random.Generator, n: int, shift: float) -> Simulated:
     tasks = range(len(drawn))
     average = [Line(AVERAGE, a, b, tuple(term(task, a, b) for task in tasks)) for a, b in pairs]
     by_task = [Line(str(task), a, b, (term(task, a, b),)) for task in tasks for a, b in pairs]
-    return Simulated(n, compared(average, FLIPS), compared(by_task, FLIPS))
+    return Simulated(n, compared(average, EXCHANGES), compared(by_task, EXCHANGES))
 
 
 def any_better(family: Sequence[Contrast]) -> bool:
@@ -144,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _report(simulated: Sequence[Simulated]) -> Iterator[str]:
     yield (
-        f"{len(simulated):,} tables of {len(CELLS)} cells; {FLIPS:,} flips, {RESAMPLES:,} resamples. "
-        "In brackets: 95% Clopper-Pearson interval."
+        f"{len(simulated):,} tables of {len(CELLS)} cells; {EXCHANGES:,} exchanges, {RESAMPLES:,} "
+        "resamples. In brackets: 95% Clopper-Pearson interval."
     )
     rows = []
     for n in (*SIZES, None):

@@ -20,7 +20,7 @@ from harness.report.contrasts import (
     Verdict,
     contrasts,
     contrasts_by_task,
-    flips_of,
+    exchanges_of,
     without_kl,
 )
 from harness.report.gates import gates, outside
@@ -291,7 +291,7 @@ def _open(
                 f"{LEVEL / len(by_task):.2g}: a difference on one task has to be large to be seen.",
             )
         )
-        if 2 * len(by_task) / (flips_of(len(by_task)) + 1) >= LEVEL:
+        if 2 * len(by_task) / (exchanges_of(len(by_task)) + 1) >= LEVEL:
             lines.append(
                 Line(
                     Tone.UNKNOWN,

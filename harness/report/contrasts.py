@@ -31,13 +31,13 @@ from kvmerge.cells import parse_name
 
 LEVEL = 0.05
 """Family-wise error rate of the verdicts."""
-FLIPS = 9_999
-"""Random flips of a family of up to 200 contrasts; all 2^n where those are fewer."""
-MOST_FLIPS = 49_999
-"""Beyond `FLIPS` a family gets 50 for each contrast, as Holm's first step divides by their number."""
+EXCHANGES = 9_999
+"""Random exchanges of a family of up to 200 contrasts; all 2^n where those are fewer."""
+MOST_EXCHANGES = 49_999
+"""Beyond `EXCHANGES` a family gets 50 a contrast, as Holm's first step divides by their number."""
 AVERAGE = "average"
 
-_BATCH = 500  # flips held at once: bounds memory; the draw does not depend on it
+_BATCH = 500  # exchanges held at once: bounds memory; the draw does not depend on it
 _DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
 
 
@@ -169,7 +169,7 @@ class Term:
 
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
-        """What flips depend on."""
+        """What exchanges depend on."""
         return self.task, self.first.ids
 
 
@@ -243,14 +243,14 @@ def _by_seed(records: Iterable[Record], metric: Metric) -> Array:
     return np.array([metric.score(one.only(shared).parts.mean(axis=0)) for one in samples])
 
 
-def compared(lines: Sequence[Line], flips: int | None = None) -> list[Contrast]:
+def compared(lines: Sequence[Line], exchanges: int | None = None) -> list[Contrast]:
     """Return the contrasts of one family, with p-values, adjusted over those that have one.
 
     Args:
         lines: what is compared.
-        flips: random flips of each; None: `flips_of` the family.
+        exchanges: random exchanges of each; None: `exchanges_of` the family.
     """
-    p_values = flipped([line.terms for line in lines], flips)
+    p_values = exchanged([line.terms for line in lines], exchanges)
     adjusted = holm(p_values)
     return [
         replace(_contrast(line), p=p, p_adjusted=sure)
@@ -304,31 +304,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in p]
 
 
-def flips_of(contrasts: int) -> int:
-    """Return how many random flips a family of contrasts gets."""
-    return min(max(FLIPS, 50 * contrasts - 1), MOST_FLIPS)
+def exchanges_of(contrasts: int) -> int:
+    """Return how many random exchanges a family of contrasts gets."""
+    return min(max(EXCHANGES, 50 * contrasts - 1), MOST_EXCHANGES)
 
 
-def flipped(lines: Sequence[Sequence[Term]], flips: int | None = None) -> list[float]:
+def exchanged(lines: Sequence[Sequence[Term]], exchanges: int | None = None) -> list[float]:
     """Return the two-sided p-value of each contrast; NaN where a task has fewer than two samples.
 
-    Those over the same samples share their flips, so that one draw serves them all.
+    Those over the same samples share their exchanges, so that one draw serves them all.
     """
-    flips = flips or flips_of(len(lines))
+    exchanges = exchanges or exchanges_of(len(lines))
     together: dict[tuple[tuple[str, tuple[str, ...]], ...], list[int]] = defaultdict(list)
     for place, terms in enumerate(lines):
         if all(len(term.first.ids) > 1 for term in terms):
             together[tuple(term.key for term in terms)].append(place)
     p_values = [math.nan] * len(lines)
     for key, places in together.items():
-        found = _flip_test(key, [lines[place] for place in places], flips)
+        found = _exchange_test(key, [lines[place] for place in places], exchanges)
         for place, p in zip(places, found, strict=True):
             p_values[place] = float(p)
     return p_values
 
 
-def _flip_test(
-    key: Sequence[tuple[str, tuple[str, ...]]], lines: Sequence[Sequence[Term]], flips: int
+def _exchange_test(
+    key: Sequence[tuple[str, tuple[str, ...]]], lines: Sequence[Sequence[Term]], exchanges: int
 ) -> Array:
     """Exchange the marks of two cells within samples, in contrasts that are over the same samples.
 
@@ -360,7 +360,7 @@ def _flip_test(
         statistic,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=flips,
+        n_resamples=exchanges,
         batch=_BATCH,
         axis=-1,
         rng=np.random.default_rng([SEED, digest]),

@@ -142,8 +142,8 @@ def _check_given(arguments: argparse.Namespace, answered: Sequence[Path]) -> Non
     given = {name: value for name, value in given.items() if value is not None}
     if given and not answered:
         raise UserError(
-            f"{' and '.join(given)}: a run that observes compares nothing that could be judged by it. "
-            "Leave it out."
+            f"{' and '.join(given)}: what observes, or measures noise, compares nothing that could be "
+            "judged by it. Leave it out."
         )
     for name, value in given.items():
         if name == "--margin":

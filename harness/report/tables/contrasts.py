@@ -13,7 +13,7 @@ from harness.report.contrasts import (
     Contrast,
     contrasts,
     contrasts_by_task,
-    flips_of,
+    exchanges_of,
     without_kl,
 )
 from harness.report.divergence import KL
@@ -94,19 +94,19 @@ def _contrast_table(
     family = sum(not np.isnan(contrast.p) for contrast in found)
     notes = [*gaps(run), *notes, *([noise.note] if noise.note else [])]
     floor = noise.floor
-    flips = flips_of(len(found))
-    least = min(1.0, 2 * family / (flips + 1))
+    exchanges = exchanges_of(len(found))
+    least = min(1.0, 2 * family / (exchanges + 1))
     if least >= LEVEL:
         notes.append(
-            f"With {family} contrasts in one family, {flips:,} flips give no adjusted p below "
+            f"With {family} contrasts in one family, {exchanges:,} exchanges give no adjusted p below "
             f"{least:.2g}: nothing here can be better. Claims rest on the average."
         )
     return Table(
         name=name,
         title=title,
         caption=f"Score of A minus score of B: {setting(run)}. In brackets: {INTERVAL}, paired by "
-        f"sample id. p: sign-flip permutation test over samples, {flips:,} flips (all where fewer), "
-        f"adjusted by Holm over the {family} contrasts of this table. Better: adjusted p below "
+        f"sample id. p: sign-flip permutation test over samples, {exchanges:,} exchanges (all where "
+        f"fewer), adjusted by Holm over the {family} contrasts of this table. Better: adjusted p below "
         f"{LEVEL:g}. Equivalent: 90% interval within {margin:g} points of 0. Unresolved: neither; in "
         "brackets the samples that would narrow the interval to the margin, if further ones scatter "
         "as these do (its width falls with the root of their number). Win: a sample on which A is "

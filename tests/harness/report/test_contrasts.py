@@ -21,7 +21,7 @@ from harness.report.contrasts import (
     Verdict,
     contrasts,
     contrasts_by_task,
-    flips_of,
+    exchanges_of,
     holm,
     pairs,
 )
@@ -55,8 +55,8 @@ def test_cells_of_one_budget_meet_and_each_meets_full(tmp_path: Path) -> None:
     assert pairs(run) == [(A, B), ("cam@0.35", "h2o@0.35"), *((cell, FULL) for cell in cells[1:])]
 
 
-def test_three_samples_have_the_p_value_of_all_eight_flips(tmp_path: Path) -> None:
-    """Differences 50, 25, -10 points sum to 65; 8 flips, of which +-85, +-65 are as far: 4 / 8."""
+def test_three_samples_have_the_p_value_of_all_eight_exchanges(tmp_path: Path) -> None:
+    """Differences 50, 25, -10 points sum to 65; 8 exchanges, of which +-85, +-65 are as far: 4 / 8."""
     run = run_of(tmp_path, {A: {"t": lines([0.5, 0.5, 0.2])}, B: {"t": lines([0, 0.25, 0.3])}})
     one = of(contrasts_by_task(run), "t")
     assert one.p == one.p_adjusted == pytest.approx(0.5)
@@ -65,7 +65,7 @@ def test_three_samples_have_the_p_value_of_all_eight_flips(tmp_path: Path) -> No
     assert of(contrasts(run), AVERAGE).p == pytest.approx(0.5)
 
 
-def test_the_average_flips_the_samples_of_all_tasks_each_weighted_by_its_task(tmp_path: Path) -> None:
+def test_the_average_exchanges_samples_of_all_tasks_each_weighted_by_its_task(tmp_path: Path) -> None:
     """Tasks of 2 and 4 samples: a sample of the first moves the average twice as far."""
     d, e = [0.5, 0.25], [0.75, -0.25, 0.5, 0.25]
     run = run_of(
@@ -268,9 +268,9 @@ def test_a_run_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert contrasts(run) is first
 
 
-def test_larger_families_get_more_flips() -> None:
-    assert [flips_of(size) for size in (1, 200, 400, 5000)] == [9_999, 9_999, 19_999, 49_999]
-    assert 2 * 400 / (flips_of(400) + 1) < 0.05
+def test_larger_families_get_more_exchanges() -> None:
+    assert [exchanges_of(size) for size in (1, 200, 400, 5000)] == [9_999, 9_999, 19_999, 49_999]
+    assert 2 * 400 / (exchanges_of(400) + 1) < 0.05
 
 
 @pytest.mark.usefixtures("undrawn")

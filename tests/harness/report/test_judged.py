@@ -88,4 +88,4 @@ def test_what_observes_has_nothing_to_be_judged(
     (tmp_path / "observations").mkdir()
     (tmp_path / "observations" / "t.jsonl").touch()
     assert main([str(tmp_path), "--flip-drop", "20"]) == 2
-    assert "--flip-drop: a run that observes compares nothing" in capsys.readouterr().err
+    assert "--flip-drop: what observes, or measures noise, compares nothing" in capsys.readouterr().err
