@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from baselines.heavy_hitters import even_counts, keep
+from baselines.nearest import nearest, others, take
 from kvmerge.budget import at_least_one, half
 from kvmerge.errors import unknown
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, pick
@@ -24,8 +25,6 @@ from kvmerge.scores import head_column_sums
 ALLOCATIONS = ("uniform", "variance")
 SINKS = 4
 """First entries that always rank among the heavy hitters."""
-_BLOCK = 512
-"""Evicted tokens compared with the kept ones at once."""
 
 
 @dataclass(frozen=True)
@@ -143,42 +142,23 @@ def merge_evicted(
         keys, values `(batch, kv_heads, k, head_dim)` in their input dtype; threshold `(batch,)`.
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
-    evicted = _others(kept, keys.shape[2])
-    kept_keys, kept_values = _take(keys.to(exact), kept), _take(values.to(exact), kept)
-    evicted_keys, evicted_values = _take(keys.to(exact), evicted), _take(values.to(exact), evicted)
-    similarity, nearest = _nearest(evicted_keys, kept_keys)
+    evicted = others(kept, keys.shape[2])
+    kept_keys, kept_values = take(keys.to(exact), kept), take(values.to(exact), kept)
+    evicted_keys, evicted_values = take(keys.to(exact), evicted), take(values.to(exact), evicted)
+    similarity, closest = nearest(evicted_keys, kept_keys)
     typical = similarity.mean(dim=(1, 2))
     threshold = typical if threshold is None else alpha * threshold + beta * typical
     measure = similarity.mean(dim=1, keepdim=True) if by_position else similarity
     merges = (measure >= threshold[:, None, None]).expand_as(similarity).to(exact)
-    members = torch.ones_like(kept, dtype=exact).scatter_add_(-1, nearest, merges)
+    members = torch.ones_like(kept, dtype=exact).scatter_add_(-1, closest, merges)
     weights = (merges * similarity).unsqueeze(-1)
 
     def mean(own: Tensor, given: Tensor) -> Tensor:
-        index = nearest.unsqueeze(-1).expand_as(given)
+        index = closest.unsqueeze(-1).expand_as(given)
         return own.scatter_add(2, index, weights * given) / members.unsqueeze(-1)
 
     merged_keys, merged_values = mean(kept_keys, evicted_keys), mean(kept_values, evicted_values)
     return merged_keys.to(keys.dtype), merged_values.to(values.dtype), threshold
-
-
-def _take(states: Tensor, slots: Tensor) -> Tensor:
-    return states.gather(2, slots.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
-
-
-def _others(kept: Tensor, stored: int) -> Tensor:
-    """Return the slots that are not kept, ascending: `(batch, kv_heads, stored - k)`."""
-    gone = torch.ones((*kept.shape[:2], stored), dtype=torch.bool, device=kept.device)
-    gone.scatter_(-1, kept, False)
-    return gone.nonzero()[:, -1].view(*kept.shape[:2], -1)
-
-
-def _nearest(evicted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosine with the nearest kept key, and its slot; a zero key has cosine 0 with all."""
-    unit, target = (keys / keys.norm(dim=-1, keepdim=True).clamp_min(1e-8) for keys in (evicted, kept))
-    blocks = [(block @ target.transpose(2, 3)).max(dim=-1) for block in unit.split(_BLOCK, dim=2)]
-    similarity = torch.cat([best.values for best in blocks], dim=-1)
-    return similarity, torch.cat([best.indices for best in blocks], dim=-1)
 
 
 def variance_level(sums: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class MeanpoolChunks(Method):
     """Fraction of the prompt kept as top tokens by score; None follows KVMerger."""
 
     needs_scores: ClassVar[bool] = True
+    pivot: ClassVar[str] = "first"
+    """Which member an entry answers for: ids follow the first members, so these ascend."""
 
     def __post_init__(self) -> None:
         self._merger()
@@ -46,11 +48,18 @@ class MeanpoolChunks(Method):
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Cut the unprotected tokens into chunks, and average each."""
-        merger = self._merger()
         entries = replace(keep_all(layer), scores=layer.column_scores())
-        protected = merger.protected(layer.column_scores(), layer.length, allowance)
-        set_ids = chunk_sets(protected, allowance.n_keep)
-        return merger.merged(entries, set_ids, "first")  # ids follow the first members, so these ascend
+        set_ids = self.sets(entries, layer.length, layer.layer_idx, allowance)
+        return self._merger().merged(entries, set_ids, self.pivot)
+
+    def sets(self, entries: Entries, length: int, layer_idx: int, allowance: Allowance) -> Tensor:
+        """Return the chunks that leave the allowance: `(batch, kv_heads, n)` ids.
+
+        Arguments as of `KVMerger.sets`.
+        """
+        assert entries.scores is not None
+        protected = self._merger().protected(entries.scores, length, allowance)
+        return chunk_sets(protected, allowance.n_keep)
 
 
 def chunk_sets(protected: Tensor, n_keep: int) -> Tensor:

@@ -7,7 +7,7 @@ same name stands in configurations, results files and tables.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import yaml
@@ -76,8 +76,13 @@ class Cell:
         return self.method_name == "full"
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings, for provenance and safe resuming."""
-        return method_settings(self.method_name) | dict(self.options)
+        """Return all settings, those of methods that this one is made of too, for safe resuming."""
+        parts = {
+            each.name: asdict(part)  # type: ignore[call-overload]
+            for each in fields(self.method)  # type: ignore[arg-type]
+            if isinstance(part := getattr(self.method, each.name), Method)
+        }
+        return method_settings(self.method_name) | dict(self.options) | parts
 
 
 def make_cell(method_name: str, options: Mapping[str, Any], budget: object) -> Cell:

@@ -126,16 +126,29 @@ def attention_rows(
     Returns:
         `(batch, heads, end - begin, end)` float32.
     """
-    kv_heads, head_dim = keys.shape[1], keys.shape[3]
-    softmax = softmax or plain(head_dim)
-    grouped = queries[:, :, begin:end].unflatten(1, (kv_heads, -1)).float()
-    logits = softmax.logits(torch.einsum("bhgrd,bhtd->bhgrt", grouped, keys[:, :, :end].float()))
+    softmax = softmax or plain(keys.shape[3])
     columns = torch.arange(end, device=keys.device)
     rows = columns[begin:, None]
     hidden = columns > rows
     if visible is not None:
         hidden |= ~visible(rows, columns)
+    logits = products(queries[:, :, begin:end], keys[:, :, :end], softmax)
     return softmax.weights(logits.masked_fill_(hidden, float("-inf"))).flatten(1, 2)
+
+
+def products(queries: Tensor, keys: Tensor, softmax: Softmax) -> Tensor:
+    """Return the logits of some queries and keys, all of them visible.
+
+    Args:
+        queries: `(batch, heads, rows, head_dim)`, after RoPE.
+        keys: `(batch, kv_heads, n, head_dim)`, after RoPE; query head `h` uses KV head `h // G`.
+        softmax: the layer's.
+
+    Returns:
+        `(batch, kv_heads, G, rows, n)` float32.
+    """
+    grouped = queries.unflatten(1, (keys.shape[1], -1)).float()
+    return softmax.logits(torch.einsum("bhgrd,bhtd->bhgrt", grouped, keys.float()))
 
 
 def attention_blocks(

@@ -21,6 +21,11 @@ _CELLS = (
     "cam@0.35",
     "snapkv@0.35",
     "d2o@0.35",
+    "fold:keep=snapkv@0.35",
+    "fold:keep=snapkv,route=cosine@0.35",
+    "fold:keep=snapkv,route=attention@0.35",
+    "fold:keep=snapkv,fold=drop,refit=values@0.35",
+    "fold:keep=snapkv,fold=drop,refit=bias@0.35",
 )
 
 
