@@ -45,7 +45,12 @@ class SnapKV(Method):
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep the window, and the best tokens before it."""
         window = self.window_for(allowance.n_keep)
-        pooled = pooled_scores(
+        pooled = self.pooled(layer, window)
+        return select(layer, keep(pooled, allowance.n_keep - window, window=window))
+
+    def pooled(self, layer: PrefillLayer, window: int) -> Tensor:
+        """Return how much the last `window` tokens attend to those before: see `pooled_scores`."""
+        return pooled_scores(
             layer.queries,
             layer.keys,
             window=window,
@@ -53,7 +58,6 @@ class SnapKV(Method):
             pooling=self.pooling,
             softmax=layer.softmax,
         )
-        return select(layer, keep(pooled, allowance.n_keep - window, window=window))
 
     def window_for(self, n_keep: int) -> int:
         """Return the window under a budget of `n_keep` entries."""

@@ -76,11 +76,31 @@ class Rope:
         Returns:
             `(batch, heads, n, head_dim)` in the dtype of `states`, computed in float32 or better.
         """
+        cos, sin = self._waves(states, by)
+        return self._turned(states, cos, sin)
+
+    def rotate_by_mean(self, states: Tensor, by: Tensor) -> Tensor:
+        """Apply the mean of the rotations by some positions, which shortens what it turns.
+
+        Args:
+            states: `(…, head_dim)`; dimensions past the rotary ones stay as they are.
+            by: `(n,)` positions.
+
+        Returns:
+            like `states`, in their dtype, computed in float32 or better.
+        """
+        cos, sin = self._waves(states, by)
+        return self._turned(states, cos.mean(dim=0), sin.mean(dim=0))
+
+    def _waves(self, states: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of positions: `(…, rotary_dim / 2)`, on the device of `states`."""
         exact = torch.promote_types(states.dtype, torch.float32)
-        half = self.frequencies.shape[0]
         angles = by.unsqueeze(-1).to(exact) * self.frequencies.to(states.device, exact)
-        cos, sin = angles.cos(), angles.sin()
-        first, second = states[..., :half].to(exact), states[..., half : 2 * half].to(exact)
+        return angles.cos(), angles.sin()
+
+    def _turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = self.frequencies.shape[0]
+        first, second = states[..., :half].to(cos), states[..., half : 2 * half].to(cos)
         turned = [first * cos - second * sin, second * cos + first * sin]
         rest = states[..., 2 * half :]
         return torch.cat([*(part.to(states.dtype) for part in turned), rest], dim=-1)

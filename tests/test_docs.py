@@ -39,23 +39,23 @@ def method_page(tmp_path, monkeypatch):
 
 def test_the_example_of_add_a_method_runs(method_page, tmp_path, monkeypatch):
     blocks, folder = method_page
-    (folder / "key_norm.yaml").write_text(blocks["yaml"][0], encoding="utf-8")
-    (tmp_path / "key_norm.py").write_text(blocks["python"][0], encoding="utf-8")
+    (folder / "value_norm.yaml").write_text(blocks["yaml"][0], encoding="utf-8")
+    (tmp_path / "value_norm.py").write_text(blocks["python"][0], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     import baselines
 
     monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
     try:
-        method = resolve.load_method("key_norm", {"recent": 4})
+        method = resolve.load_method("value_norm", {"recent": 4})
         rows = [Row(method, Budget.parse(0.5))]
         results, _ = run_sample(tiny.shared_model(), tiny.prompt(40), rows, Stop(4, frozenset()))
         assert results[0].stats.entries == [[20, 20], [20, 20]]
-        keys = tiny.normal(1, 2, 40, 16)
-        kept = sys.modules["baselines.key_norm"].keep(keys, n_keep=20, recent=4)
+        values = tiny.normal(1, 2, 40, 16)
+        kept = sys.modules["baselines.value_norm"].keep(values, n_keep=20, recent=4)
     finally:
-        sys.modules.pop("baselines.key_norm", None)
+        sys.modules.pop("baselines.value_norm", None)
     assert kept[0, 0, -4:].tolist() == [36, 37, 38, 39]
-    others = keys[0, 0, :36].norm(dim=-1).argsort()[:16].sort().values
+    others = values[0, 0, :36].norm(dim=-1).argsort(descending=True)[:16].sort().values
     assert torch.equal(kept[0, 0, :16], others)
 
 
@@ -89,8 +89,8 @@ def test_paths_that_are_named_exist(page):
         text,
     )
     made_up = {
-        "baselines/key_norm.py",
-        "configs/method/key_norm.yaml",
+        "baselines/value_norm.py",
+        "configs/method/value_norm.yaml",
         "configs/method/kvmerger_first.yaml",
     }
     in_a_wheel = {"kvmerge/configs", "harness/report/reference"}

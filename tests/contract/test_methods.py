@@ -20,6 +20,7 @@ from kvmerge.hook import hooked
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Method
 from kvmerge.resolve import choices, load_method
+from kvmerge.rope import Rope
 from kvmerge.session import DEFAULT_POLICY, Policy, Row
 from tests.kvmerge import naive_engine
 from tests.tiny import HEAD_DIM, LAYERS, layer, new_model, prompt, replayed, shared_model
@@ -383,7 +384,7 @@ def test_the_layer_is_left_as_it_was(name):
 def test_scores_are_read_only_where_they_are_declared(name):
     """The engine computes them only for methods that say so."""
     each = method(name)
-    bare = replace(layer(50), scores=None)
+    bare = replace(layer(50), scores=None, rope=Rope(0.1 ** torch.arange(4)))
     draws = torch.Generator().manual_seed(0) if each.stochastic else None
     each.compress(bare, Allowance(17, 0.35, draws))
 
@@ -427,10 +428,13 @@ ENDS = {
     "h2o": (0, 10),
     "cam": (11, 10),
     "cam_generate": (11, 10),
+    "chunkkv": (0, 10),
     "d2o": (4, 10),
+    "expected_attention": (4, 0),
     "kvmerger": KVMERGER_ENDS,
     "kvmerger_log": KVMERGER_ENDS,
     "kvmerger_sized": KVMERGER_ENDS,
+    "lagkv": (4, 17),
     "meanpool_sets": KVMERGER_ENDS,
     "meanpool_chunks": KVMERGER_ENDS,
     "pivot_only": KVMERGER_ENDS,

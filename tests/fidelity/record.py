@@ -1,12 +1,15 @@
 """Record what the authors' code gives on small inputs: the vectors that tests/fidelity compares with.
 
-    python -m tests.fidelity.record --official DIR [family ...]
+    python -m tests.fidelity.record --official DIR --peer PYTHON [family ...]
 
 `DIR` holds a checkout of each repository that the families read, in a folder of the repository's name
 (`git clone https://github.com/FMInference/H2O DIR/H2O`). A family is a module in
 tests/fidelity/official that names its `REPOSITORY` and `REVISION` and has a function
 `record(checkout)`, which runs the authors' code and returns tensors, numbers and lists by name.
 They are written to tests/fidelity/<family>.json. None of the authors' code is part of this project.
+
+Families of a published package (`PEER = True`) need no checkout: `PYTHON` is that of an environment
+with the package (`make bench PEER=1` makes `.venv-peer/bin/python`).
 """
 
 from __future__ import annotations
@@ -50,6 +53,18 @@ def checkout(folder: Path, repository: str, revision: str) -> Path:
     return path
 
 
+def source_of(family: Any, official: Path | None, peer: Path | None) -> Path:
+    """What a family's `record` is handed: a checkout, or the Python of an environment.
+
+    Raises:
+        UserError: if the command line does not name it.
+    """
+    given, option = (peer, "--peer PYTHON") if hasattr(family, "PEER") else (official, "--official DIR")
+    if given is None:
+        raise UserError(f"{family.REPOSITORY} at {family.REVISION} needs {option}.")
+    return given if given is peer else checkout(given, family.REPOSITORY, family.REVISION)
+
+
 def plain(value: Any) -> Any:
     """Tensors as nested lists, numbers rounded to the digits they have."""
     if isinstance(value, Tensor):
@@ -64,14 +79,15 @@ def plain(value: Any) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record the families named on the command line, or all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--official", type=Path, required=True, help="folder of the checkouts")
+    parser.add_argument("--official", type=Path, help="folder of the checkouts")
+    parser.add_argument("--peer", type=Path, help="python of an environment with kvpress")
     parser.add_argument("families", nargs="*", help=f"of {', '.join(families())}; default: all")
     options = parser.parse_args(arguments)
     for name in options.families or families():
         if name not in families():
             raise unknown("family", name, families())
         family = importlib.import_module(f"{vectors.__name__}.{name}")
-        source = checkout(options.official, family.REPOSITORY, family.REVISION)
+        source = source_of(family, options.official, options.peer)
         with torch.inference_mode():
             found = plain(family.record(source))
         record = {"repository": family.REPOSITORY, "revision": family.REVISION, **found}

@@ -67,3 +67,10 @@ def test_angles_that_depend_on_the_length_are_refused():
     model = new_model(rope_parameters=scaled)
     with pytest.raises(UserError, match=r"llama with RoPE type 'dynamic' cannot rotate.*default"):
         Rope.of(model)
+
+
+def test_the_mean_rotation_is_the_mean_of_the_rotations():
+    rope = Rope(torch.tensor([1.0, 0.1]))
+    states, by = normal(2, 3, 6), torch.tensor([4, 5, 11])
+    wanted = torch.stack([rope.rotate(states[None], at)[0] for at in by]).mean(dim=0)
+    torch.testing.assert_close(rope.rotate_by_mean(states, by), wanted)

@@ -38,15 +38,15 @@ def tokens() -> Tensor:
     return torch.randint(3, VOCABULARY, (1, PROMPT + STEPS), generator=generator)
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    """A float32 Llama of two layers without grouped queries, its weights drawn name by name."""
+def tiny_llama(kv_heads: int = HEADS) -> LlamaForCausalLM:
+    """A float32 Llama of two layers, its weights drawn name by name."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HEADS * HEAD_DIM,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        num_key_value_heads=kv_heads,
         head_dim=HEAD_DIM,
         max_position_embeddings=256,
     )
