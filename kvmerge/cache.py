@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvmerge.kernels.attention import Read, cached_attention, weighted_attention
-from kvmerge.method import Entries
+from kvmerge.method import Entries, pick
 from kvmerge.proof import LayerProof
 from kvmerge.rope import Rope
 from kvmerge.softmax import Softmax
@@ -35,8 +35,8 @@ class Group(Protocol):
         """Take a finished row out of the next steps."""
         ...
 
-    def rewind(self) -> None:
-        """Return every row to its state after prefill."""
+    def rewind(self, fed: int = 0) -> None:
+        """Return every row to its state `fed` tokens after the prefill, no later than it is."""
         ...
 
     def attend(
@@ -107,10 +107,10 @@ class RowGroup:
         if self.bias is not None:
             self.bias = torch.nn.functional.pad(self.bias, (0, more))
 
-    def rewind(self) -> None:
-        """Return every row to its state after prefill."""
+    def rewind(self, fed: int = 0) -> None:
+        """Return every row to its state `fed` tokens after the prefill, no later than it is."""
         self.active = len(self.rows)
-        self.length = self.prefill_length
+        self.length = self.prefill_length + fed
 
     def nbytes(self) -> int:
         """Count the bytes of the keys and values stored for all rows, unused room left out."""
@@ -172,9 +172,16 @@ class SteppedRow:
         assert row in self.rows
         self.active = 0
 
-    def rewind(self) -> None:
-        """Return to the state after prefill."""
-        self.active, self.steps, self.entries = 1, 0, self.prefilled
+    def rewind(self, fed: int = 0) -> None:
+        """Return to the state `fed` tokens after the prefill; a row that decides again, only to 0."""
+        assert self.hold is None or not fed
+        self.active, self.steps = 1, fed
+        first = torch.arange(self.prefilled.keys.shape[2] + fed, device=self.entries.keys.device)
+        self.entries = (
+            pick(self.entries, first.expand(*self.entries.keys.shape[:2], -1))
+            if fed
+            else self.prefilled
+        )
 
     def nbytes(self) -> int:
         """Count the bytes of the keys and values stored."""
@@ -262,10 +269,10 @@ class LayerCache:
             if row in group.rows:
                 group.retire(row)
 
-    def rewind(self) -> None:
-        """Return every row to its state after prefill."""
+    def rewind(self, fed: int = 0) -> None:
+        """Return every row to its state `fed` tokens after the prefill, no later than it is."""
         for group in self.groups:
-            group.rewind()
+            group.rewind(fed)
 
     def nbytes(self) -> int:
         """Count the bytes of the keys and values stored for all rows, unused room left out."""

@@ -7,7 +7,9 @@ single cell is the same code with one row, and so are several samples: each has 
 and the rows of all decode together.
 
 Since compression happens after the prompt's attention, the first answer token is the same for every
-method and budget; what a method changes shows from the second on.
+method and budget; what a method changes shows from the second on. Where a question comes after the
+compression (`Request.question`), it shows from the first: the prompt is then a context, whose
+compressed caches serve every question about it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvmerge.errors import UserError
 from kvmerge.hook import forward, hooked
 from kvmerge.limits import check_fits, is_past_the_switch
 from kvmerge.method import Entries, PrefillLayer
@@ -63,7 +66,7 @@ class Request:
     """One prompt and what is to be run on it."""
 
     input_ids: Tensor
-    """`(1, T)`."""
+    """`(1, T)`: the prompt, or the context where there is a question."""
     rows: Sequence[Row]
     sample_id: str = ""
     """Seeds the methods that draw, together with each row's seed and the layer."""
@@ -79,6 +82,9 @@ class Request:
     """Positions that prompt and answer may take; None: the model's own."""
     may_overrun: bool = False
     """Whether they may take more: only protocols that are known to."""
+    question: Tensor | None = None
+    """`(1, n)`: the end of the prompt, fed to every row after its compression; None: the prompt is
+    whole. Requests of one context with equal rows and `sample_id` share its prefill and its caches."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class Fidelity:
     top1: float
     """Share of positions where both would choose the same token."""
     tokens: int
-    """Positions compared: the second token of the text to its last, a stop token included."""
+    """Positions compared: the second token of the text, or after a question the first, to its last, a
+    stop token included."""
 
 
 @dataclass
@@ -137,8 +144,11 @@ class Comparison:
         self.rows = list(rows)
         self.session = session_for(model, rows, [sample_id], observer, policy, stages)
         self.prompt_length = 0
+        self.question = torch.empty(1, 0, dtype=torch.long)
+        """`(1, n)` tokens between the prompt and the answers."""
         self.first_logits = torch.empty(0)
-        """`(vocabulary,)` float32 logits of the first answer token, the same for every row."""
+        """`(rows, vocabulary)` float32 logits of the first answer token; without a question the same
+        for every row."""
 
     @property
     def stats(self) -> list[RowStats]:
@@ -147,15 +157,20 @@ class Comparison:
 
     @torch.inference_mode()
     def alone(self, row: int, text: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the logits `(n, vocabulary)` that one row, without the others, gives a text."""
+        """Yield the logits `(n, vocabulary)` that one row, without the others, gives a text.
+
+        Those of the question come first.
+        """
         self.session.rewind()
         for other in range(len(self.rows)):
             if other != row:
                 self.session.retire(other)
         decoder = Decoder([self])
-        fed = torch.tensor([text[:-1]], device=self.model.device)
-        for begin, piece in enumerate(fed.split(_REPLAY_TOKENS, dim=1)):
-            yield decoder.feed(piece, begin * _REPLAY_TOKENS)[0].cpu()
+        begin = -self.question.shape[1]
+        fed = torch.tensor([[*self.question[0].tolist(), *text[:-1]]], device=self.model.device)
+        for piece in fed.split(_REPLAY_TOKENS, dim=1):
+            yield decoder.feed(piece, begin)[0].cpu()
+            begin += piece.shape[1]
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, capacity: int) -> Tensor:
@@ -166,14 +181,27 @@ class Comparison:
             capacity: new entries that each row must have room for.
 
         Returns:
-            `first_logits`.
+            `(vocabulary,)` float32 logits of the token after the prompt.
         """
         self.prompt_length = input_ids.shape[1]
         self.session.begin([self.prompt_length], capacity)
         positions = torch.arange(self.prompt_length, device=input_ids.device).unsqueeze(0)
         logits = forward(self.model, self.session, input_ids, positions, logits_to_keep=1)
-        self.first_logits = logits[0, -1].float()
-        return self.first_logits
+        last = logits[0, -1].float()
+        self.first_logits = last.expand(len(self.rows), -1)
+        return last
+
+    @torch.inference_mode()
+    def ask(self, question: Tensor) -> None:
+        """Feed every row a question `(1, n)`, from its state after prefill; answers follow it."""
+        self.session.rewind()
+        self.question = question
+        decoder = Decoder([self])
+        begin = -question.shape[1]
+        for piece in question.split(max(1, _REPLAY_TOKENS // len(self.rows)), dim=1):
+            logits = decoder.feed(piece.expand(len(self.rows), -1), begin, logits_to_keep=1)
+            begin += piece.shape[1]
+        self.first_logits = logits[:, -1].float()
 
 
 class Decoder:
@@ -226,8 +254,7 @@ class Decoder:
         device = self.model.device
         stop_ids = torch.tensor(sorted(stop.token_ids), dtype=torch.long, device=device)
         answers: list[list[list[int]]] = [[[] for _ in each.rows] for each in self.comparisons]
-        first = [each.first_logits.expand(len(each.rows), -1) for each in self.comparisons]
-        logits = torch.cat(first)
+        logits = torch.cat([each.first_logits for each in self.comparisons])
         for step in range(stop.max_new_tokens):
             if step < stop.min_new_tokens:
                 logits = logits.index_fill(-1, stop_ids, -math.inf)
@@ -245,7 +272,7 @@ class Decoder:
 
     @torch.inference_mode()
     def replay(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
-        """Feed each comparison's rows a text of its own, from their state after prefill.
+        """Feed each comparison's rows a text of its own, from where its answers begin.
 
         Args:
             texts: token ids, one text a comparison; the logits after each but the last are yielded.
@@ -255,7 +282,7 @@ class Decoder:
             differ between comparisons, and is 0 where a text has ended.
         """
         for comparison in self.comparisons:
-            comparison.session.rewind()
+            comparison.session.rewind(comparison.question.shape[1])
         lengths = [len(text) - 1 for text in texts]
         rows = [index for index, each in enumerate(self.comparisons) for _ in each.rows]
         chunk = max(1, _REPLAY_TOKENS // len(rows))
@@ -280,47 +307,67 @@ class Decoder:
         """Return the comparison and row of each slot of the batch."""
         return [(i, row) for i, each in enumerate(self.comparisons) for row in each.session.order]
 
-    def feed(self, tokens: Tensor, generated: int) -> Tensor:
-        """Feed `(slots, n)` tokens that follow `generated` others after each prompt.
+    def feed(self, tokens: Tensor, generated: int, logits_to_keep: int = 0) -> Tensor:
+        """Feed `(slots, n)` tokens that follow `generated` others after each prompt and question.
+
+        Args:
+            tokens: a slot is an active row, in batch order.
+            generated: negative for the question's own tokens.
+            logits_to_keep: logits of only the last tokens; 0 means all.
 
         Returns:
-            `(slots, n, vocabulary)` logits; a slot is an active row, in batch order.
+            `(slots, n or logits_to_keep, vocabulary)` logits.
         """
         # the true positions, not the lengths of the caches
-        begins = [self.comparisons[i].prompt_length + generated for i, _ in self._active()]
-        offsets = torch.arange(tokens.shape[1], device=tokens.device)
-        positions = torch.tensor(begins, device=tokens.device).unsqueeze(1) + offsets
-        return forward(self.model, self, tokens, positions)
+        begins = [each.prompt_length + each.question.shape[1] for each in self.comparisons]
+        begin = torch.tensor([begins[i] + generated for i, _ in self._active()], device=tokens.device)
+        positions = begin.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
+        return forward(self.model, self, tokens, positions, logits_to_keep=logits_to_keep)
 
 
 class Tally:
     """What the rows of one sample make of a text, added up piece by piece."""
 
-    def __init__(self, text: Sequence[int], first_logits: Sequence[Tensor], reference: int | None):
-        """Count the first token of the text, which is decided before anything is compressed.
+    def __init__(
+        self,
+        text: Sequence[int],
+        first_logits: Sequence[Tensor],
+        reference: int | None,
+        asked: bool = False,
+    ):
+        """Count the first token of the text.
 
         Args:
             text: token ids, at least one.
             first_logits: `(vocabulary,)` of each row.
             reference: the row that stands for the full cache; None: no fidelity.
+            asked: whether a question came after the compression; else the first token is decided before
+                anything is compressed, and not compared.
         """
         self.text = text
         self.reference = reference
-        self.nll = [-float(logits.log_softmax(dim=-1)[text[0]]) for logits in first_logits]
+        self.nll = [0.0] * len(first_logits)
         self.divergence = [0.0] * len(self.nll)
         self.agreement = [0] * len(self.nll)
         self.moved = [0] * len(self.nll)
         """By row, tokens whose logits are not the reference's, bit for bit."""
         self.compared = 0
-        """Tokens after the first that were counted."""
+        """Tokens whose logits were compared with the reference's."""
+        self._next = 0
+        self._count([logits.unsqueeze(0) for logits in first_logits], compared=asked)
 
     def add(self, rows: Sequence[Tensor]) -> None:
         """Count the next tokens by the logits `(n, vocabulary)` that each row gives them."""
-        begin, count = 1 + self.compared, len(rows[0])
+        self._count(rows, compared=True)
+
+    def _count(self, rows: Sequence[Tensor], *, compared: bool) -> None:
+        begin, count = self._next, len(rows[0])
         wanted = torch.tensor(self.text[begin : begin + count], device=rows[0].device)
-        self.compared += count
+        self._next += count
+        self.compared += count if compared else 0
         reference = self.reference or 0
-        full = None if self.reference is None else rows[reference].float().log_softmax(dim=-1)
+        is_compared = compared and self.reference is not None
+        full = rows[reference].float().log_softmax(dim=-1) if is_compared else None
         for row, logits in enumerate(rows):  # one at a time: a vocabulary is large
             log_p = logits.float().log_softmax(dim=-1)
             self.nll[row] -= float(log_p.gather(-1, wanted.unsqueeze(-1)).sum())
@@ -330,7 +377,7 @@ class Tally:
                 self.moved[row] += int((logits != rows[reference]).any(-1).sum())
 
     def fidelity(self) -> list[Fidelity | None]:
-        """Return a figure for each row: None without a reference, or where the text is one token."""
+        """Return a figure for each row: None without a reference, or where nothing was compared."""
         if self.reference is None or not self.compared:
             return [None] * len(self.nll)
         return [
@@ -355,21 +402,26 @@ def run_samples(model: PreTrainedModel, requests: Sequence[Request], stop: Stop)
 
 
 def _generate(model: PreTrainedModel, requests: Sequence[Request], stop: Stop) -> list[Result]:
+    results: dict[int, Result] = {}
     with hooked(model):
-        samples = [_Sample(model, request, stop.max_new_tokens) for request in requests]
-        started = time.perf_counter()
-        of_comparisons = iter(Decoder(_comparisons(samples)).decode(stop))
-        answers = [
-            [answer for _ in sample.comparisons for answer in next(of_comparisons)]
-            for sample in samples
-        ]
-        decoded = time.perf_counter()
-        compared = [index for index, sample in enumerate(samples) if sample.reference is not None]
-        texts = [answers[index][samples[index].reference or 0] for index in compared]
-        tallies = dict(
-            zip(compared, _tally([samples[index] for index in compared], texts), strict=True)
-        )
-        replayed = time.perf_counter()
+        for part in _rounds(model, requests, [stop.max_new_tokens] * len(requests)):
+            samples = [_Sample(context, requests[index]) for index, context in part]
+            answered = _generate_together(samples, stop)
+            results |= zip([index for index, _ in part], answered, strict=True)
+    return [results[index] for index in range(len(requests))]
+
+
+def _generate_together(samples: Sequence[_Sample], stop: Stop) -> list[Result]:
+    started = time.perf_counter()
+    of_comparisons = iter(Decoder(_comparisons(samples)).decode(stop))
+    answers = [
+        [answer for _ in sample.comparisons for answer in next(of_comparisons)] for sample in samples
+    ]
+    decoded = time.perf_counter()
+    compared = [index for index, sample in enumerate(samples) if sample.reference is not None]
+    texts = [answers[index][samples[index].reference or 0] for index in compared]
+    tallies = dict(zip(compared, _tally([samples[index] for index in compared], texts), strict=True))
+    replayed = time.perf_counter()
     shares = (decoded - started) / len(samples), (replayed - decoded) / len(samples)
     results = []
     for index, (sample, of_rows) in enumerate(zip(samples, answers, strict=True)):
@@ -424,13 +476,19 @@ def score_continuations(
 def _score(
     model: PreTrainedModel, requests: Sequence[Request], texts: Sequence[Sequence[int]]
 ) -> list[Result]:
+    results: dict[int, Result] = {}
     with hooked(model):
-        samples = [
-            _Sample(model, request, len(text)) for request, text in zip(requests, texts, strict=True)
-        ]
-        started = time.perf_counter()
-        tallies = _tally(samples, texts)
-        seconds = (time.perf_counter() - started) / len(samples)
+        for part in _rounds(model, requests, [len(text) for text in texts]):
+            samples = [_Sample(context, requests[index]) for index, context in part]
+            scored = _score_together(samples, [texts[index] for index, _ in part])
+            results |= zip([index for index, _ in part], scored, strict=True)
+    return [results[index] for index in range(len(requests))]
+
+
+def _score_together(samples: Sequence[_Sample], texts: Sequence[Sequence[int]]) -> list[Result]:
+    started = time.perf_counter()
+    tallies = _tally(samples, texts)
+    seconds = (time.perf_counter() - started) / len(samples)
     results = []
     for sample, tally in zip(samples, tallies, strict=True):
         rows = [
@@ -455,7 +513,7 @@ def _parts(
         check_fits(
             model.config,
             length,
-            answer,
+            _asked(request) + answer,
             context=request.context,
             may_overrun=request.may_overrun,
         )
@@ -473,19 +531,55 @@ def _in_order(
     return [results[index] for index in sorted(results)]
 
 
-class _Sample:
-    """A request after its prefills: one that most rows share, and one a row that alters its own.
+def _asked(request: Request) -> int:
+    """Return the tokens of a request's question."""
+    return 0 if request.question is None else request.question.shape[1]
 
-    Rows are numbered in the order of the comparisons here; `in_order` gives the request's.
+
+def _rounds(
+    model: PreTrainedModel, requests: Sequence[Request], answers: Sequence[int]
+) -> Iterator[list[tuple[int, _Context]]]:
+    """Prefill every context once; yield one request of each at a time, until all had their turn.
+
+    Args:
+        answers: the most tokens that each request's answer may have.
+
+    Yields:
+        indices of requests, each with its context.
+    """
+    capacity = max(_asked(each) + most for each, most in zip(requests, answers, strict=True))
+    contexts: list[_Context] = []
+    waiting: list[list[int]] = []
+    for index, request in enumerate(requests):
+        known = next((i for i, each in enumerate(contexts) if each.serves(request)), None)
+        if known is None:
+            contexts.append(_Context(model, request, capacity))
+            waiting.append([index])
+        else:
+            waiting[known].append(index)
+    for context, of_context in zip(contexts, waiting, strict=True):
+        context.seconds /= len(of_context)
+    for turn in range(max(map(len, waiting))):
+        yield [
+            (of_context[turn], context)
+            for context, of_context in zip(contexts, waiting, strict=True)
+            if turn < len(of_context)
+        ]
+
+
+class _Context:
+    """A prompt after its prefills: one that most rows share, and one for each row that alters its own.
+
+    Rows are numbered in the order of the comparisons here.
     """
 
     def __init__(self, model: PreTrainedModel, request: Request, capacity: int) -> None:
+        self.request = request
         rows = request.rows
         shared = [index for index, row in enumerate(rows) if not row.method.alters_prefill]
         alone = [[index] for index, row in enumerate(rows) if row.method.alters_prefill]
         groups = [group for group in (shared, *alone) if group]
         self.order = [index for group in groups for index in group]
-        self.reference = None if request.reference is None else self.order.index(request.reference)
         self.comparisons = []
         started = time.perf_counter()
         for group in groups:
@@ -501,6 +595,36 @@ class _Sample:
             comparison.prefill(request.input_ids, capacity)
             self.comparisons.append(comparison)
         self.seconds = time.perf_counter() - started
+        """Seconds of the prefills; of each request that they serve, an equal part."""
+
+    def serves(self, request: Request) -> bool:
+        """Return whether the caches are those that another request would make, to ask them again."""
+        own = self.request
+        return (
+            own.question is not None
+            and request.question is not None
+            and own.sample_id == request.sample_id
+            and torch.equal(own.input_ids, request.input_ids)
+            and (own.rows, own.policy) == (request.rows, request.policy)
+        )
+
+
+class _Sample:
+    """A request whose answers begin: after its prefill and, where there is one, its question.
+
+    Rows are numbered as its context has them; `in_order` gives the request's order.
+    """
+
+    def __init__(self, context: _Context, request: Request) -> None:
+        self.order, self.comparisons = context.order, context.comparisons
+        self.is_asked = request.question is not None
+        self.reference = None if request.reference is None else self.order.index(request.reference)
+        started = time.perf_counter()
+        if request.question is not None:
+            check_asks(request.rows, request.policy)
+            for comparison in self.comparisons:
+                comparison.ask(request.question)
+        self.seconds = context.seconds + time.perf_counter() - started
 
     @property
     def stats(self) -> list[RowStats]:
@@ -509,13 +633,28 @@ class _Sample:
 
     def tally(self, text: Sequence[int]) -> Tally:
         """Begin a tally of a text for all rows."""
-        first = [each.first_logits for each in self.comparisons for _ in each.rows]
-        return Tally(text, first, self.reference)
+        first = [logits for each in self.comparisons for logits in each.first_logits]
+        return Tally(text, first, self.reference, self.is_asked)
 
     def in_order(self, results: Sequence[RowResult]) -> list[RowResult]:
         """Sort the rows' results into the request's order."""
         by_index = dict(zip(self.order, results, strict=True))
         return [by_index[index] for index in range(len(results))]
+
+
+def check_asks(rows: Sequence[Row], policy: Policy) -> None:
+    """Refuse to ask a question after the compression of rows that would drop parts of it.
+
+    Raises:
+        UserError: naming a row that decides again after each token.
+    """
+    for row in rows:
+        if policy.decides(row.method):
+            name = row.cell or type(row.method).__name__
+            raise UserError(
+                f"a question after the compression is stored whole, and {name} decides again after "
+                "each token: use decode_policy=append, and leave out methods that act while decoding."
+            )
 
 
 def _comparisons(samples: Sequence[_Sample]) -> list[Comparison]:
@@ -534,19 +673,18 @@ def _tally(samples: Sequence[_Sample], texts: Sequence[Sequence[int]]) -> list[T
             rows = [row for _ in sample.comparisons for row in next(pieces)]
             if len(rows[0]):
                 tally.add(rows)
-    for sample, tally, text in zip(samples, tallies, texts, strict=True):
+    for sample, tally in zip(samples, tallies, strict=True):
         if sample.reference is not None and tally.compared:
-            check_logits(sample, tally.moved, text)
+            check_logits(sample, tally)
     return tallies
 
 
-def check_logits(sample: _Sample, moved: Sequence[int], text: Sequence[int]) -> None:
+def check_logits(sample: _Sample, tally: Tally) -> None:
     """Hold the logits of a sample's rows along a text against the full cache's (see `kvmerge.proof`).
 
     Args:
-        sample: with a reference, after the text was replayed.
-        moved: by row, tokens whose logits are not the reference's.
-        text: at least two token ids.
+        sample: with a reference.
+        tally: of the whole text, with a token compared.
 
     Raises:
         UnprovenError: if a row that read less than the prompt has the logits of the full cache at every
@@ -556,13 +694,17 @@ def check_logits(sample: _Sample, moved: Sequence[int], text: Sequence[int]) -> 
     reference = places[sample.reference or 0]
     if not reference[0].session.is_full(reference[1]):
         return  # figures are taken against something else
-    followed = f"{len(text) - 1} tokens after the first"
-    for (comparison, row), tokens in zip(places, moved, strict=True):
+    followed = f"{tally.compared} tokens" + ("" if sample.is_asked else " after the first")
+    for (comparison, row), tokens in zip(places, tally.moved, strict=True):
         session = comparison.session
         if not tokens and session.reads_less(row):
             what = f"it reads less than the prompt, and has the full cache's logits at all {followed}"
             raise UnprovenError(session.proof.names[row], what)
-        if tokens and session.is_full(row) and not _equal_alone(reference, (comparison, row), text):
+        if (
+            tokens
+            and session.is_full(row)
+            and not _equal_alone(reference, (comparison, row), tally.text)
+        ):
             what = (
                 "its budget holds the whole prompt, and its logits are not the full cache's, bit for "
                 f"bit, at {tokens} of {followed}"

@@ -99,9 +99,9 @@ class LayerProof:
     def __post_init__(self) -> None:
         self.rewind()
 
-    def rewind(self) -> None:
-        """Begin again after the prefill."""
-        self.fed = [0] * len(self.claims)
+    def rewind(self, fed: int = 0) -> None:
+        """Begin again, `fed` tokens after the prefill."""
+        self.fed = [fed] * len(self.claims)
 
     def read(
         self, rows: Sequence[int], new: int, keys: Tensor, values: Tensor, bias: Tensor | None
@@ -206,11 +206,11 @@ class Proof:
         self.layers.append(LayerProof(len(self.layers), claims, window))
         return self.layers[-1]
 
-    def rewind(self) -> None:
-        """Begin again after the prefill."""
-        self.fed = 0
+    def rewind(self, fed: int = 0) -> None:
+        """Begin again, `fed` tokens after the prefill."""
+        self.fed = fed
         for layer in self.layers:
-            layer.rewind()
+            layer.rewind(fed)
 
     def place(self, positions: Tensor | None, rows: Sequence[int], begins: Sequence[int]) -> None:
         """Hold the positions that the model gives new tokens against those that its text has.

@@ -372,12 +372,12 @@ class CacheSession:
         for layer in self.layers:
             layer.retire(row)
 
-    def rewind(self) -> None:
-        """Return every row to its state after prefill."""
+    def rewind(self, fed: int = 0) -> None:
+        """Return every row to its state `fed` tokens after the prefill."""
         self.order = list(range(len(self.rows)))
-        self.proof.rewind()
+        self.proof.rewind(fed)
         for layer in self.layers:
-            layer.rewind()
+            layer.rewind(fed)
 
     def _rows_of(self, prompt: int) -> list[int]:
         return [index for index, row in enumerate(self.rows) if row.prompt == prompt]

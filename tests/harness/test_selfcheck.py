@@ -199,8 +199,9 @@ def test_an_engine_with_another_first_token_is_named(
     honest = Comparison.prefill
 
     def turned(self: Comparison, input_ids: torch.Tensor, capacity: int) -> torch.Tensor:
-        self.first_logits = honest(self, input_ids, capacity).roll(1)
-        return self.first_logits
+        honest(self, input_ids, capacity)
+        self.first_logits = self.first_logits.roll(1, dims=-1)
+        return self.first_logits[0]
 
     monkeypatch.setattr(Comparison, "prefill", turned)
     written = verdict_of(checked())
