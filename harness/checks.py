@@ -283,6 +283,14 @@ class Budgets:
                 )
             return
         for of_layer, (layer, count) in zip(found, wanted.items(), strict=True):
+            if cell.method.allocates_heads:
+                if sum(of_layer) != count * len(of_layer):
+                    self.wrong.setdefault(
+                        cell.name,
+                        f"{cell.name} keeps {sum(of_layer)} entries in layer {layer} of {prompt.name}, "
+                        f"where {count} a KV head are its budget",
+                    )
+                continue
             for head, kept in enumerate(of_layer):
                 if kept != count:
                     self.wrong.setdefault(

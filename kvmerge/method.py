@@ -127,13 +127,16 @@ class Method(ABC):
     """Whether `compress` or `hold` moves keys between positions."""
     allocates: ClassVar[bool] = False
     """Whether the budget is divided across layers by `allocate`; all full layers are held for it."""
+    allocates_heads: ClassVar[bool] = False
+    """Whether the KV heads of a layer divide its budget among themselves: their mean is what each is
+    allowed."""
     alters_prefill: ClassVar[bool] = False
     """Whether prompt tokens attend only where `visible` says: such a method gets a prefill of its own,
     and its first answer token may differ from the full cache's."""
     simulates: ClassVar[bool] = False
     """Whether entries are hidden rather than dropped: memory stays that of the full cache."""
     meets_budget: ClassVar[bool] = True
-    """Whether every KV head keeps what it is allowed, where layers divide it on the mean over layers.
+    """Whether every KV head keeps what it is allowed, where layers or heads divide it on their mean.
     False where a threshold or the authors' rounding says how many: the achieved budget tells."""
     hold_every: ClassVar[int] = 1
     """Decode steps after which `hold` has returned to the allowance."""
@@ -212,6 +215,25 @@ def pick(entries: Entries, slots: Tensor) -> Entries:
         entries.state,
         entries.next_bias,
     )
+
+
+def ragged(layer: PrefillLayer, tokens: Tensor, counts: Tensor) -> Entries:
+    """Keep another number of tokens in each KV head; the rest of a shorter one is padding.
+
+    Args:
+        layer: a finished layer.
+        tokens: `(batch, kv_heads, n)` int64 positions, none twice in a head, the first to keep first.
+        counts: `(batch, kv_heads)` how many of them each head keeps, at most `n`.
+
+    Returns:
+        the `n` tokens in ascending order; those not kept have size 0 and a bias that hides them.
+    """
+    order = tokens.argsort(dim=-1)
+    entries = select(layer, tokens.gather(-1, order))
+    kept = order < counts.unsqueeze(-1)
+    if bool(kept.all()):
+        return entries
+    return replace(entries, sizes=kept.long(), bias=torch.where(kept, 0.0, -torch.inf))
 
 
 HIDDEN = torch.finfo(torch.float32).min

@@ -269,6 +269,8 @@ class Proof:
 
 def _check_budget(row: int, layers: Sequence[LayerProof]) -> None:
     """Hold what attention read of the prompt against what was stored, and against the budget alone."""
+    claim = layers[0].claims[row]
+    divides = claim.method.allocates or claim.method.allocates_heads
     for layer in layers:
         claim, found = layer.claims[row], layer.prompt_read[row]
         for head, (read, stored) in enumerate(zip(found, claim.counts, strict=True)):
@@ -276,19 +278,35 @@ def _check_budget(row: int, layers: Sequence[LayerProof]) -> None:
             if read != stored and not claim.method.simulates:
                 raise UnprovenError(claim.row, f"{where}, where {stored} are stored", layer.layer_idx)
             exceeds = read > claim.asked if claim.method.simulates else read != claim.asked
-            if exceeds and claim.method.meets_budget and not claim.method.allocates:
+            if exceeds and claim.method.meets_budget and not divides:
                 what = f"{where}, where {claim.asked} were asked for"
                 raise UnprovenError(claim.row, what, layer.layer_idx)
-    claim = layers[0].claims[row]
-    if claim.method.meets_budget and claim.method.allocates:
-        means = [sum(layer.prompt_read[row]) / len(layer.prompt_read[row]) for layer in layers]
-        mean = sum(means) / len(means)
-        if abs(mean - claim.asked) >= 1:
-            what = (
-                f"attention reads {mean:.1f} entries of the prompt a KV head on the mean over layers, "
-                f"where {claim.asked} were asked for"
-            )
-            raise UnprovenError(claim.row, what)
+        if claim.method.allocates_heads and not claim.method.allocates:
+            _check_mean(claim, [found], "KV heads", tolerance=0, layer=layer.layer_idx)
+    if claim.method.allocates:
+        _check_mean(claim, [layer.prompt_read[row] for layer in layers], "layers", tolerance=1)
+
+
+def _check_mean(
+    claim: Claim,
+    found: Sequence[Sequence[int]],
+    over: str,
+    *,
+    tolerance: float,
+    layer: int | None = None,
+) -> None:
+    """Hold the mean of what was read, by layer and KV head, against the budget.
+
+    An error below `tolerance` is none.
+    """
+    mean = sum(sum(each) / len(each) for each in found) / len(found)
+    error = abs(mean - claim.asked)
+    if claim.method.meets_budget and error >= max(tolerance, 1e-6):
+        what = (
+            f"attention reads {mean:.1f} entries of the prompt a KV head on the mean over {over}, "
+            f"where {claim.asked} were asked for"
+        )
+        raise UnprovenError(claim.row, what, layer)
 
 
 def _same(found: Tensor, wanted: Tensor) -> Tensor:

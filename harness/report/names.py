@@ -25,6 +25,7 @@ _PRINTED = {
     "streaming_llm": ("StreamingLLM", ""),
     "snapkv": ("SnapKV", ""),
     "pyramidkv": ("PyramidKV", ""),
+    "ada_snapkv": ("Ada-SnapKV", ""),
     "tova": ("TOVA", ""),
     "d2o": ("D2O", ""),
     "key_norm": ("Key norm", ""),

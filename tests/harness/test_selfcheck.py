@@ -20,6 +20,7 @@ from baselines.h2o import H2O
 from benchmarks.longbench.tasks import TASKS
 from harness.checks import (
     Answer,
+    Budgets,
     Check,
     Compression,
     PlainTokens,
@@ -35,6 +36,7 @@ from kvmerge.engine import Comparison
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, PrefillLayer, keep_all
 from kvmerge.resolve import choices
+from kvmerge.session import Policy, RowStats
 from tests import tiny as tiny_models
 from tests.benchmarks.test_wrapped_prompts import GOLDEN
 from tests.conftest import Output
@@ -121,6 +123,7 @@ def test_what_the_run_would_refuse_is_refused_before_the_model_is_loaded(
     "cell",
     [
         "pyramidkv@0.5",  # divides its budget over layers
+        "ada_snapkv@0.5",  # and over heads
         "h2o_sim_decode@0.5",  # hides and keeps all
         "h2o_sim_prefill@0.5",  # alters its prefill
         "kvmerger:budget_mode=eps_free@0.5",  # keeps what a threshold gives
@@ -191,6 +194,19 @@ def test_layers_that_a_method_divides_wrongly_are_named(
     found = failed(verdict_of(checked("cells=[full@1,pyramidkv@0.5]", "benchmark.tasks=[trec]")))
     assert "pyramidkv@0.5 keeps" in found["budgets"]
     assert "over all layers of trec/trec-0" in found["budgets"]
+
+
+@pytest.mark.parametrize(("heads", "status"), [([9, 11], Status.PASSED), ([9, 12], Status.FAILED)])
+def test_heads_that_divide_a_budget_wrongly_are_named(heads: list[int], status: Status) -> None:
+    budgets = Budgets(tiny_models.shared_model(), Policy())
+    prompt = Prompt("trec/trec-0", "", TASKS[0], tiny_models.prompt(20), frozenset())
+    cell = parse_cell("ada_snapkv@0.5")
+    budgets.see(prompt, cell, RowStats(entries=[[10, 10], heads]))
+    check = budgets.check()
+    assert check.status is status
+    if status is Status.FAILED:
+        assert "ada_snapkv@0.5 keeps 21 entries in layer 1 of trec/trec-0" in check.found
+        assert "where 10 a KV head are its budget" in check.found
 
 
 def test_an_engine_with_another_first_token_is_named(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from baselines import ada_snapkv
 from kvmerge.cells import make_cell
 from kvmerge.engine import Request, Stop, run_sample, run_samples, score_continuations
+from kvmerge.proof import UnprovenError
 from kvmerge.session import Policy, Row
 from tests.tiny import any_model, new_model, prompt, shared_model
 
@@ -27,6 +29,8 @@ VARIANTS = (
     ("kvmerger_log", {"budget_mode": "eps_free", "epsilon": 0.3}),
     ("meanpool_chunks", {"attn_bias": "log_size"}),
     ("pyramidkv", {"exact": False, "window": 2, "beta": 3}),
+    ("ada_snapkv", {}),
+    ("ada_snapkv", {"window": 3, "floor": 0.0, "exact": False}),
     ("d2o", {"alloc": "variance"}),
     ("d2o", {"alloc": "variance", "bug_compat": True}),
     ("cam_hh", {"bug_compat": True}),
@@ -58,7 +62,8 @@ def taken(each, policy):
     """Whether a row may run under a policy at all."""
     if policy.layers_skip and (each.method.allocates or each.budget.value not in (0.9, 0.6)):
         return False
-    ragged = getattr(each.method, "budget_mode", "") == "eps_free"
+    eps_free = getattr(each.method, "budget_mode", "") == "eps_free"
+    ragged = eps_free or each.method.allocates_heads
     return not (policy.rolled and ragged)
 
 
@@ -127,3 +132,14 @@ def test_a_product_that_rounds_by_place_in_the_batch_is_no_fault():
     rows = [row("full", {}, 1), row("h2o", {}, 1), row("h2o", {}, 0.5)]
     results, _ = run_sample(model, prompt(40), rows, ANSWER, reference=0)
     assert results[1].token_ids == results[0].token_ids
+
+
+def test_heads_that_divide_a_budget_may_not_exceed_it_together(monkeypatch):
+    rows = [row("full", {}, 1), row("ada_snapkv", {"window": 3}, 0.5)]
+    results, _ = run_sample(shared_model(), prompt(40), rows, ANSWER, reference=0)
+    assert [sum(of_layer) for of_layer in results[1].stats.read] == [40, 40]
+    right = ada_snapkv.head_counts
+    monkeypatch.setattr(ada_snapkv, "head_counts", lambda *given, **named: right(*given, **named) + 1)
+    message = r"layer 0: .* 21\.0 entries .* on the mean over KV heads, where 20 were asked for"
+    with pytest.raises(UnprovenError, match=message):
+        run_sample(shared_model(), prompt(40), rows, ANSWER, reference=0)
