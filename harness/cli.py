@@ -36,10 +36,11 @@ from harness.results import Results
 from harness.runner import run
 from harness.selfcheck import selfcheck
 from harness.settings import Choices, Settings, settings_from
+from harness.sources import take_config_dirs
 from harness.variants import check_noise
 from kvmerge.errors import UserError, first_line
 from kvmerge.files import remove_leftovers
-from kvmerge.resolve import config_dir
+from kvmerge.places import config_dir, config_dirs
 
 USER_ERROR = 2
 _STOPS = (signal.SIGTERM, signal.SIGHUP)
@@ -74,12 +75,14 @@ def main() -> None:
 
 
 def _start(task: Callable[[], None]) -> None:
-    sys.argv[1:] = read_overrides(sys.argv[1:])
-    with told():
-        if MULTIRUN & set(sys.argv[1:]):
-            _sweep(task)
-        else:
-            task()
+    words, folders = take_config_dirs(sys.argv[1:])
+    with config_dirs(folders):
+        sys.argv[1:] = read_overrides(words)
+        with told():
+            if MULTIRUN & set(sys.argv[1:]):
+                _sweep(task)
+            else:
+                task()
 
 
 def _sweep(task: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,25 @@ DATA = (".txt", ".json")
 def digests(roots: Iterable[str], without: Iterable[str] = ()) -> dict[str, str]:
     """Return a digest of every module that some modules are made of, themselves included, by its name.
 
-    Imports are followed within `OURS` and the packages of the roots themselves, unless these are of the
-    harness, whose other modules record and report. The files of `DATA` in a package below `OURS`, or in
-    any other, count too, as one.
+    Imports are followed within `OURS`, within the packages of the roots themselves, and to what lies
+    beside these where they are not installed: a user's own modules. They are not followed into the
+    harness, which records and reports. The files of `DATA` in a package below `OURS`, or in any other,
+    count too, as one.
 
     Args:
         roots: names of modules.
         without: names of what is left out, as it is compared elsewhere.
     """
     roots = list(roots)
-    within = {*OURS, *(name.partition(".")[0] for name in roots)} - {"harness"}
+    packages = {name.partition(".")[0] for name in roots} - {"harness"}
+    beside = {folder for name in packages.difference(OURS) if (folder := _own_folder(name))}
+
+    def is_followed(name: str) -> bool:
+        package = name.partition(".")[0]
+        if package == "harness" or package in packages.union(OURS):
+            return package != "harness"
+        return bool(beside) and _own_folder(package) in beside
+
     found: dict[str, str] = {}
     waiting = [part for name in roots for part in _with_parents(name)]
     while waiting:
@@ -50,7 +60,7 @@ def digests(roots: Iterable[str], without: Iterable[str] = ()) -> dict[str, str]
         waiting += [
             part
             for imported in _imports(name, path)
-            if imported.partition(".")[0] in within
+            if is_followed(imported)
             for part in _with_parents(imported)
         ]
     left_out = set(without)
@@ -75,13 +85,27 @@ def _with_parents(name: str) -> list[str]:
 
 
 @functools.cache
+def _own_folder(package: str) -> Path | None:
+    """Return the folder that a package or module of the user's own lies in; None for one installed."""
+    spec = _spec(package)
+    places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin]
+    path = Path(places[0] or "") if places else Path()
+    is_own = path.is_absolute() and not {"site-packages", "dist-packages"} & set(path.parts)
+    return path.parent if is_own else None
+
+
+@functools.cache
 def _path(name: str) -> Path | None:
     """Return the file of a module; None where there is none, as of one that was typed in."""
+    spec = _spec(name)
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+
+
+def _spec(name: str) -> ModuleSpec | None:
     try:
-        spec = importlib.util.find_spec(name)
+        return importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
 def digest(path: Path) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -20,7 +21,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from harness.given import Given
 from kvmerge.errors import UserError, causes, first_line, unknown
-from kvmerge.resolve import choices
+from kvmerge.places import OF_CLASSES, find, is_dotted
+from kvmerge.resolve import settings_of
 
 GROUPS = ("model", "method", "benchmark", "experiment")
 _SECTIONS = {"selfcheck": "selfcheck", "observe": "observations", "vary": "noise"}
@@ -40,6 +42,7 @@ PATHS = (
 _OF_HYDRA = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper", "hydra.verbose")
 """What of Hydra's own settings is the user's: how a sweep runs, and what Hydra logs."""
 _PATH = re.compile(rf"(\+{{0,2}}(?:{'|'.join(map(re.escape, PATHS))})=)(.*)", re.DOTALL)
+_TARGET = re.compile(rf"({'|'.join(OF_CLASSES)})\._target_=(.*)", re.DOTALL)
 _QUOTED = re.compile(r"(['\"])(?:(?!\1)[^\\]|\\.)*\1", re.DOTALL)
 _SWEEP = re.compile(r"(choice|glob|range|shuffle|sort|interval|tag)\(")
 _UNENCODED = re.compile("[\ud800-\udfff]")
@@ -54,7 +57,28 @@ def read_overrides(words: Sequence[str]) -> list[str]:
             what may not be set at all.
     """
     is_sweep = bool(MULTIRUN & set(words))
+    words = _choosing_classes(words)
     return [_read(word, is_sweep) if _is_override(word) else word for word in words]
+
+
+def _choosing_classes(words: Sequence[str]) -> list[str]:
+    """Write `method._target_=a_package.AClass` as the choice that it is, `method=a_package.AClass`.
+
+    Raises:
+        UserError: for what names no class, and beside another choice of the group.
+    """
+    written = list(words)
+    for number, word in enumerate(words):
+        target = _TARGET.fullmatch(word)
+        if target is None:
+            continue
+        group, names = target.groups()
+        if not all(map(is_dotted, names.split(","))):
+            raise UserError(f"{word} must name a class with its module, e.g. my_package.MyClass.")
+        if clash := [other for other in words if other.startswith(f"{group}=")]:
+            raise UserError(f"{clash[0]} and {word} both say which {group}. Leave one of them out.")
+        written[number] = f"{group}={names}"
+    return written
 
 
 def _is_override(word: str) -> bool:
@@ -130,8 +154,9 @@ def _check(word: str, override: Override) -> None:
 
 def _check_choices(group: str, given: str) -> None:
     for name in given.split(","):
-        if name.strip("'\"") not in choices(group):
-            raise unknown(group, name, choices(group))
+        plain = name.strip("'\"")
+        if not isinstance(find(group, plain), Path):
+            settings_of(group, plain)  # loads the class
 
 
 def _check_home(key: str, override: Override) -> None:
@@ -154,6 +179,10 @@ def told() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise _sentence(error) from error
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"cannot read a file of configurations: {' '.join(str(error).split())}."
+        ) from error
     except RecursionError as error:
         raise UserError("a setting refers to itself, or its value is nested too deeply.") from error
 

@@ -64,7 +64,7 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
         data: SHA-256 of each task's file.
     """
     versions = package_versions()
-    roots = {*_PASSED, *code.homes(settings.benchmark)}
+    roots = {*_PASSED, *code.homes(settings.model), *code.homes(settings.benchmark)}
     if settings.observe is not None:
         roots.add("kvmerge.observations")
     shared = code.digests(roots)

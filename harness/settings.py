@@ -17,15 +17,21 @@ from benchmarks.task import Benchmark, PromptFormat, Sample, Task
 from harness.given import JUDGED, OF_CELLS, Given, Observe, SelfcheckOptions, Vary
 from harness.judgement import Judgement, judgement_from
 from harness.overrides import GROUPS, read_overrides, told
+from harness.sources import register
 from kvmerge.cells import Cell, file_name, make_cell, parse_cells
 from kvmerge.errors import UserError
 from kvmerge.files import check_name
 from kvmerge.models import ModelSpec
-from kvmerge.resolve import build, choices, config_dir, method_settings
+from kvmerge.places import OF_CLASSES, choices, config_dir, find
+from kvmerge.resolve import build, method_settings
 from kvmerge.schema import construct
 from kvmerge.session import Policy, Row
 
 Options = TypeVar("Options")
+_OF_BENCHMARKS = [
+    name for name in (*Benchmark.__annotations__, *vars(Benchmark)) if not name.startswith("_")
+]
+"""What the runner asks of a benchmark."""
 
 
 def _listed() -> str:
@@ -34,6 +40,7 @@ def _listed() -> str:
 
 # What `--help` shows: Hydra's own list would also name the files that only serve others.
 OmegaConf.register_new_resolver("kvmerge_choices", _listed, replace=True)
+register()
 
 
 def compose(overrides: Sequence[str]) -> Settings:
@@ -71,6 +78,8 @@ class Choices:
     def of(cls, hydra: Any) -> Choices:
         """Read them from Hydra's own part of a composed configuration."""
         chosen = hydra.runtime.choices
+        for group in OF_CLASSES:
+            find(group, str(chosen[group]))  # in two places Hydra would take the first, without a word
         words: Any = OmegaConf.to_container(
             hydra.overrides.task
         )  # unresolved: a word may hold a ${...}
@@ -146,15 +155,23 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
     """Validate a composed configuration. Raises `UserError` naming the setting."""
     with told():
         resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if "experiment" in resolved:
+        raise UserError(
+            f"experiment={choices.experiment}: its file must begin with `# @package _global_`, a line "
+            "that makes what it sets settings of the run."
+        )
     given = construct(Given, resolved)
     observe = _observe(given, choices)
     cells = [] if observe else _cells(given, choices)
     model: ModelSpec = build(given.model, "model")
+    _check_kind("model", given.model, isinstance(model, ModelSpec), "a kvmerge.models.ModelSpec")
     if {"model.path"} <= choices.given and not {"model", "model.name"} & choices.given:
         # Not the default model's weights any more, so neither its name nor, unless given, its context.
         context = model.context if "model.context" in choices.given else None
         model = replace(model, name=Path(str(model.path)).absolute().name, context=context)
     benchmark: Benchmark = build(given.benchmark, "benchmark")
+    lacking = ", ".join(name for name in _OF_BENCHMARKS if not hasattr(benchmark, name))
+    _check_kind("benchmark", given.benchmark, not lacking, f"a benchmark: it lacks {lacking}")
     check_name("model.name", model.name)
     check_name("benchmark.name", benchmark.name)
     if given.shard >= given.num_shards:
@@ -183,6 +200,11 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         vary=_uncompared(given, choices, "noise", "vary", Vary),
         resolved=resolved,
     )
+
+
+def _check_kind(group: str, chosen: Mapping[str, Any], is_one: bool, kind: str) -> None:
+    if not is_one:
+        raise UserError(f"{chosen['_target_']} is not {kind} (docs/add_a_{group}.md).")
 
 
 def _options(given: Given, kind: str, section: str, options: type[Options]) -> Options | None:

@@ -25,6 +25,7 @@ def main() -> None:
         print(f"kvmerge {version('kvmerge')}")
         return
     settle_threads()
+    see_working_directory()
     # at once, as the imports alone take seconds; to stderr, which is no part of what --cfg prints
     print("kvmerge: loading torch and transformers", file=sys.stderr, flush=True)
     try:
@@ -32,6 +33,15 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     cli.main()
+
+
+def see_working_directory() -> None:
+    """Let modules that lie in the working directory be imported, whichever way the command was started.
+
+    Last, so that a file there hides nothing that is installed. What Python is told (`-P`) stays.
+    """
+    if not sys.flags.safe_path and str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))
 
 
 def settle_threads() -> None:

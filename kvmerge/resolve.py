@@ -1,72 +1,90 @@
-"""From a method's name to the method: the one dynamic import of the project.
+"""From a choice's name to what it describes: the one dynamic import of the project.
 
-A method is a class and a file `configs/method/<name>.yaml` that names it under `_target_` and lists
-every setting with its value. The folder is the list of methods; there is no registry beside it. A file
-that differs from another in a few settings names that one under `defaults`, as Hydra has it.
+A method is a class and a file `method/<name>.yaml` that names it under `_target_` and lists every
+setting with its value. The folders (`kvmerge.places`) are the list of methods; there is no registry
+beside them. A file that differs from another in a few settings names that one under `defaults`, as
+Hydra has it. A class without a file, by an entry point or its dotted name, has its arguments' defaults.
 """
 
 from __future__ import annotations
 
 import functools
 import pkgutil
+import traceback
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kvmerge.errors import UserError, first_line, unknown
 from kvmerge.method import Method
-from kvmerge.schema import construct
+from kvmerge.places import announced_target, choices, files, find, where
+from kvmerge.schema import MISSING, construct, defaults
 
 _TARGET = "_target_"
-_PACKAGE = Path(__file__).resolve().parent
 
 
-@functools.cache
-def config_dir() -> Path:
-    """Return the folder of the configuration groups: inside an installed wheel, beside a checkout.
+def settings_of(group: str, name: str) -> dict[str, Any]:
+    """Return the settings of a choice, `_target_` included; those without a default are `???`.
 
     Raises:
-        UserError: if it is in neither place.
+        UserError: if there is no such choice, it is in two places, or it cannot be read or loaded.
     """
-    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"{_PACKAGE} has no configs/ in or beside it: install kvmerge again.")
-
-
-def choices(group: str) -> list[str]:
-    """Return the names of a configuration group; files that begin with `_` serve the others."""
-    names = (path.stem for path in (config_dir() / group).glob("*.yaml"))
-    return sorted(name for name in names if not name.startswith("_"))
+    place = find(group, name)
+    if isinstance(place, Path):
+        return dict(_read(group, place))
+    target = announced_target(place) if isinstance(place, EntryPoint) else place
+    try:
+        found = _locate(target)
+    except UserError as error:
+        by_name = f"Choices by name: {', '.join(choices(group))}." if place is target else where(place)
+        raise UserError(f"{group} {name!r}: {error} {by_name}") from error
+    if not isinstance(found, type):
+        raise UserError(f"{group} {name!r}: {target} is no class.")
+    return {_TARGET: target} | defaults(found)
 
 
 def method_settings(name: str) -> dict[str, Any]:
-    """Return the settings of a method as its YAML file gives them, `_target_` included.
+    """Return the settings of a method, `_target_` included; those without a default are `???`.
 
     Raises:
-        UserError: if there is no such method.
+        UserError: if there is no such method, it is in two places, or it cannot be read or loaded.
     """
-    if name not in choices("method"):
-        raise unknown("method", name, choices("method"))
-    return dict(_read(config_dir() / "method" / f"{name}.yaml"))
+    return settings_of("method", name)
 
 
-@functools.cache
-def _read(path: Path) -> Mapping[str, Any]:
-    """Read a file and those that its `defaults` name, once a process; later ones win, `_self_` last.
+def _read(group: str, path: Path) -> Mapping[str, Any]:
+    """Read a file and those that its `defaults` name; later ones win, `_self_` last.
 
     Hydra composes the same from the same file; this is for callers that may be inside a Hydra app of
     their own, whose global state Hydra's compose would take.
     """
-    own = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(own, dict)
+    own = dict(_load(path))
     merged: dict[str, Any] = {}
     for base in own.pop("defaults", []):
-        if base != "_self_":
-            merged |= _read(path.with_name(f"{base}.yaml"))
+        if base == "_self_":
+            continue
+        found = files(group, str(base))
+        if not found:
+            raise UserError(f"{path} starts from {base!r}, and no {group} is called that.")
+        merged |= _read(group, found[0])
     return merged | {str(key): value for key, value in own.items()}
+
+
+@functools.cache
+def _load(path: Path) -> Mapping[Any, Any]:
+    """Read one file, once a process."""
+    try:
+        own = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}.") from error
+    if not isinstance(own, dict):
+        raise UserError(f"{path} must list settings, a name and a value a line.")
+    return own
 
 
 def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
@@ -80,8 +98,12 @@ def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         if key not in resolved or key == _TARGET:
             raise unknown(f"setting of {name}", key, set(resolved) - {_TARGET})
         resolved[key] = value
-    method = build(resolved)
-    assert isinstance(method, Method)
+    method = build({key: value for key, value in resolved.items() if value != MISSING})
+    if not isinstance(method, Method):
+        raise UserError(
+            f"{resolved[_TARGET]} is no method: a method derives from kvmerge.Method "
+            "(docs/add_a_method.md)."
+        )
     return method
 
 
@@ -97,6 +119,8 @@ def build(config: Any, section: str = "") -> Any:
     """
     is_composed = OmegaConf.is_config(config)
     plain: Any = OmegaConf.to_container(config, resolve=True) if is_composed else config
+    if _TARGET not in plain:
+        raise UserError(f"{section or 'the choice'} names no class: its file needs a {_TARGET}.")
     settings = {
         key: build(value, f"{section}.{key}" if section else key) if _describes(value) else value
         for key, value in plain.items()
@@ -113,8 +137,14 @@ def _locate(name: str) -> Any:
     """Return what a dotted name names; it must be something that can be called."""
     try:
         target = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(f"{name} cannot be loaded: {first_line(error)}.") from error
+    except Exception as error:  # of the module itself, which runs as it is imported
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)} "
+            f"({last.filename}, line {last.lineno})."
+        ) from error
     if not callable(target):
         raise UserError(f"{name} is no class.")
     return target

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from kvmerge.errors import UserError, unknown
 
 T = TypeVar("T")
+MISSING = "???"
+"""What stands for a setting that has no default, as OmegaConf has it."""
 _LONGEST = 200
 """Characters of a value that a message shows."""
 _PLAIN: Mapping[Any, tuple[str, ...]] = {
@@ -69,6 +71,42 @@ def construct(target: Callable[..., T], settings: Mapping[str, Any], section: st
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} cannot take {_shown(dict(settings))}: {error}") from error
+
+
+def defaults(target: type) -> dict[str, Any]:
+    """Return what a class is called with where nothing is given, as plain data, in its own order.
+
+    An argument without a default is `MISSING`. One whose default is no plain data is left out, and so
+    keeps it.
+    """
+    made = {
+        each.name: each.default_factory()
+        for each in (dataclasses.fields(target) if dataclasses.is_dataclass(target) else ())
+        if each.default_factory is not dataclasses.MISSING
+    }
+    found = {name: made.get(name, default) for name, default in (_parameters(target) or {}).items()}
+    return {
+        name: MISSING if value is inspect.Parameter.empty else _plain(value)
+        for name, value in found.items()
+        if value is inspect.Parameter.empty or is_plain(value)
+    }
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value is what a configuration file can hold."""
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and is_plain(inner) for key, inner in value.items())
+    return type(value) in _PLAIN
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -143,4 +181,8 @@ def _parameters(target: Callable[..., Any]) -> dict[str, Any] | None:
         return None
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return None
-    return {name: each.default for name, each in parameters.items()}
+    return {
+        name: each.default
+        for name, each in parameters.items()
+        if each.kind is not inspect.Parameter.VAR_POSITIONAL
+    }

@@ -24,12 +24,12 @@ if not __package__:  # run as a file: the project is not on the path, the folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from hydra.utils import get_class
-from omegaconf import OmegaConf
 
 from benchmarks.source import HubFile, cached, check, fetch, shown_size
 from benchmarks.task import Benchmark
-from kvmerge.errors import UserError, unknown
-from kvmerge.resolve import choices, config_dir
+from kvmerge.errors import UserError
+from kvmerge.places import choices
+from kvmerge.resolve import settings_of
 
 BUILT = "reads nothing from the hub by default: it is built on this machine"
 
@@ -94,16 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def find(name: str) -> Data:
     """Return what the benchmark `name` reads. Raises UserError if there is no such benchmark."""
-    if name not in choices("benchmark"):
-        raise unknown("benchmark", name, choices("benchmark"))
-    options = OmegaConf.to_container(OmegaConf.load(config_dir() / "benchmark" / f"{name}.yaml"))
-    assert isinstance(options, dict)
+    options = settings_of("benchmark", name)
     target = str(options.pop("_target_"))
     module = importlib.import_module(target.rpartition(".")[0])
     return Data(
         name=name,
         target=target,
-        options={str(key): value for key, value in options.items()},
+        options=options,
         files=getattr(module, "FILES", ()),
         rows=getattr(module, "ROWS", {}),
     )

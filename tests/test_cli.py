@@ -17,7 +17,7 @@ import harness.answering
 from harness import overrides
 from harness.lock import only_writer
 from kvmerge.errors import UserError
-from kvmerge.resolve import choices
+from kvmerge.places import choices
 from tests.conftest import Output
 from tests.tiny_run import read_lines
 

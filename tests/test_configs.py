@@ -20,7 +20,8 @@ from kvmerge.errors import UserError
 from kvmerge.kernels.forced import KERNELS
 from kvmerge.method import Method
 from kvmerge.models import DTYPES, ModelSpec
-from kvmerge.resolve import choices, config_dir, load_method, method_settings
+from kvmerge.places import choices, config_dir
+from kvmerge.resolve import load_method, method_settings
 from tests.tiny_run import compose as settings
 
 FILES = [(group, name) for group in GROUPS for name in choices(group)]
@@ -210,7 +211,7 @@ def test_a_file_is_read_once_however_often_its_method_is_built(monkeypatch: pyte
         return load(path)
 
     monkeypatch.setattr(resolve.OmegaConf, "load", counted)
-    resolve._read.cache_clear()
+    resolve._load.cache_clear()
     for _ in range(3):
         parse_cells(["h2o@0.5", "h2o@0.35", "kvmerger@0.5", "kvmerger_log:top=0.1@0.5"])
     assert sorted(reads) == ["h2o.yaml", "kvmerger.yaml", "kvmerger_log.yaml"]

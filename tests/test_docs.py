@@ -13,7 +13,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from kvmerge import Budget, resolve
+from kvmerge import Budget, places, resolve
 from kvmerge.cells import parse_cell
 from kvmerge.comparison import COLUMNS
 from kvmerge.engine import Stop, run_sample
@@ -28,8 +28,8 @@ BLOCK = re.compile(r"```(python|yaml)\n(.*?)```", re.DOTALL)
 @pytest.fixture
 def method_page(tmp_path, monkeypatch):
     """The page's blocks by language, and a copy of the configuration for what it adds."""
-    shutil.copytree(resolve.config_dir(), tmp_path / "configs")
-    monkeypatch.setattr(resolve, "config_dir", lambda: tmp_path / "configs")
+    shutil.copytree(places.config_dir(), tmp_path / "configs")
+    monkeypatch.setattr(places, "config_dir", lambda: tmp_path / "configs")
     text = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
     blocks = {"python": [], "yaml": []}
     for language, block in BLOCK.findall(text):

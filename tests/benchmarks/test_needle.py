@@ -16,7 +16,7 @@ from benchmarks.needle.tasks import SANDWICH, SANDWICH_EXPECTED, TASKS, fact, te
 from benchmarks.rows import sha256
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError
-from kvmerge.resolve import config_dir
+from kvmerge.places import config_dir
 
 TASK = {task.name: task for task in TASKS}
 FMT = PromptFormat(max_length=3500)

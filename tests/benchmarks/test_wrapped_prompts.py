@@ -22,7 +22,7 @@ from benchmarks.longbench.tasks import TASKS
 from benchmarks.task import PromptFormat
 from kvmerge.models import ModelSpec
 from kvmerge.models.checkpoints import converted, save_random
-from kvmerge.resolve import choices
+from kvmerge.places import choices
 from tests.tiny_run import compose
 
 FOLDER = Path(__file__).parent.parent / "golden"

@@ -20,7 +20,8 @@ from kvmerge.errors import UserError
 from kvmerge.hook import hooked
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Method
-from kvmerge.resolve import choices, load_method
+from kvmerge.places import choices
+from kvmerge.resolve import load_method
 from kvmerge.rope import Rope
 from kvmerge.session import DEFAULT_POLICY, Policy, Row
 from tests.kvmerge import naive_engine

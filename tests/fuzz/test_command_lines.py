@@ -13,7 +13,7 @@ import yaml
 
 from harness.settings import Settings, compose
 from kvmerge.errors import UserError
-from kvmerge.resolve import choices, config_dir
+from kvmerge.places import choices, config_dir
 from tests.fuzz import yields
 
 TRIALS, CHUNKS = 2_000, 20

@@ -92,3 +92,32 @@ class Around:
 
 def test_a_method_inside_another_is_part_of_it() -> None:
     assert code.homes(Around()) == {__name__, "baselines.h2o"}
+
+
+def test_what_lies_beside_a_users_method_is_followed_and_what_is_installed_is_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = folder / "lib" / "site-packages"
+    for path, text in {
+        folder / "lone.py": "import near, grouped.part, far_off\nfrom kvmerge import method\n",
+        folder / "near.py": "import harness.cli\n",
+        folder / "grouped" / "part.py": "",
+        site / "far_off.py": "import near_far\n",
+        site / "near_far.py": "",
+        site / "packed" / "__init__.py": "import near_far, packed.inner, near\n",
+        site / "packed" / "inner.py": "",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(site)
+    fresh()
+    own = code.digests(["lone"])
+    assert {"lone", "near", "grouped", "grouped.part", "kvmerge.method"} <= set(own)
+    assert not {"far_off", "near_far", "harness", "harness.cli", "mine"} & set(own)
+    assert {"packed", "packed.inner"} == set(code.digests(["packed"]))
+
+
+def test_the_projects_own_modules_lead_to_none_of_its_tools_or_tests() -> None:
+    found = code.digests(["kvmerge.engine", "harness.answering", "benchmarks.mini.benchmark"])
+    assert {name.partition(".")[0] for name in found} <= {*code.OURS, "harness"}
+    assert {name for name in found if name.startswith("harness")} == {"harness", "harness.answering"}

@@ -35,7 +35,7 @@ from kvmerge.cells import parse_cell
 from kvmerge.engine import Comparison
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, PrefillLayer, keep_all
-from kvmerge.resolve import choices
+from kvmerge.places import choices
 from kvmerge.session import Policy, RowStats
 from tests import tiny as tiny_models
 from tests.benchmarks.test_wrapped_prompts import GOLDEN

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvmerge
-from harness.start import SPINS, settle_threads, usable_processors
+from harness.start import SPINS, see_working_directory, settle_threads, usable_processors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +38,16 @@ def test_a_container_s_share_bounds_the_threads(
     (tmp_path / "cpu.max").write_text(quota)
     assert usable_processors(tmp_path / "cpu.max") == usable
     assert usable_processors(tmp_path / "absent") == 4
+
+
+def test_modules_of_the_working_directory_are_found_and_hide_no_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["/installed"])
+    see_working_directory()
+    see_working_directory()
+    assert sys.path == ["/installed", str(tmp_path)]
 
 
 def test_nothing_that_loads_openmp_is_imported_before_threads_are_settled() -> None:

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from baselines.h2o import H2O
 from kvmerge.errors import UserError
 from kvmerge.kvmerger import KVMerger
-from kvmerge.resolve import build, choices, config_dir, load_method, method_settings
+from kvmerge.places import choices, config_dir
+from kvmerge.resolve import build, load_method, method_settings
 
 
 def test_choices_are_the_files_of_the_folder():

@@ -19,7 +19,7 @@ from benchmarks.longbench import benchmark
 from benchmarks.longbench.benchmark import ARCHIVE
 from benchmarks.longbench.tasks import TASKS
 from benchmarks.source import HubFile, cached
-from kvmerge.resolve import choices
+from kvmerge.places import choices
 from scripts import data
 from tests import hub_server
 

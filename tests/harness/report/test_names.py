@@ -11,7 +11,7 @@ from harness.report.names import (
     model_label,
 )
 from kvmerge.budget import Budget
-from kvmerge.resolve import choices
+from kvmerge.places import choices
 
 
 @pytest.mark.parametrize(
