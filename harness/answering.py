@@ -30,7 +30,7 @@ from kvmerge.errors import UserError, is_out_of_memory
 from kvmerge.kernels.packed_linear import PackedLinear
 from kvmerge.models import stop_token_ids
 from kvmerge.proof import UnprovenError
-from kvmerge.session import Row
+from kvmerge.session import Row, mean_of
 
 Lines = list[tuple[Cell, Record]]
 
@@ -164,7 +164,7 @@ class Answerer:
         marks = self._marks(job, encoded, prediction, result)
         groups = {"groups": dict(job.sample.groups)} if job.sample.groups else {}
         counts = [count for layer in result.stats.entries for count in layer]
-        kept = mean_of(result.stats.entries)
+        kept = result.stats.kept_entries
         represented, read = result.stats.represented, result.stats.read
         stood_for = None if represented is None else mean_of(represented)
         fidelity = result.fidelity
@@ -188,9 +188,7 @@ class Answerer:
             kept_entries_min=min(counts),
             kept_entries_max=max(counts),
             read_entries=None if read is None else mean_of(read),
-            kv_bytes_full=(
-                result.stats.kv_bytes // sum(counts) * length * len(counts) + result.stats.local_bytes
-            ),
+            kv_bytes_full=result.stats.full_bytes(length),
             size_bytes=result.stats.size_bytes,
             merged_tokens=None if stood_for is None else stood_for - kept,
             evicted_tokens=None if stood_for is None else length - stood_for,
@@ -216,12 +214,6 @@ class Answerer:
         if encoded.continuation is None or result.nll is None:
             return self.settings.benchmark.score(job.sample, job.task, prediction)
         return job.task.metric.sample(result.nll, len(encoded.continuation))
-
-
-def mean_of(counts: Sequence[Sequence[int]]) -> float:
-    """Return the mean over layers and KV heads of counts by both."""
-    each = [count for layer in counts for count in layer]
-    return sum(each) / len(each)
 
 
 def encode(settings: Settings, tokenizer: PreTrainedTokenizerBase, job: Job) -> Encoded:

@@ -54,6 +54,10 @@ class Group(Protocol):
         """Count the bytes of the keys and values stored for all rows, unused room left out."""
         ...
 
+    def prefilled_states(self, row: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys, values and logit biases of a row after prefill, batch 1; not copies."""
+        ...
+
 
 class RowGroup:
     """Rows of one layer whose caches have the same length."""
@@ -115,6 +119,12 @@ class RowGroup:
     def nbytes(self) -> int:
         """Count the bytes of the keys and values stored for all rows, unused room left out."""
         return self.keys[:, :, : self.length].nbytes + self.values[:, :, : self.length].nbytes
+
+    def prefilled_states(self, row: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys, values and logit biases of a row after prefill, batch 1; not copies."""
+        slot = self.rows.index(row)
+        kept = slice(slot, slot + 1), slice(None), slice(self.prefill_length)
+        return self.keys[kept], self.values[kept], None if self.bias is None else self.bias[kept]
 
     def attend(
         self,
@@ -186,6 +196,11 @@ class SteppedRow:
     def nbytes(self) -> int:
         """Count the bytes of the keys and values stored."""
         return self.entries.keys.nbytes + self.entries.values.nbytes
+
+    def prefilled_states(self, row: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys, values and logit biases of the row after prefill, batch 1; not copies."""
+        assert row in self.rows
+        return self.prefilled.keys, self.prefilled.values, self.prefilled.bias
 
     def attend(
         self,
@@ -277,6 +292,10 @@ class LayerCache:
     def nbytes(self) -> int:
         """Count the bytes of the keys and values stored for all rows, unused room left out."""
         return sum(group.nbytes() for group in self.groups)
+
+    def prefilled_states(self, row: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys, values and logit biases of a row after prefill, batch 1; not copies."""
+        return next(group for group in self.groups if row in group.rows).prefilled_states(row)
 
     def attend(
         self, order: Sequence[int], queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax

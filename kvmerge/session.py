@@ -132,6 +132,38 @@ class Row:
     cell: str = ""
     """What errors call it; empty: by its method's class and the budget."""
 
+    def generator(
+        self, sample_id: str, layer_idx: int, step: int | None = None
+    ) -> torch.Generator | None:
+        """Return what the row's method draws from (`seeded_generator`); None where it draws nothing."""
+        if not self.method.stochastic:
+            return None
+        return seeded_generator(self.seed, sample_id, layer_idx, step)
+
+
+@dataclass(frozen=True)
+class HoldRule:
+    """What a row's method does in one layer after each decode step (`kvmerge.cache.Hold`).
+
+    It holds no session, which would keep itself alive by it.
+    """
+
+    row: Row
+    sample_id: str
+    length: int
+    """Tokens of the row's prompt."""
+    layer_idx: int
+    allowance: Allowance
+    """The prefill's, without its generator: each step has its own."""
+    rope: Rope | None
+
+    def __call__(self, entries: Entries, weights: Tensor, step: int) -> Entries:
+        """Decide again what stays of the entries, `weights` `(1, heads, n)` being the new token's."""
+        drawn = self.row.generator(self.sample_id, self.layer_idx, step)
+        allowance = replace(self.allowance, generator=drawn)
+        now = DecodeStep(weights, self.length, self.layer_idx, step, allowance, self.rope)
+        return self.row.method.hold(entries, now)
+
 
 @dataclass
 class RowStats:
@@ -140,12 +172,12 @@ class RowStats:
     entries: list[list[int]] = field(default_factory=list)
     """Entries kept, by layer and KV head, of the layers that a budget counts: not of those with a
     window of their own."""
-    kv_bytes: int = 0
-    """Bytes of the keys and values of those entries."""
+    layer_kv_bytes: list[int] = field(default_factory=list)
+    """Bytes of the keys and values of those entries, by layer."""
+    layer_size_bytes: list[int] = field(default_factory=list)
+    """Bytes of what is stored beside them (set sizes, logit biases), by layer."""
     local_bytes: int = 0
     """Bytes of the keys and values of layers with a window of their own."""
-    size_bytes: int = 0
-    """Bytes of what is stored beside them (set sizes, logit biases)."""
     represented: list[list[int]] | None = None
     """Prompt tokens that the entries stand for, by layer and KV head; None unless sizes are kept."""
     read: list[list[int]] | None = None
@@ -154,19 +186,50 @@ class RowStats:
     kernels: set[str] = field(default_factory=set)
     """What attended to the prompt (`prompt_kernel`, or `masked`), of all layers."""
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values of the entries kept."""
+        return sum(self.layer_kv_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what is stored beside them (set sizes, logit biases)."""
+        return sum(self.layer_size_bytes)
+
+    @property
+    def kept_entries(self) -> float:
+        """Entries kept, the mean over layers and KV heads."""
+        return mean_of(self.entries)
+
+    def full_bytes(self, length: int) -> int:
+        """Return the bytes of keys and values that the full cache of `length` tokens has.
+
+        Layers with a window of their own hold the same in both.
+        """
+        counts = [count for layer in self.entries for count in layer]
+        return self.kv_bytes // sum(counts) * length * len(counts) + self.local_bytes
+
     def add_layer(self, kept: Entries) -> None:
         """Count one more layer."""
         _, kv_heads, length, head_dim = kept.keys.shape
         counts = [length] * kv_heads
+        beside = 0
         if kept.sizes is not None:
             counts = (kept.sizes[0] > 0).sum(-1).tolist()
             self.represented = [*(self.represented or []), kept.sizes[0].sum(-1).tolist()]
-            self.size_bytes += sum(counts) * kept.sizes.element_size()
+            beside += sum(counts) * kept.sizes.element_size()
         if kept.bias is not None:
-            self.size_bytes += sum(counts) * kept.bias.element_size()
+            beside += sum(counts) * kept.bias.element_size()
         self.entries.append(counts)
         per_entry = head_dim * (kept.keys.element_size() + kept.values.element_size())
-        self.kv_bytes += sum(counts) * per_entry
+        self.layer_kv_bytes.append(sum(counts) * per_entry)
+        self.layer_size_bytes.append(beside)
+
+
+def mean_of(counts: Sequence[Sequence[int]]) -> float:
+    """Return the mean over layers and KV heads of counts by both."""
+    each = [count for layer in counts for count in layer]
+    return sum(each) / len(each)
 
 
 Observer = Callable[[int, int, PrefillLayer, Entries], None]
@@ -452,12 +515,9 @@ class CacheSession:
         length = self.lengths[self.rows[index].prompt]
         return all(layer.claims[index].asked >= length for layer in self.proof.counted)
 
-    def _allowance(self, index: int, layer_idx: int, step: int | None = None) -> Allowance:
+    def _allowance(self, index: int, layer_idx: int) -> Allowance:
         row = self.rows[index]
-        generator = None
-        if row.method.stochastic:
-            sample_id = self.sample_ids[row.prompt]
-            generator = seeded_generator(row.seed, sample_id, layer_idx, step)
+        generator = row.generator(self.sample_ids[row.prompt], layer_idx)
         length = self.lengths[row.prompt]
         if index in self._allocated:
             n_keep = min(self._allocated[index][layer_idx], length)
@@ -471,14 +531,9 @@ class CacheSession:
         row = self.rows[index]
         if not self.policy.decides(row.method):
             return None
-        length = self.lengths[row.prompt]
-
-        def hold(entries: Entries, weights: Tensor, step: int) -> Entries:
-            allowance = self._allowance(index, layer_idx, step)
-            now = DecodeStep(weights, length, layer_idx, step, allowance, self.rope)
-            return row.method.hold(entries, now)
-
-        return hold
+        allowance = replace(self._allowance(index, layer_idx), generator=None)
+        sample_id, length = self.sample_ids[row.prompt], self.lengths[row.prompt]
+        return HoldRule(row, sample_id, length, layer_idx, allowance, self.rope)
 
 
 def session_for(
