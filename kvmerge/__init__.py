@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvmerge.budget import Budget
     from kvmerge.comparison import compare
     from kvmerge.compressed_cache import CompressedCache
+    from kvmerge.compression import Compression, Generation
     from kvmerge.errors import UserError
     from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer
     from kvmerge.proof import UnprovenError
@@ -19,8 +20,10 @@ __all__ = [
     "Allowance",
     "Budget",
     "CompressedCache",
+    "Compression",
     "DecodeStep",
     "Entries",
+    "Generation",
     "Method",
     "NothingCompressedWarning",
     "PrefillLayer",
@@ -32,6 +35,8 @@ __all__ = [
 
 _HOMES = {
     "CompressedCache": "compressed_cache",
+    "Compression": "compression",
+    "Generation": "compression",
     "compressed": "api",
     "NothingCompressedWarning": "api",
     "Budget": "budget",

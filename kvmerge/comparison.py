@@ -20,6 +20,7 @@ from kvmerge.cells import Cell, parse_cells
 from kvmerge.engine import RowResult, Stop, run_sample
 from kvmerge.errors import UserError
 from kvmerge.families import check_family
+from kvmerge.hook import check_generates
 from kvmerge.models import end_token_ids
 from kvmerge.resolve import load_method
 from kvmerge.session import Row
@@ -80,10 +81,7 @@ def compare(
             listed twice.
     """
     check_family(model.config)
-    if not model.can_generate():
-        raise UserError(
-            f"{type(model).__name__} cannot generate; load the model with AutoModelForCausalLM."
-        )
+    check_generates(model)
     for name, given in (("prompts", prompts), ("cells", cells)):
         if isinstance(given, str):
             raise UserError(
@@ -139,14 +137,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int, chat
 
 
 def _line(tokenizer: PreTrainedTokenizerBase, cell: Cell, result: RowResult) -> dict[str, object]:
-    counts = [count for layer in result.stats.entries for count in layer]
     return {
         "cell": cell.name,
         "method": cell.method_name,
         "budget": cell.budget.value,
         "text": tokenizer.decode(result.token_ids, skip_special_tokens=True),
         "generated_tokens": len(result.token_ids),
-        "kept_entries": sum(counts) / len(counts),
+        "kept_entries": result.stats.kept_entries,
         "kv_bytes": result.stats.kv_bytes + result.stats.local_bytes,
         "kl_to_full": result.fidelity.kl if result.fidelity else float("nan"),
         "top1_agreement": result.fidelity.top1 if result.fidelity else float("nan"),

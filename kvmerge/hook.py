@@ -109,7 +109,8 @@ AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, _no_mask)
 
 _taken: set[int] = set()
-"""Configurations whose attention implementation is ours now, by `id`: they are what is changed."""
+"""Configurations whose attention implementation is ours now, by `id`: they are what is changed, and a
+model has those of the models in it too."""
 _taking = threading.Lock()
 
 
@@ -119,16 +120,17 @@ def hooked(model: PreTrainedModel) -> Iterator[None]:
 
     Raises:
         UserError: if another block holds the model, in this thread or another, or a model that shares
-            its configuration; and for a model that does not let its attention be replaced.
+            a configuration or layers with it; and for a model that does not let its attention be
+            replaced.
     """
-    owned = id(model.config)
+    owned = {id(each.config) for each in model.modules() if isinstance(each, PreTrainedModel)}
     with _taking:
-        if owned in _taken:
+        if owned & _taken:
             raise UserError(
                 "this model is inside another block or run of kvmerge already, here or in another "
                 "thread. Leave that one first: a model serves one method and budget at a time."
             )
-        _taken.add(owned)
+        _taken.update(owned)
     try:
         previous = model.config._attn_implementation
         try:
@@ -147,7 +149,19 @@ def hooked(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(previous)
     finally:
         with _taking:
-            _taken.discard(owned)
+            _taken.difference_update(owned)
+
+
+def check_generates(model: PreTrainedModel) -> None:
+    """Refuse a model without `generate`, such as a decoder that was loaded without its head.
+
+    Raises:
+        UserError: naming what to load it with.
+    """
+    if not model.can_generate():
+        raise UserError(
+            f"{type(model).__name__} cannot generate; load the model with AutoModelForCausalLM."
+        )
 
 
 def cache_name(model: PreTrainedModel) -> str:

@@ -153,10 +153,9 @@ def test_what_attention_reads_is_held_inside_the_block(llama, prompts, monkeypat
 
 
 def test_positions_by_the_length_of_the_cache_are_found_inside_the_block(llama, prompts, monkeypatch):
-    def by_entries(cache, kwargs):
-        tokens = kwargs["input_ids"].shape[1]
-        begin = cache.session.layers[0].groups[0].length if cache.session.layers else 0
-        return begin + torch.arange(tokens)[None]
+    def by_entries(_, seen, kwargs):
+        entries = 15 if seen else 0
+        return entries + torch.arange(kwargs["input_ids"].shape[1])[None]
 
     monkeypatch.setattr("kvmerge.api._place", by_entries)
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import threading
 
 import pytest
@@ -15,9 +16,12 @@ from kvmerge import CompressedCache, UserError, compressed
 from kvmerge.budget import Budget
 from kvmerge.engine import Stop, run_sample
 from kvmerge.hook import CACHE_NAMES, cache_name, hooked
+from kvmerge.resolve import choices, load_method
 from kvmerge.session import Row
 from tests import tiny
 from tests.tiny import prompt
+
+METHODS = {name: load_method(name) for name in choices("method")}
 
 
 @pytest.fixture
@@ -127,14 +131,82 @@ def test_what_a_merged_cache_cannot_do_says_so(model, what, call):
             call(cache)
 
 
-def test_a_cache_whose_call_failed_midway_is_not_used_again(model, monkeypatch):
+def test_a_cache_goes_to_no_part_of_its_model(model):
     with compressed(model, "h2o", 0.5):
         cache, token = prefilled(model)
-        monkeypatch.setattr(model.model.layers[1].self_attn.q_proj, "forward", None)
+        with pytest.raises(UserError, match="called as a whole"):
+            model.model(token, **named(model.model, cache))
+        model(token, **named(model, cache))
+    with pytest.raises(UserError, match="called as a whole"):
+        model.model(token, **named(model.model, cache))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, pickle.dumps])
+def test_a_cache_is_not_pickled_or_copied_in_part(model, copied):
+    with compressed(model, "h2o", 0.5):
+        cache, _ = prefilled(model)
+        with pytest.raises(UserError, match=r"cannot be pickled, or copied in part; copy\.deepcopy"):
+            copied(cache)
+
+
+@pytest.mark.parametrize("policy", ["append", "hold"])
+@pytest.mark.parametrize("method", ["h2o", "kvmerger_log", "h2o_sim_decode"])
+def test_copies_of_a_cache_go_on_each_by_itself(model, method, policy):
+    """One prompt, three answers: each as if the prompt had been prefilled for it."""
+
+    def answers(cache, first):
+        """Logits of five tokens more, the first of them given."""
+        found, token = [], torch.tensor([[first]])
+        for _ in range(5):
+            out = model(token, **named(model, cache))
+            found.append(out.logits)
+            token = out.logits.argmax(-1)
+        return torch.cat(found, 1)
+
+    with torch.no_grad(), compressed(model, method, 0.5, decode_policy=policy) as c:
+        wanted = [answers(prefilled(model)[0], first) for first in (5, 6, 7)]
+        cache, _ = prefilled(model)
+        copies = [cache, copy.deepcopy(cache), copy.deepcopy(cache)]
+        found = [answers(each, first) for each, first in zip(copies, (5, 6, 7), strict=True)]
+        with pytest.raises(UserError, match="only there"):
+            tiny.new_model()(torch.tensor([[5]]), **named(model, copies[1]))
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    assert c.summary().decode_steps.tolist() == [5, 5, 5, 5, 4, 4]
+    assert c.summary().turn.tolist() == [1, 1, 1, 1, 2, 2]
+
+
+def test_a_copy_is_of_its_block_too(model):
+    with compressed(model, "h2o", 0.5):
+        cache, token = prefilled(model)
+        copied = copy.deepcopy(cache)
+    with compressed(model, "full", 1), pytest.raises(UserError, match="only there"):
+        model(token, **named(model, copied))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_model_is_not_copied_inside_its_block(model, copied):
+    """The copy would go through the block of the first."""
+    with (
+        compressed(model, "h2o", 0.5),
+        pytest.raises(UserError, match="cannot be copied or pickled inside"),
+    ):
+        copied(model)
+    copied(model)
+
+
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.1.self_attn.q_proj", "lm_head"])
+def test_a_cache_whose_call_failed_midway_is_not_used_again(model, monkeypatch, part):
+    with compressed(model, "h2o", 0.5):
+        cache, token = prefilled(model)
+        monkeypatch.setattr(model.get_submodule(part), "forward", None)
         with pytest.raises(TypeError), torch.no_grad():
             model(token, **named(model, cache))
+        monkeypatch.undo()
         with pytest.raises(UserError, match="earlier call on this cache ended in an error"):
             model(token, **named(model, cache))
+        with pytest.raises(UserError, match="only there"):
+            tiny.new_model()(token, **named(model, cache))
+        generate(model)  # the block serves on
 
 
 # --- what generate may be asked for
@@ -270,8 +342,9 @@ def test_a_conversation_goes_on_from_its_cache(model):
         cache = cache_of(first)
         assert torch.equal(generate(model, turn, **named(model, cache)), wanted)
     with compressed(model, "h2o", 0.5):
-        cache = cache_of(generate(model, return_dict_in_generate=True))
-        generate(model, turn, **named(model, cache))
+        first = generate(model, return_dict_in_generate=True)
+        cache = cache_of(first)
+        generate(model, torch.cat([first.sequences, prompt(7, seed=5)], 1), **named(model, cache))
         assert isinstance(cache, CompressedCache)
         assert cache.get_seq_length() == 30 + 8 + 7 + 7  # the last token is never fed
         assert cache.stats[0].entries == [[15, 15]] * 2
@@ -284,6 +357,23 @@ def test_a_model_that_trains_is_refused():
 
 
 # --- two blocks on one model
+
+
+@pytest.mark.parametrize("outer", METHODS)
+def test_a_block_inside_another_is_refused_for_every_pair_of_methods(model, outer):
+    """Neither is ignored: the inner one is refused, and the outer one answers as it did."""
+    with compressed(model, METHODS[outer], 0.5 if outer != "full" else 1) as c:
+        alone = generate(model, tokens=4)
+        for inner in METHODS.values():
+            for budget in (0.25, 1):
+                with (
+                    pytest.raises(UserError, match="inside another block"),
+                    compressed(model, inner, budget),
+                ):
+                    pass
+        assert torch.equal(generate(model, tokens=4), alone)
+    assert c.generations[0].rows == c.generations[1].rows
+    assert is_as_before(model)
 
 
 @pytest.mark.parametrize("outer", ["compressed", "hooked", "a run"])
@@ -311,6 +401,53 @@ def test_a_model_that_shares_its_configuration_is_refused(model):
         pass
     with compressed(twin, "h2o", 0.5):
         pass
+
+
+def test_a_model_that_shares_layers_is_refused(model):
+    """Their attention would be replaced twice, by configurations of two models."""
+    other = type(model)(copy.deepcopy(model.config)).eval()
+    other.model = model.model
+    plain = generate(model)
+    for first, second in ((model, other), (other, model)):
+        with (
+            compressed(first, "full", 1),
+            pytest.raises(UserError, match="inside another block"),
+            compressed(second, "h2o", 0.5),
+        ):
+            pass
+    with compressed(model, "full", 1):
+        assert torch.equal(generate(model), plain)
+    assert is_as_before(model)
+
+
+def test_a_model_without_its_head_is_refused(model):
+    with pytest.raises(UserError, match="LlamaModel cannot generate"), compressed(model.model):
+        pass
+
+
+def test_a_block_may_be_a_decorator(model):
+    @compressed(model, "full", 1)
+    def answer():
+        return generate(model)
+
+    plain = generate(model)
+    assert torch.equal(answer(), plain)
+    assert torch.equal(answer(), plain)
+    assert is_as_before(model)
+
+
+def test_a_generator_that_is_left_in_the_middle_closes_its_block(model):
+    def answers():
+        with compressed(model, "h2o", 0.5):
+            while True:
+                yield generate(model)
+
+    left = answers()
+    next(left)
+    with pytest.raises(UserError, match="inside another block"):
+        next(answers())
+    left.close()
+    assert is_as_before(model)
 
 
 def test_two_models_have_a_block_each(model):
@@ -371,6 +508,144 @@ def test_one_block_serves_many_threads(model):
         for thread in threads:
             thread.join()
     assert all(torch.equal(each, wanted) for each in found)
+
+
+class Pause:
+    """A streamer that stops at its `count`-th token; 1 is the prompt."""
+
+    def __init__(self, count):
+        self.left, self.reached, self.go_on = count, threading.Event(), threading.Event()
+
+    def put(self, _):
+        self.left -= 1
+        if self.left == 0:
+            self.reached.set()
+            assert self.go_on.wait(30)
+
+    def end(self):
+        pass
+
+
+def started(call, pause):
+    """Run a call in a thread, up to its pause; its results come when it has been joined."""
+    found = []
+
+    def run():
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert pause.reached.wait(30)
+    return thread, found
+
+
+def test_a_cache_in_another_threads_call_is_refused(model):
+    """Between the tokens of its answer too, and the answer is what it would have been."""
+    with compressed(model, "h2o", 0.5):
+        first = generate(model, return_dict_in_generate=True)
+        text = torch.cat([first.sequences, prompt(5)], 1)
+        wanted = generate(model, text, **named(model, copy.deepcopy(cache_of(first))))
+        cache, pause = cache_of(first), Pause(4)
+        thread, found = started(
+            lambda: generate(model, text, streamer=pause, **named(model, cache)), pause
+        )
+        for call in (
+            lambda: model(prompt(1), **named(model, cache)),
+            lambda: generate(model, text, **named(model, cache)),
+            lambda: copy.deepcopy(cache),
+        ):
+            with pytest.raises(UserError, match="another thread is using this cache"):
+                call()
+        assert generate(model).shape == (1, 38)  # a prompt of one's own is welcome
+        pause.go_on.set()
+        thread.join()
+    assert torch.equal(found[0], wanted)
+
+
+def test_a_block_waits_for_the_pass_that_another_thread_is_in(model, monkeypatch):
+    """Else the rest of its layers would attend without the cache, and the last token be wrong."""
+    with compressed(model, "h2o", 0.5):
+        wanted = generate(model)
+    pause, layer = Pause(8), model.model.layers[1]
+    forward = layer.forward
+
+    def slow(*arguments, **kwargs):
+        pause.put(None)
+        return forward(*arguments, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", slow)
+    with compressed(model, "h2o", 0.5):
+        thread, found = started(lambda: generate(model), pause)  # stops in its 8th and last pass
+        threading.Timer(0.2, pause.go_on.set).start()
+    assert is_as_before(model)
+    thread.join()
+    assert torch.equal(found[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(1, "block that this call was made in has ended"), (4, "used only there")]
+)
+def test_a_generation_that_outlives_its_block_is_refused(model, count, message):
+    """Before its prompt was compressed as well, when nothing would show that it was not."""
+    pause = Pause(count)
+    with compressed(model, "h2o", 0.5):
+        generate(model)
+        thread, found = started(lambda: generate(model, streamer=pause), pause)
+    pause.go_on.set()
+    thread.join()
+    assert isinstance(found[0], UserError)
+    assert message in str(found[0])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_generation_does_not_slip_into_the_next_block(model, count):
+    pause = Pause(count)
+    with compressed(model, "h2o", 0.5):
+        generate(model)
+        thread, found = started(lambda: generate(model, streamer=pause), pause)
+    with compressed(model, "h2o", 0.25) as c:
+        generate(model)
+        pause.go_on.set()
+        thread.join()
+    assert isinstance(found[0], UserError)
+    assert len(c.generations) == 1
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_plain_generation_does_not_slip_into_a_block(model, count):
+    pause = Pause(count)
+    thread, found = started(lambda: generate(model, streamer=pause), pause)
+    with compressed(model, "h2o", 0.5) as c:
+        generate(model)
+        pause.go_on.set()
+        thread.join()
+    assert isinstance(found[0], UserError)
+    assert len(c.generations) == 1
+
+
+def test_threads_have_a_block_each_on_models_of_their_own():
+    models = [tiny.new_model(), tiny.new_model("qwen3")]
+    wanted, found = {}, {}
+
+    def serve(into, index):
+        with compressed(models[index], "kvmerger", 0.5):
+            into[index] = [generate(models[index], prompt(20 + step)) for step in range(4)]
+
+    for index in range(2):
+        serve(wanted, index)
+    threads = [threading.Thread(target=serve, args=(found, index)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(
+        torch.equal(*pair)
+        for index in range(2)
+        for pair in zip(found[index], wanted[index], strict=True)
+    )
 
 
 def test_the_model_is_as_it_was_after_a_refused_block(model):
