@@ -444,7 +444,9 @@ ENDS = {
     "kvmerger": KVMERGER_ENDS,
     "kvmerger_log": KVMERGER_ENDS,
     "kvmerger_sized": KVMERGER_ENDS,
+    "keepkv": (4, 10),
     "lagkv": (4, 17),
+    "look_m": (4, 10),
     "meanpool_sets": KVMERGER_ENDS,
     "meanpool_chunks": KVMERGER_ENDS,
     "pivot_only": KVMERGER_ENDS,
@@ -453,6 +455,7 @@ ENDS = {
     "random_all": (0, 1),
     "snapkv": (0, 10),
     "streaming_llm": (4, 17),
+    "zsmerge": (0, 8),
 }
 """First and last tokens that a method keeps of 60 at 35%, that is of 21 entries: half of the budget is
 10 recent tokens for most, and KVMerger's .08 of the prompt are 4."""
@@ -462,8 +465,9 @@ ENDS = {
 @pytest.mark.parametrize("name", ENDS)
 def test_protected_tokens_survive(name, kv_heads):
     first, last = ENDS[name]
-    # CaM adds to the values of the tokens it keeps, D2O to their keys as well: only the place is kept
-    states = {"cam": ["keys"], "cam_generate": ["keys"], "d2o": []}.get(name, ["keys", "values"])
+    # some add to the values of the tokens that they keep, or to their keys as well: the place is kept
+    merged = {"cam": ["keys"], "cam_generate": ["keys"], "d2o": [], "keepkv": [], "look_m": []}
+    states = merged.get(name, ["keys", "values"])
     protected = [*range(first), *range(60 - last, 60)]
     for layer_, kept in compressed_layers(shared_model(kv_heads=kv_heads), prompt(60), row(name, 0.35)):
         for head in range(kv_heads):
