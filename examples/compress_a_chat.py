@@ -29,14 +29,13 @@ if __name__ == "__main__":
         return_dict=True,
         return_tensors="pt",
     ).to(model.device)
-    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
 
-    with compressed(model, method=options.method, budget=options.budget):
-        out = model.generate(**inputs, **settings, return_dict_in_generate=True)
+    with compressed(model, method=options.method, budget=options.budget) as c:
+        ids = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
 
-    tokens = inputs["input_ids"].shape[1]
-    cache = out.get("cache") or out["past_key_values"]  # its name before transformers 5.20
-    kept = [count for layer in cache.stats[0].entries for count in layer]
-    print(tokenizer.decode(out.sequences[0, tokens:], skip_special_tokens=True))
-    print(f"\n{tokens} prompt tokens, {sum(kept) / len(kept):.1f} entries per KV head kept of them,")
-    print(f"{cache.stats[0].kv_bytes / 2**20:.2f} MiB of keys and values")
+    kept = c.last.rows[0]
+    print(tokenizer.decode(ids[0, kept.prompt_tokens :], skip_special_tokens=True))
+    print(
+        f"\n{kept.prompt_tokens} prompt tokens, {kept.kept_entries:.1f} entries per KV head kept of them,"
+    )
+    print(f"{kept.kv_bytes / 2**20:.2f} of {kept.kv_bytes_full / 2**20:.2f} MiB of keys and values")

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvmerge.budget import Budget
-from kvmerge.compressed_cache import BEAMS, ELSEWHERE, CompressedCache, Places, left_padded
+from kvmerge.compressed_cache import BEAMS, ELSEWHERE, CompressedCache, EntryPositions, left_padded
 from kvmerge.compression import Compression, Generation, kept_rows
 from kvmerge.errors import UserError, unknown
 from kvmerge.families import check_family
@@ -354,15 +354,15 @@ class _Block:
         positions = _place(left_padded(lengths, tokens, tokens), 0, kwargs)
         rows = [replace(self.row, prompt=index) for index in range(batch)]
         samples = [str(index) for index in range(batch)]
-        places = Places()
-        session = session_for(self.model, rows, samples, places, self.policy)
+        noted = EntryPositions()
+        session = session_for(self.model, rows, samples, noted, self.policy)
         session.begin(lengths, _CAPACITY)
         chat = self._call.chat if self._call and not self._call.passes else None
         cache = chat or CompressedCache(self._key)
         with cache.entered():
             if chat is not None:
                 _check_retold(chat, kwargs.get("input_ids"), lengths, self._paddings())
-            cache.begin(session, tokens, places)
+            cache.begin(session, tokens, noted)
         return cache, positions
 
     def _next(self, cache: CompressedCache, kwargs: dict[str, Any]) -> tuple[CompressedCache, Tensor]:

@@ -34,7 +34,7 @@ _IN_USE = (
 )
 
 
-class Places:
+class EntryPositions:
     """Where the entries of each layer and row stand: what a session's buffers do not hold.
 
     An observer of a session (`kvmerge.session.Observer`).
@@ -75,15 +75,15 @@ class CompressedCache(Cache):
         self._using = threading.RLock()
         self._unfinished = False
 
-    def begin(self, session: CacheSession, width: int, places: Places) -> None:
+    def begin(self, session: CacheSession, width: int, noted: EntryPositions) -> None:
         """Take a session whose prefill is about to run in place of the text so far.
 
         Args:
             session: what will hold the entries.
             width: tokens of the prefill's batch, padding among them.
-            places: the session's observer.
+            noted: the session's observer.
         """
-        self.session, self.width, self._places = session, width, places
+        self.session, self.width, self._noted = session, width, noted
         self.layers = [_CountingLayer() for _ in range(session.num_layers)]
         self._ids: list[Tensor] | None = []
         self.generation = None
@@ -99,7 +99,7 @@ class CompressedCache(Cache):
 
     def kept(self, layer_idx: int, row: int) -> Entries:
         """Return what one layer kept of a row's prompt, batch 1; keys and values are not copies."""
-        positions, sizes = self._places.of(layer_idx, row)
+        positions, sizes = self._noted.of(layer_idx, row)
         keys, values, bias = self.session.layers[layer_idx].prefilled_states(row)
         return Entries(keys, values, positions, sizes, bias)
 
@@ -164,7 +164,7 @@ class CompressedCache(Cache):
         """Copy the entries, for another answer to the same text."""
         copied = CompressedCache(self.owner)
         with self.reserved():
-            copied.begin(copy.deepcopy(self.session, memo), self.width, self._places)
+            copied.begin(copy.deepcopy(self.session, memo), self.width, self._noted)
             copied.turns, copied._unfinished = self.turns, self._unfinished
             for layer, own in zip(copied.layers, self.layers, strict=True):
                 layer.seen = own.get_seq_length()  # type: ignore[union-attr]

@@ -205,7 +205,9 @@ class Compression:
 
     def __str__(self) -> str:
         """Return the table as text."""
-        return self.summary().to_string(index=False) if self.generations else "nothing was compressed"
+        if not self.generations:
+            return "nothing was compressed"
+        return self.summary().to_string(index=False, float_format="{:.4g}".format)
 
 
 def _overall(generation: Generation, row: KeptRow) -> dict[str, object]:

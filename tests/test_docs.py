@@ -7,13 +7,14 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from kvmerge import Budget, places, resolve
+from kvmerge import Budget, compression, places, resolve
 from kvmerge.cells import parse_cell
 from kvmerge.comparison import COLUMNS
 from kvmerge.engine import Stop, run_sample
@@ -115,9 +116,30 @@ def test_every_page_is_in_the_site_s_navigation():
     assert len(pages) == len(set(pages))
 
 
-def test_every_column_of_compare_is_explained():
+@pytest.mark.parametrize("columns", [COLUMNS, compression.COLUMNS, compression.LAYER_COLUMNS])
+def test_every_column_is_explained(columns):
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    assert [column for column in COLUMNS if f"`{column}`" not in text] == []
+    assert [column for column in columns if f"`{column}`" not in text] == []
+
+
+def test_the_blocks_of_from_python_run_one_after_the_other(checkpoint, capsys):
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for there, here in {"Qwen/Qwen3-8B": str(checkpoint), "cuda": "cpu"}.items():
+        assert f'"{there}"' in text
+        text = text.replace(f'"{there}"', repr(here))
+    names: dict[str, Any] = {}
+    turns = []
+    for _, block in BLOCK.findall(text):
+        exec(compile(block, "docs/python.md", "exec"), names)
+        if "c" in names:
+            turns.append(names["c"].summary()[["turn", "compressed"]].values.tolist())
+    assert turns[0] == [[1, True]]
+    assert [[1, True], [2, True]] in turns  # each_turn
+    assert turns[-1] == [[1, True], [2, False], [2, False]]  # two copies of a cache
+    tokens = names["inputs"].input_ids.shape[1]
+    assert names["kept"].keys.shape[2] == Budget.parse(0.35).entries(tokens)
+    assert "budget_achieved" in capsys.readouterr().out
+    assert names["table"].columns.tolist() == list(COLUMNS)
 
 
 def test_the_commit_hook_runs_the_locked_ruff():

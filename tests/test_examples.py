@@ -45,6 +45,20 @@ def test_a_chat_is_answered_from_a_compressed_cache(example):
     assert float(kept) == 100
 
 
+@pytest.mark.parametrize(
+    ("recompress", "compressed"), [("never", ["True", "False"]), ("each_turn", ["True", "True"])]
+)
+def test_a_chat_goes_on_from_its_cache(example, recompress, compressed):
+    short = ["--model", "tiny-random", "--max-new-tokens", "4", "--method", "h2o", "--budget", "0.5"]
+    printed = example("chat_turn_after_turn", *short, "--recompress", recompress)
+    header, *lines = [line.split() for line in printed.splitlines()[-3:]]
+    table = pd.DataFrame(lines, columns=header)
+    assert table.turn.tolist() == ["1", "2"]
+    assert table.compressed.tolist() == compressed
+    first, second = table.prompt_tokens.astype(int) + table.appended_tokens.astype(int)
+    assert second > first + 4
+
+
 def test_methods_are_compared_on_prompts_from_the_command_line(example, tmp_path: Path):
     prompts = ["--prompts", "The river was high in spring.", "The mill stood still."]
     cells = ["--cells", "full@1", "kvmerger@10"]
