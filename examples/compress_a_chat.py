@@ -35,7 +35,5 @@ if __name__ == "__main__":
 
     kept = c.last.rows[0]
     print(tokenizer.decode(ids[0, kept.prompt_tokens :], skip_special_tokens=True))
-    print(
-        f"\n{kept.prompt_tokens} prompt tokens, {kept.kept_entries:.1f} entries per KV head kept of them,"
-    )
+    print(f"\n{kept.prompt_tokens} prompt tokens, {kept.kept_entries:.1f} entries per KV head kept,")
     print(f"{kept.kv_bytes / 2**20:.2f} of {kept.kv_bytes_full / 2**20:.2f} MiB of keys and values")
