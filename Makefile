@@ -30,8 +30,8 @@ $(READY): requirements.lock requirements-model.lock pyproject.toml
 reproduce: $(READY)  ## run the whole comparison on the embedded model, and show the table
 	$(BIN)/python run.py experiment=mini
 
-report: $(READY)  ## tables and plots of finished runs: make report DIRS="DIR DIR"
-	$(BIN)/python -m harness.report $(DIRS)
+report: $(READY)  ## tables and plots of finished runs: make report DIRS="DIR DIR" [OUT=DIR] [SEPARATE=1]
+	$(BIN)/python -m harness.report $(DIRS) $(if $(OUT),--out $(OUT)) $(if $(SEPARATE),--separate)
 
 test: lint unit regression  ## lint, types, all tests, and the regression
 

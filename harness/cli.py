@@ -13,9 +13,9 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from harness.observation import Observed
 from harness.observing import observe_all
 from harness.overrides import MULTIRUN, read_overrides, told
 from harness.plan import print_plan
+from harness.provenance import changed_beside
 from harness.report.gates import log_gate
 from harness.report.run import load_run
 from harness.results import Results
@@ -37,6 +38,7 @@ from harness.runner import run
 from harness.selfcheck import selfcheck
 from harness.settings import Choices, Settings, settings_from
 from harness.sources import take_config_dirs
+from harness.sweep import Points, check_launcher, current_points, report_points, sweep
 from harness.variants import check_noise
 from kvmerge.errors import UserError, first_line
 from kvmerge.files import remove_leftovers
@@ -44,8 +46,6 @@ from kvmerge.places import config_dir, config_dirs
 
 USER_ERROR = 2
 _STOPS = (signal.SIGTERM, signal.SIGHUP)
-_SWEEP = "KVMERGE_SWEEP"
-"""Environment variable: the folder where points of a sweep, which may be processes, leave errors."""
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of the disk that only its owner can mend."""
 
@@ -65,8 +65,8 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def task(config: DictConfig) -> None:
-        if _SWEEP in os.environ:
-            _run_point(config, Path(os.environ[_SWEEP]))
+        if points := current_points():
+            _run_point(config, points)
         else:
             _guarded(lambda: execute(config))
 
@@ -78,6 +78,7 @@ def _start(task: Callable[[], None]) -> None:
     words, folders = take_config_dirs(sys.argv[1:])
     with config_dirs(folders):
         sys.argv[1:] = read_overrides(words)
+        check_launcher(sys.argv[1:])
         with told():
             if MULTIRUN & set(sys.argv[1:]):
                 _sweep(task)
@@ -86,36 +87,34 @@ def _start(task: Callable[[], None]) -> None:
 
 
 def _sweep(task: Callable[[], None]) -> None:
-    """Run every point of a sweep, and list those that failed."""
-    with tempfile.TemporaryDirectory(prefix="kvmerge-sweep-") as folder:
-        os.environ[_SWEEP] = folder
-        try:
-            task()
-        finally:
-            del os.environ[_SWEEP]
-        failed = [path.read_text() for path in sorted(Path(folder).iterdir())]
+    """Run every point of a sweep, report them together, and list those that failed."""
+    with sweep() as points:
+        task()
+        report_points(points, Console())
+        failed = points.failed
     if failed:
         listed = "\n".join(f"  {line}" for line in failed)
         raise UserError(f"{len(failed)} of the points failed; the others are done.\n{listed}")
 
 
-def _run_point(config: DictConfig, failures: Path) -> None:
+def _run_point(config: DictConfig, points: Points) -> None:
     """Run one point of a sweep; what goes wrong is told now, noted for the end, and stops no other."""
     job = HydraConfig.get().job
     try:
-        execute(config)
+        points.note_done(job.num, execute(config))
     except Exception as error:
         if not isinstance(error, UserError) and not _is_storage(error):
             traceback.print_exc()
         line = f"{job.override_dirname}: {first_line(error)}"
         print(f"error: {line}", file=sys.stderr)
-        (failures / f"{job.num:06d}").write_text(line)
+        points.note_failed(job.num, line)
 
 
-def execute(config: DictConfig) -> None:
-    """Run one composed configuration."""
+def execute(config: DictConfig) -> Settings:
+    """Run one composed configuration, and return what it was."""
     settings = settings_from(config, Choices.of(HydraConfig.get()))
     _KINDS[settings.kind](settings, Console())
+    return settings
 
 
 def compare(settings: Settings, console: Console) -> None:
@@ -139,7 +138,8 @@ def _alone(work: Callable[[Settings, Console], None]) -> Callable[[Settings, Con
         if settings.dry_run:
             print_plan(settings, console)
             return
-        with only_writer(settings.results_dir):
+        # points of a sweep may run at once and share a folder
+        with only_writer(settings.results_dir, wait=current_points() is not None):
             remove_leftovers(settings.results_dir)
             work(settings, console)
 
@@ -159,10 +159,17 @@ def report(settings: Settings, results: Results, console: Console) -> None:
     """Write summary, tables and plots of a finished run, show the table and name the files."""
     if _left_to_shards(settings, console):
         return
+    from harness.report.joined import on_common_samples
     from harness.report.page import write_report  # matplotlib and scipy are slow to import
     from harness.report.terminal import print_comparison
 
-    loaded = load_run(settings.output_dir, results)
+    changed = tuple(
+        f"{cell} is another by now than the one that was answered: {why}. Run it with stale=rerun to "
+        "answer it anew."
+        for cell, why in changed_beside(settings, results).items()
+    )
+    loaded = replace(load_run(settings.output_dir, results), remarks=changed)
+    loaded = on_common_samples(loaded, [cell.name for cell in settings.cells])
     page = write_report([loaded], judgements=[settings.judgement])
     print_comparison(loaded, console, settings.judgement)
     for path in ("summary.csv", "run.json", "predictions/", "tables/", "plots/"):
@@ -220,7 +227,7 @@ def _is_storage(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _STORAGE
 
 
-def _guarded(action: Callable[[], None]) -> None:
+def _guarded(action: Callable[[], object]) -> None:
     try:
         action()
     except UserError as error:

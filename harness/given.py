@@ -28,6 +28,8 @@ class Given:
     method: Mapping[str, Any]
     budget: Any
     """What `Budget.parse` takes."""
+    baseline: Literal["full", "none"]
+    """What a single cell is compared with."""
     cells: Sequence[Any] | None
     limit: Count | None
     seed: Index
@@ -109,7 +111,7 @@ class Vary:
 JUDGED = ("margin", "flips", "noise")
 """Settings of what the report judges by, which only a comparison has."""
 OF_CELLS = (
-    *("method", "budget", "cells", "seed", "num_seeds", "decode_policy", "pos", "layers_skip"),
-    *("skip_budget", "fidelity", "batch_size", "stale", *JUDGED),
+    *("method", "budget", "baseline", "cells", "seed", "num_seeds", "decode_policy", "pos"),
+    *("layers_skip", "skip_budget", "fidelity", "batch_size", "stale", *JUDGED),
 )
 """Settings of what is answered, which a run that observes has no use for."""

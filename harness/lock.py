@@ -26,16 +26,21 @@ _HELD = (errno.EAGAIN, errno.EACCES)
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a results folder inside the block; it is made if it is not there.
 
+    Args:
+        folder: the results folder.
+        wait: whether to wait for another process that holds it, as the points of a sweep do.
+
     Raises:
-        UserError: if another process holds it, naming its host and number and since when.
+        UserError: if another process holds it and is not waited for, naming its host and number and
+            since when.
     """
     path = folder / FILE
     try:
         is_new = not folder.exists()
-        file = _take(path)
+        file = _take(path, wait)
     except OSError as error:
         raise UserError(
             f"nothing can be written to {folder}: {error.strerror}. Choose another output_dir."
@@ -51,18 +56,22 @@ def only_writer(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _take(path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _take(path: Path, wait: bool) -> int:
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)  # again: a holder takes an empty folder away
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(file, 4096, 0)
-            os.close(file)
-            if error.errno in _HELD:
-                raise UserError(_held_by(path.parent, holder)) from None
-            raise
+            if error.errno in _HELD and wait:
+                logger.info("waiting: %s", _held_by(path.parent, holder))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            else:
+                os.close(file)
+                if error.errno in _HELD:
+                    raise UserError(_hint(path.parent, holder)) from None
+                raise
         # A holder that has ended meanwhile took its file away: then this lock is on no file.
         if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
             break
@@ -74,11 +83,14 @@ def _take(path: Path) -> int:
     return file
 
 
+def _hint(folder: Path, holder: bytes) -> str:
+    return f"{_held_by(folder, holder)} Wait for it, stop it, or choose another output_dir."
+
+
 def _held_by(folder: Path, holder: bytes) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         who = json.loads(holder)
         return (
-            f"{folder} is being written by process {who['pid']} on {who['host']} since {who['since']}. "
-            "Wait for it, stop it, or choose another output_dir."
+            f"{folder} is being written by process {who['pid']} on {who['host']} since {who['since']}."
         )
-    return f"{folder} is being written by another process. Wait for it, or choose another output_dir."
+    return f"{folder} is being written by another process."

@@ -19,8 +19,8 @@ import torch
 from harness import code
 from harness.results import Results, changed_settings
 from harness.settings import Settings
-from kvmerge.cells import Cell
-from kvmerge.errors import UserError
+from kvmerge.cells import Cell, parse_cell
+from kvmerge.errors import UserError, first_line
 from kvmerge.kernels.choice import chosen, processor
 from kvmerge.models.contents import digests
 
@@ -91,8 +91,7 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
         "transformers": versions["transformers"],
         "tokenizers": versions["tokenizers"],
         "data": dict(data),
-        "cells": {cell.name: cell.settings() for cell in settings.cells},
-        "methods": {cell.name: _made_of(cell, shared) for cell in settings.cells},
+        **_of_cells(settings.cells, shared),
     }
     if settings.observe is not None:
         prints["observe"] = settings.observe.measured()
@@ -139,7 +138,7 @@ def check_resumable(results: Results, current: Mapping[str, Any]) -> dict[str, A
         raise UserError(
             f"{results.folder} holds results that these cells would not give any more:\n{listed}\n"
             "The other cells are as they were. Give stale=rerun to answer these anew, and keep their "
-            "old lines under another name; or leave them out of cells, or choose another output_dir."
+            "old lines under another name; or leave them out, or choose another output_dir."
         )
     return merged
 
@@ -164,6 +163,23 @@ def stale_cells(results: Results, current: Mapping[str, Any]) -> dict[str, str]:
         if differing and results.has_cell(cell):
             stale[cell] = ", ".join(differing)
     return stale
+
+
+def changed_beside(settings: Settings, results: Results) -> dict[str, str]:
+    """Return the cells of a finished run's folder that it did not run, and that are others by now.
+
+    What of each differs is said, as by `stale_cells`.
+    """
+    prints = results.info.get("fingerprint") or {}
+    names = set(results.info.get("cells", ())) - {cell.name for cell in settings.cells}
+    found = {}
+    beside: list[Cell] = []
+    for name in sorted(names & set(prints.get("methods", {}))):
+        try:
+            beside.append(parse_cell(name))
+        except UserError as error:
+            found[name] = first_line(error).rstrip(".")
+    return found | stale_cells(results, _of_cells(beside, prints["code"]))
 
 
 def _changes(
@@ -263,6 +279,20 @@ def git_state() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
     status = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _of_cells(cells: Iterable[Cell], shared: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return what each cell has for itself: its settings, and digests of what its method is made of.
+
+    Args:
+        cells: the cells.
+        shared: modules that all cells pass through.
+    """
+    parts = {
+        "cells": {cell.name: cell.settings() for cell in cells},
+        "methods": {cell.name: _made_of(cell, shared) for cell in cells},
+    }
+    return dict(json.loads(json.dumps(parts)))  # as it is read back
 
 
 def _made_of(cell: Cell, shared: Iterable[str]) -> dict[str, str]:

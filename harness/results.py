@@ -38,6 +38,27 @@ def changed_settings(
         yield place, before, now
 
 
+def changed_prints(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, object, object]]:
+    """Yield where the fingerprints of two runs differ, as `changed_settings` does.
+
+    Tasks and cells that only one of the two has are no difference.
+    """
+    one, other = dict(before), dict(now)
+    for key in _NAMED:
+        first, second = one.get(key) or {}, other.get(key) or {}
+        one[key], other[key] = (
+            {name: side[name] for name in side if name in first and name in second}
+            for side in (first, second)
+        )
+    yield from changed_settings(one, other)
+
+
+_NAMED = ("data", "cells", "methods")
+"""Parts of a fingerprint that tasks or cells have for themselves."""
+
+
 class _Judged(TypedDict):
     metric: str
 

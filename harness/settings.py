@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
+from harness.folders import cells_folder, named_folder
 from harness.given import JUDGED, OF_CELLS, Given, Observe, SelfcheckOptions, Vary
 from harness.judgement import Judgement, judgement_from
 from harness.overrides import GROUPS, read_overrides, told
 from harness.sources import register
-from kvmerge.cells import Cell, file_name, make_cell, parse_cells
+from kvmerge.cells import Cell, make_cell, parse_cell, parse_cells
 from kvmerge.errors import UserError
 from kvmerge.files import check_name
 from kvmerge.models import ModelSpec
@@ -32,6 +32,8 @@ _OF_BENCHMARKS = [
     name for name in (*Benchmark.__annotations__, *vars(Benchmark)) if not name.startswith("_")
 ]
 """What the runner asks of a benchmark."""
+FULL = "full@1"
+"""The cell that others are compared with."""
 
 
 def _listed() -> str:
@@ -58,33 +60,46 @@ def compose(overrides: Sequence[str]) -> Settings:
     try:
         with told(), initialize_config_dir(str(config_dir()), version_base="1.3"):
             config = hydra_compose("config", words, return_hydra_config=True)
+            choices = Choices.of(config.hydra)
+            with open_dict(config):
+                del config["hydra"]
+            return settings_from(config, choices)
     finally:
         GlobalHydra.instance().hydra = outer
-    choices = Choices.of(config.hydra)
-    with open_dict(config):
-        del config["hydra"]
-    return settings_from(config, choices)
 
 
 @dataclass(frozen=True)
 class Choices:
     """What the configuration groups were set to, and which top-level keys the user gave."""
 
-    method: str
-    experiment: str | None = None
+    by_group: Mapping[str, str]
     given: frozenset[str] = frozenset()
+
+    @property
+    def method(self) -> str:
+        """The method."""
+        return self.by_group["method"]
+
+    @property
+    def experiment(self) -> str | None:
+        """The experiment, where one was chosen."""
+        return self.by_group.get("experiment")
 
     @classmethod
     def of(cls, hydra: Any) -> Choices:
         """Read them from Hydra's own part of a composed configuration."""
-        chosen = hydra.runtime.choices
+        chosen = {
+            group: str(hydra.runtime.choices[group])
+            for group in GROUPS
+            if hydra.runtime.choices.get(group) is not None
+        }
         for group in OF_CLASSES:
-            find(group, str(chosen[group]))  # in two places Hydra would take the first, without a word
+            find(group, chosen[group])  # in two places Hydra would take the first, without a word
         words: Any = OmegaConf.to_container(
             hydra.overrides.task
         )  # unresolved: a word may hold a ${...}
         given = {str(word).lstrip("+").partition("=")[0] for word in words}
-        return cls(str(chosen["method"]), chosen.get("experiment"), frozenset(given))
+        return cls(chosen, frozenset(given))
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,11 @@ class Settings:
 
 
 def settings_from(config: DictConfig, choices: Choices) -> Settings:
-    """Validate a composed configuration. Raises `UserError` naming the setting."""
+    """Validate a composed configuration, while Hydra is initialized.
+
+    Raises:
+        UserError: naming the setting.
+    """
     with told():
         resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if "experiment" in resolved:
@@ -183,7 +202,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         cells=cells,
         model=model,
         benchmark=benchmark,
-        output_dir=_output_dir(given, cells, choices, benchmark.name, model.name),
+        output_dir=_output_dir(given, resolved, choices, benchmark.name, model.name),
         seed=given.seed,
         num_seeds=given.num_seeds,
         policy=_policy(given, cells),
@@ -258,8 +277,9 @@ def _cells(given: Given, choices: Choices) -> list[Cell]:
             if key not in defaults or value != defaults[key]
         }
         full = choices.method == "full" and "budget" not in choices.given
-        return [make_cell(choices.method, options, 1 if full else given.budget)]
-    clash = _given_of(("method", "budget"), choices)
+        cell = make_cell(choices.method, options, 1 if full else given.budget)
+        return [cell] if cell.is_full or given.baseline == "none" else [parse_cell(FULL), cell]
+    clash = _given_of(("method", "budget", "baseline"), choices)
     if clash:
         chosen = f"experiment={choices.experiment}" if choices.experiment else "cells=[...]"
         raise UserError(
@@ -283,21 +303,17 @@ def _policy(given: Given, cells: Sequence[Cell]) -> Policy:
 
 
 def _output_dir(
-    given: Given, cells: Sequence[Cell], choices: Choices, benchmark: str, model: str
+    given: Given, resolved: Mapping[str, Any], choices: Choices, benchmark: str, model: str
 ) -> Path:
     if given.output_dir is not None:
         if not given.output_dir:
             raise UserError("output_dir='' names no folder; give one, or null.")
         return Path(given.output_dir).expanduser()
     if given.vary is not None:
-        run = "noise"  # whatever its cells: there the report looks for it
-    elif choices.experiment and "cells" not in choices.given:
-        run = choices.experiment
-    elif not cells:
-        run = "observations"
-    elif len(cells) == 1:
-        run = file_name(cells[0].name)
-    else:
-        names = ",".join(cell.name for cell in cells)
-        run = f"cells-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
-    return Path("results") / "runs" / run / benchmark / model
+        return named_folder("noise", benchmark, model)  # whatever its cells: there the report looks
+    if choices.experiment and "cells" not in choices.given:
+        return named_folder(choices.experiment, benchmark, model)
+    if given.observe is not None:
+        return named_folder("observations", benchmark, model)
+    names = {"benchmark": benchmark, "model": model}
+    return cells_folder(resolved, choices.by_group, names)

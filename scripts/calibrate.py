@@ -99,12 +99,13 @@ def calibrate(settings: Settings) -> Path:
     Raises:
         UserError: as a run does, and where there is no threshold to calibrate.
     """
-    if len(settings.cells) != 1:
+    cells = [cell for cell in settings.cells if not cell.is_full] or settings.cells  # no baseline
+    if len(cells) != 1:
         raise UserError(
-            f"{len(settings.cells)} cells were given; thresholds are calibrated for one method at one "
+            f"{len(cells)} cells were given; thresholds are calibrated for one method at one "
             "budget, e.g. method=kvmerger budget=0.35."
         )
-    cell = settings.cells[0]
+    (cell,) = cells
     method = cell.method
     if not isinstance(method, KVMerger):
         raise UserError(

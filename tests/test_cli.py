@@ -100,6 +100,42 @@ def test_a_run_shows_its_table_and_names_its_files(
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_a_second_command_adds_its_cell_to_the_table_of_the_first(
+    command: Command, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [text for text in given if not text.startswith(("output_dir", "limit"))]
+    first = command(*free, "method=kvmerger", "budget=0.35", "limit=2")
+    assert first.status == 0, first.err
+    (run,) = Path("results/runs/cells/longbench").iterdir()
+    full = run / "predictions" / "trec" / "full@1.jsonl"
+    before = full.read_bytes()
+    ran: list[str] = []
+    original = harness.answering.run_samples
+
+    def watched(model: Any, requests: Any, stop: Any) -> Any:
+        ran.extend(row.cell for each in requests for row in each.rows)
+        return original(model, requests, stop)
+
+    monkeypatch.setattr(harness.answering, "run_samples", watched)
+    second = command(*free, "method=h2o", "budget=0.35", "limit=2")
+    assert second.status == 0, second.err
+    assert [name for name in ran if name] == ["h2o@0.35"] * 2
+    assert full.read_bytes() == before
+    header = next(line.split() for line in second.out.splitlines() if "full" in line)
+    assert header == ["full", "kvmerger", "h2o"]
+    for figure in ("difference", "KL to full"):
+        assert figure in first.out
+        assert figure in second.out
+    kl = next(line.split() for line in second.out.splitlines() if "KL to full" in line)
+    assert len(kl) == len(["KL", "to", "full", "(nats)", "full@1", "kvmerger@0.35", "h2o@0.35"])
+
+    third = command(*free, "method=h2o", "budget=0.5", "limit=3")
+    header = next(line.split() for line in third.out.splitlines() if "full" in line)
+    assert header == ["full", "h2o"]
+    told = " ".join(third.out.split())
+    assert "kvmerger@0.35, h2o@0.35 on trec (2 of 3)" in told
+
+
 def test_help_names_the_commands_the_choices_and_the_settings(command: Command) -> None:
     output = command("--help")
     assert output.status == 0
@@ -313,7 +349,21 @@ def test_a_bad_point_of_a_sweep_stops_no_other_and_is_listed_at_the_end(
     assert summary == "error: 1 of the points failed; the others are done."
     assert "limit=0" in point
     assert point.endswith("limit=0 must be a whole number of 1 or more or null.")
-    assert len(list(tmp_path.glob("first-1/shards/*/predictions/*/*.jsonl"))) == 1
+    assert len(list(tmp_path.glob("first-1/shards/*/predictions/*/h2o*.jsonl"))) == 1
+
+
+def test_a_sweep_ends_with_one_report_of_the_points_that_finished(
+    command: Command, given: list[str]
+) -> None:
+    free = [text for text in given if not text.startswith("output_dir")]
+    output = command("-m", *free, "method=h2o,tova", "budget=0.5,-1")
+    assert output.status == 2
+    *_, page = output.out.splitlines()
+    (run,) = Path("results/runs/cells/longbench").iterdir()
+    assert page == f"all points together: {run / 'report.html'}"
+    assert output.err.count("error: 2 of the points failed; the others are done.") == 1
+    summary = (run / "summary.csv").read_text()
+    assert all(f",{method}," in summary for method in ("full", "h2o", "tova"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])

@@ -20,7 +20,7 @@ from harness.report.contrasts import AVERAGE, Contrast
 from harness.report.divergence import KL, divergence
 from harness.report.run import Run, load_run
 from harness.report.words import span
-from harness.results import changed_settings
+from harness.results import changed_prints
 from harness.variants import BASE, FOLDER, UNPACKED, Listed, check_noise, is_noise, read_variants
 from kvmerge.errors import UserError
 
@@ -199,13 +199,8 @@ def _refuse_other_changes(base: Run, run: Run, listed: Listed) -> None:
     Tasks and cells that only one of the two has are no difference.
     """
     meant = _VARIED.get(listed["setting"]) or _VARIED.get(listed["name"])
-    before, now = (dict(each.recorded("fingerprint") or {}) for each in (base, run))
-    for key in ("data", "cells", "methods"):
-        one, other = before.pop(key, {}), now.pop(key, {})
-        shared = one.keys() & other.keys()
-        before |= {f"{key}.{name}": one[name] for name in shared}
-        now |= {f"{key}.{name}": other[name] for name in shared}
-    for setting, was, is_now in changed_settings(before, now):
+    before, now = (each.recorded("fingerprint") or {} for each in (base, run))
+    for setting, was, is_now in changed_prints(before, now):
         if setting != meant:
             raise UserError(
                 f"{run.output_dir} and {base.output_dir} differ in {setting} ({is_now!r} against "

@@ -40,6 +40,10 @@ class Run:
     """By task and cell; without those that have no record."""
     parts: tuple[Results, ...] = ()
     """The folders that they were read from: one, or a shard each."""
+    remarks: tuple[str, ...] = ()
+    """What a reader must know of how the cells came together."""
+    joined: tuple[Run, ...] = ()
+    """The runs that this one was joined from (`harness.report.joined`); the first is `output_dir`'s."""
     _drawn: dict[tuple[str, str, tuple[str, ...]], Scored] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -56,6 +60,20 @@ class Run:
     def benchmark(self) -> str:
         """The benchmark's name."""
         return str(self.info["benchmark"])
+
+    @property
+    def sources(self) -> tuple[Run, ...]:
+        """The runs that were joined; this one where it was not."""
+        return self.joined or (self,)
+
+    @property
+    def place(self) -> str:
+        """The folder, or the folders, that the run was read from."""
+        return ", ".join(str(source.output_dir) for source in self.sources)
+
+    def of(self, task: str, cell: str) -> list[Record]:
+        """Return the records of a task and cell; [] where there are none."""
+        return self.records.get((task, cell), [])
 
     def prompts(self, task: str) -> Prompts:
         """Return the prompts of a task that were recorded, by sample and hash."""

@@ -19,7 +19,7 @@ from harness.report.gates import Verdict, gates, summary_lines
 from harness.report.missed import missed_budgets, shown_name
 from harness.report.noise import Floor, find_floor
 from harness.report.published import load_references
-from harness.report.run import Run, averages
+from harness.report.run import Run, averages, differences
 from harness.report.tables.contrasts import WITHIN_NOISE, verdict_text
 from harness.report.tables.noise import IN_FILES_ALONE, noise_tables, notes
 from harness.report.words import gaps, setting, task_label
@@ -121,7 +121,10 @@ class _Figure:
 
 
 def _figures(run: Run, rule: FlipRule) -> list[_Figure]:
-    """Return the average, each task's score, flips, budget and KL, without those that no cell has."""
+    """Return the average, its difference to the full cache, each task's score, flips, budget and KL.
+
+    Those that no cell has are left out. What is no score of 0 to 100 has a difference of its own.
+    """
     scores = [
         _Figure(
             task_label(run, task),
@@ -135,9 +138,28 @@ def _figures(run: Run, rule: FlipRule) -> list[_Figure]:
     ]
     averaged = {cell: f"{scored.value:.2f}" for cell, scored in averages(run).items()}
     flipped = {one.cell: f"-{one.lost} +{one.gained}" for one in counts(run, rule) if one.task == TOTAL}
-    first = [_Figure("average", averaged, "bold")] if averaged else []
-    below = [_Figure("samples lost, gained", flipped, "dim"), *_below(run)]
-    return [*first, *scores, *(figure for figure in below if figure.by_cell)]
+    average, *others = _differences(run)
+    first = [_Figure("average", averaged, "bold"), average]
+    below = [*others, _Figure("samples lost, gained", flipped, "dim"), *_below(run)]
+    return [figure for figure in (*first, *scores, *below) if figure in scores or figure.by_cell]
+
+
+def _differences(run: Run) -> list[_Figure]:
+    """Return the differences to the full cache with their intervals: of the average, and of each task
+    that is in none.
+    """
+    found = differences(run, run.full_cell) if run.full_cell else []
+    texts: dict[str, dict[str, str]] = {AVERAGE: {}}
+    texts |= {task: {} for task in run.tasks if task not in run.averaged_tasks}
+    for each in found:
+        shown = each.scored.estimate()
+        if each.task in texts and not isnan(shown.value):
+            interval = "" if isnan(shown.low) else f"\n[{shown.low:.2f}, {shown.high:.2f}]"
+            texts[each.task][each.cell] = f"{shown.value:+.2f}{escape(interval)}"
+    return [
+        _Figure(("" if task == AVERAGE else f"{task}, ") + "difference\nto full, 95%", by_cell)
+        for task, by_cell in texts.items()
+    ]
 
 
 def _by_task(run: Run, cells: Sequence[str], figures: Sequence[_Figure]) -> RichTable:

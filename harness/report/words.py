@@ -41,7 +41,12 @@ def setting(run: Run) -> str:
         f"n = {sample_counts(run)} samples a task",
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
     ]
-    return ", ".join([*parts, *made_by(run.info)])
+    return ", ".join([*parts, *all_made_by(run)])
+
+
+def all_made_by(run: Run) -> list[str]:
+    """Say what made the numbers of a run, or of those that it was joined from: each fact once."""
+    return list(dict.fromkeys(part for source in run.sources for part in made_by(source.info)))
 
 
 def made_by(info: Mapping[str, Any]) -> list[str]:
@@ -135,7 +140,8 @@ def _listed(values: Collection[Any]) -> str:
 
 
 def gaps(run: Run) -> list[str]:
-    """Name cells without records, tasks whose cells do not compare, and missed budgets.
+    """Name how cells came together, cells without records, tasks whose cells do not compare, and missed
+    budgets.
 
     Those hold different samples, or were run otherwise.
     """
@@ -144,7 +150,7 @@ def gaps(run: Run) -> list[str]:
         missing = [task for task in run.tasks if (task, cell) not in run.records]
         if missing:
             by_tasks.setdefault(", ".join(missing), []).append(cell)
-    notes = ran_otherwise(run)
+    notes = [*run.remarks, *ran_otherwise(run)]
     notes += [
         f"Blank, as there are no records: {', '.join(cells)} on {tasks}."
         for tasks, cells in by_tasks.items()

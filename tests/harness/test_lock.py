@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_the_second_writer_is_refused_and_told_who_the_first_is(
     told = f"{tmp_path} is being written by process {holder.pid} on {socket.gethostname()} since 20"
     with pytest.raises(UserError, match=told), only_writer(tmp_path):
         pytest.fail("two writers")
+
+
+def test_a_point_of_a_sweep_waits_until_the_folder_is_free(
+    tmp_path: Path, holder: subprocess.Popen[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    threading.Timer(0.3, holder.kill).start()
+    with only_writer(tmp_path, wait=True):
+        assert holder.wait() == -signal.SIGKILL, "it held the folder until then"
+        assert f'"pid": {os.getpid()}' in (tmp_path / FILE).read_text()
+    assert f"waiting: {tmp_path} is being written by process {holder.pid}" in caplog.text
 
 
 def test_a_killed_writer_is_in_nobodys_way(tmp_path: Path, holder: subprocess.Popen[str]) -> None:

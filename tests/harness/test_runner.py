@@ -28,6 +28,7 @@ from benchmarks.task import PromptFormat
 from harness import code
 from harness.answering import prompt_hash, stop_rule
 from harness.batching import BatchSize
+from harness.provenance import changed_beside
 from harness.records import KL_DECIMALS, prediction_path
 from harness.report.run import load_run
 from harness.report.summary import write_summary
@@ -264,7 +265,7 @@ ONE = ("benchmark.tasks=[trec]", "limit=1")
 
 
 @pytest.mark.parametrize(
-    "given", [["cells=[h2o@0.5]"], ["cells=[h2o@0.5,full@1]", "fidelity=false"], ["budget=0.5"]]
+    "given", [["cells=[h2o@0.5]"], ["cells=[h2o@0.5,full@1]", "fidelity=false"], ["baseline=none"]]
 )
 def test_divergence_is_empty_where_nothing_is_compared(tiny: Tiny, given: list[str]) -> None:
     settings = tiny(*ONE, *given)
@@ -495,6 +496,25 @@ def test_another_method_makes_its_own_cells_stale_and_no_others(
     calls.samples.clear()
     run(tiny("stale=rerun"))
     assert calls.samples == []
+
+
+@pytest.mark.usefixtures("copy")
+def test_another_method_stands_in_no_way_of_other_cells_and_is_told(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny("cells=[full@1,kvmerger@0.5]")
+    assert changed_beside(settings, run(settings)) == {}
+    change_module(monkeypatch, "baselines.h2o")
+    assert changed_beside(settings, run(settings)) == {"h2o@0.5": "baselines.h2o has changed"}
+    assert changed_beside(tiny("cells=[h2o@0.5,cam@0.5]"), Results(settings.output_dir)) == {}
+
+
+def test_a_cell_beside_whose_method_is_gone_is_told(tiny: Tiny, copy: Path) -> None:
+    text = (copy / "run.json").read_text()
+    (copy / "run.json").write_text(text.replace("cam@0.5", "kam@0.5"))
+    found = changed_beside(tiny("cells=[full@1]"), Results(copy))
+    assert list(found) == ["kam@0.5"]
+    assert found["kam@0.5"].startswith("unknown method 'kam'. Did you mean 'cam'?")
 
 
 def test_predictions_that_nothing_accounts_for_are_refused(tiny: Tiny, copy: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from baselines.random import Random
 from harness.judgement import FlipRule, Judgement
+from harness.provenance import fingerprint
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.session import Policy
@@ -23,7 +24,7 @@ def names(settings: Settings) -> list[str]:
 
 def test_without_a_choice_the_default_method_runs_at_half_the_cache() -> None:
     settings = compose(*TREC)
-    assert names(settings) == ["kvmerger@0.5"]
+    assert names(settings) == ["full@1", "kvmerger@0.5"]
     assert settings.model.name == "smollm2-135m"
     assert (settings.seed, settings.num_seeds, settings.limit) == (0, 3, None)
     assert (settings.shard, settings.num_shards) == (0, 1)
@@ -46,8 +47,9 @@ def test_without_a_choice_the_default_method_runs_at_half_the_cache() -> None:
         (["method=h2o", "method.recent=8", "budget=64"], "h2o:recent=8@64"),
     ],
 )
-def test_method_and_budget_make_one_cell(given: list[str], name: str) -> None:
-    assert names(compose(*TREC, *given)) == [name]
+def test_method_and_budget_make_one_cell_beside_the_full_cache(given: list[str], name: str) -> None:
+    assert names(compose(*TREC, *given)) == list(dict.fromkeys(["full@1", name]))
+    assert names(compose(*TREC, *given, "baseline=none")) == [name]
 
 
 def test_cells_are_what_runs() -> None:
@@ -69,6 +71,7 @@ def test_an_experiment_fills_cells_and_tasks_and_both_can_be_changed() -> None:
     [
         (["method=h2o"], "so method cannot be given"),
         (["budget=0.5"], "so budget cannot be given"),
+        (["baseline=none"], "so baseline cannot be given"),
         (["method=h2o", "budget=0.5"], "so budget and method cannot be given"),
         (["method.sigma=3"], "so method.sigma cannot be given"),
     ],
@@ -102,6 +105,7 @@ def test_method_or_budget_beside_cells_would_be_ignored_and_is_refused(
         ("budget=true", "budget=True is not a number"),
         ("method=full budget=0.5", "full@0.5: the full cache keeps everything"),
         ("budget=[0.5]", r"budget=\[0.5\] is not a number"),
+        ("baseline=h2o", "baseline='h2o' must be full or none"),
         ("limit=0", "limit=0 must be a whole number of 1 or more"),
         ("limit=-1", "limit=-1 must be"),
         ("limit=1.5", "limit=1.5 must be a whole number"),
@@ -165,6 +169,8 @@ def test_holding_a_budget_needs_a_rule_of_each_method(monkeypatch: pytest.Monkey
         (["cells=[h2o@0.5]", "fidelity=true"], True),
         (["cells=[h2o@0.5,full@1]", "fidelity=false"], False),
         (["method=full"], True),
+        (["method=h2o"], True),
+        (["method=h2o", "baseline=none"], False),
     ],
 )
 def test_fidelity_follows_the_full_cell_unless_it_is_given(given: list[str], expected: bool) -> None:
@@ -179,29 +185,82 @@ def test_fidelity_follows_the_full_cell_unless_it_is_given(given: list[str], exp
             ["experiment=paper_longbench", "model=llama2-7b-chat"],
             "paper_longbench/longbench/llama2-7b-chat",
         ),
-        ([*TREC, "method=h2o", "budget=0.35"], "h2o@0.35/longbench/smollm2-135m"),
-        ([*TREC, "cells=[h2o@1024]"], "h2o@1024/longbench/smollm2-135m"),
-        (
-            [*TREC, "method.sigma=3", "method.pivot=last"],
-            "kvmerger-pivot=last-sigma=3@0.5/longbench/smollm2-135m",
-        ),
+        (["experiment=paper_longbench", "seed=1"], "paper_longbench/longbench/smollm2-135m"),
+        (["experiment=paper_longbench", "cells=[h2o@0.5]"], "cells/longbench/smollm2-135m"),
+        ([*TREC, "method=h2o", "budget=0.35"], "cells/longbench/smollm2-135m"),
+        ([*TREC, "cells=[h2o@1024]"], "cells/longbench/smollm2-135m"),
+        ([*TREC, "method.sigma=3", "baseline=none"], "cells/longbench/smollm2-135m"),
     ],
 )
-def test_the_output_dir_is_named_by_experiment_or_cell(given: list[str], folder: str) -> None:
+def test_the_output_dir_is_named_by_experiment_or_shared_by_cells(
+    given: list[str], folder: str
+) -> None:
     assert compose(*given).output_dir == Path("results/runs") / folder
 
 
 def test_other_cells_than_the_experiments_get_another_output_dir() -> None:
-    experiment = "experiment=paper_longbench"
-    folders = {
-        compose(experiment).output_dir,
-        compose(experiment, "cells=[h2o@0.5,full@1]").output_dir,
-        compose(experiment, "cells=[h2o@0.35,full@1]").output_dir,
-        compose(experiment, "cells=[h2o@0.5]").output_dir,
-    }
-    assert len(folders) == 4
+    experiment = compose("experiment=paper_longbench").output_dir
+    other = compose("experiment=paper_longbench", "cells=[h2o@0.5,full@1]").output_dir
+    assert other != experiment
     again = compose(*TREC, "cells=[h2o@0.5,full@1]").output_dir
-    assert again in folders, "the same cells must resume, however they were chosen"
+    assert again == other, "the same cells must resume, however they were chosen"
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        (["seed=1"], "cells-seed=1/mini/tiny-random"),
+        (["pos=rolled", "decode_policy=hold"], "cells-decode_policy=hold,pos=rolled/mini/tiny-random"),
+        (["layers_skip=[0,-1]"], "cells-layers_skip=[0,-1]/mini/tiny-random"),
+        (["num_shards=4", "shard=2"], "cells-num_shards=4/mini/tiny-random"),
+        (["model.dtype=bfloat16"], "cells/mini/tiny-random-dtype=bfloat16"),
+        (["model.template_options.day='1 May'"], "cells/mini/tiny-random-template_options.day=1-May"),
+        (["benchmark=longbench", "benchmark.profile=kcf"], "cells/longbench-profile=kcf/tiny-random"),
+        (
+            ["benchmark=perplexity", "benchmark.source=/home/me/book.txt"],
+            "cells/perplexity-source=home-me-book.txt/tiny-random",
+        ),
+        # what the defaults say too, and what the same folder can hold two of
+        (["seed=0", "pos=absolute", "model.dtype=float32", "num_shards=1"], "cells/mini/tiny-random"),
+        (
+            ["limit=2", "num_seeds=1", "batch_size=4", "margin=2"],
+            "cells/mini/tiny-random",
+        ),
+        (["benchmark.tasks=[passkey]"], "cells/mini/tiny-random"),
+        (["model.name=mine"], "cells/mini/mine"),
+    ],
+)
+def test_a_shared_output_dir_is_named_by_what_its_cells_must_have_in_common(
+    given: list[str], folder: str
+) -> None:
+    given = [word.replace("model.template_options", "+model.template_options") for word in given]
+    assert compose("model=tiny-random", "method=h2o", *given).output_dir == Path("results/runs", folder)
+
+
+def test_settings_share_an_output_dir_just_where_their_records_may_be_mixed() -> None:
+    def made(*words: str) -> tuple[Path, object]:
+        settings = compose("model=tiny-random", "cells=[full@1]", *words)
+        prints = fingerprint(settings, {})
+        return settings.output_dir, [prints[key] for key in ("model", "benchmark", "seed", "policy")]
+
+    folder, prints = made()
+    for word in (
+        *("seed=3", "decode_policy=hold", "pos=rolled", "layers_skip=[0]", "skip_budget=plain"),
+        *("model.dtype=bfloat16", "model.max_length=99", "model.chat=none", "benchmark=mini_long"),
+        *("limit=1", "num_seeds=2", "fidelity=false", "batch_size=2", "benchmark.tasks=[passkey]"),
+    ):
+        other_folder, other_prints = made(word)
+        assert (other_folder != folder) is (other_prints != prints), word
+
+
+def test_a_long_value_or_many_do_not_make_a_name_that_no_folder_can_have() -> None:
+    text = "benchmark.source=/" + "a" * 90
+    paths = [f"{text}{end}" for end in "xy"]
+    folders = [compose("method=h2o", "benchmark=perplexity", path).output_dir for path in paths]
+    assert folders[0] != folders[1]
+    assert all(len(folder.parent.name) < 80 for folder in folders)
+    many = [f"+model.template_options.{'k' * 60}{i}=1" for i in range(4)]
+    assert len(compose("method=h2o", *many).output_dir.name) < 40
 
 
 def test_output_dir_is_taken_as_given_and_shards_write_below_it(tmp_path: Path) -> None:

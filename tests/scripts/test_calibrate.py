@@ -35,6 +35,7 @@ def test_thresholds_meet_the_budget_on_average(tiny, tmp_path, monkeypatch, caps
         "benchmark.tasks=[trec]",
         "method=kvmerger",
         "budget=0.5",
+        "baseline=none",
         "method.budget_mode=eps_layer",
         f"method.thresholds={path}",
         f"output_dir={tmp_path / 'out'}",
@@ -58,7 +59,7 @@ def test_the_thresholds_leave_the_budget_on_average(tiny, tmp_path, monkeypatch,
     )
     content = json.loads(calibrate.calibrate(settings).read_text())
     assert content["linkage"] == linkage
-    (cell,), (task,) = settings.cells, settings.benchmark.tasks
+    (_, cell), (task,) = settings.cells, settings.benchmark.tasks
     shares = []
 
     def observe(row, layer_idx, layer, kept):
@@ -84,7 +85,7 @@ def test_a_layer_that_was_not_seen_links_next_to_nothing():
     ("given", "message"),
     [
         (["method=h2o", "budget=0.5"], r"h2o@0\.5 has no thresholds to calibrate: only KVMerger"),
-        (["cells=[full@1,kvmerger@0.5]"], "2 cells were given"),
+        (["cells=[h2o@0.5,kvmerger@0.5]"], "2 cells were given"),
         (["method=nonsense"], "unknown method 'nonsense'"),
         (["nonsense=1"], "nonsense"),
     ],

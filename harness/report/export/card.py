@@ -33,10 +33,15 @@ _INTRODUCTION = (
 
 
 def card(runs: Sequence[Run], judgements: Sequence[Judgement], references: Sequence[Reference]) -> str:
-    """Return the card of one or more runs as Markdown."""
+    """Return the card of one or more runs as Markdown; each that was joined has its own part."""
     parts = [f"# Reproducibility card\n\n{_INTRODUCTION}\n"]
-    for run, judgement in zip(runs, judgements, strict=True):
-        parts.append(f"## {_plain(subject(run))}\n")
+    judged = [
+        (source, judgement, f" in {source.output_dir}" if joined.joined else "")
+        for joined, judgement in zip(runs, judgements, strict=True)
+        for source in joined.sources
+    ]
+    for run, judgement, place in judged:
+        parts.append(f"## {_plain(subject(run) + place)}\n")
         for title, answers in _questions(run, judgement, references):
             listed = "".join(f"- **{name}**: {answer}\n" for name, answer in answers)
             parts.append(f"### {title}\n\n{listed}")

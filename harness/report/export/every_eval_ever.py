@@ -42,9 +42,13 @@ Json = dict[str, Any]
 def write_every_eval_ever(run: Run, folder: Path) -> list[Path]:
     """Write a run's cells below a folder, in place of what it held, and return the paths.
 
-    Cells without any score, as where answers are withheld, are left out.
+    Cells without any score, as where answers are withheld, are left out. Joined runs write their own.
     """
     shutil.rmtree(folder / "data", ignore_errors=True)
+    return [path for source in run.sources for path in _write_cells(source, folder)]
+
+
+def _write_cells(run: Run, folder: Path) -> list[Path]:
     written = []
     for cell in run.cells:
         log = evaluation_log(run, cell)

@@ -2,6 +2,9 @@
 
 python -m harness.report results/runs/mini/mini/smollm2-135m
 python -m harness.report DIR DIR ... --out results/report
+
+Cells of one model and benchmark come into one table, from however many folders; --separate gives each
+folder its own.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from harness.report.answers import answers, in_short
 from harness.report.export.card import card
 from harness.report.export.every_eval_ever import write_every_eval_ever
 from harness.report.export.tables import write_table
+from harness.report.joined import join_all
 from harness.report.names import benchmark_label, model_label
 from harness.report.noise import find_floor, load_floor
 from harness.report.observed.page import print_claims, write_observed
@@ -32,7 +36,7 @@ from harness.report.plots.style import Look, looks
 from harness.report.published import Reference, load_references
 from harness.report.run import Run, load_run
 from harness.report.submission import report_submissions
-from harness.report.summary import to_csv, write_summary
+from harness.report.summary import summarise, to_csv, write_summary
 from harness.report.tables.budgets import budget_table
 from harness.report.tables.contrasts import contrast_by_task_table, contrast_table
 from harness.report.tables.flips import (
@@ -49,7 +53,7 @@ from harness.report.tables.runs import runs_table
 from harness.report.tables.scores import difference_table, group_tables, score_table
 from harness.report.tables.table import Table
 from harness.report.terminal import print_floor
-from harness.report.words import count_tasks, made_by, ran_with, sample_counts
+from harness.report.words import all_made_by, count_tasks, ran_with, sample_counts
 from harness.variants import is_noise
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
@@ -67,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out",
         type=Path,
         help=f"folder for the report (default: the output_dir itself; {_OUT} for several)",
+    )
+    parser.add_argument(
+        "--separate",
+        action="store_true",
+        help="give each folder its own tables (default: cells of one model and benchmark share them)",
     )
     parser.add_argument(
         "--margin",
@@ -110,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_claims(run, write_observed(run, arguments.out), Console())
         if answered:
             runs = _load_all(answered)
+            if not arguments.separate:
+                runs = join_all(runs)
+            for remark in (remark for run in runs for remark in run.remarks):
+                print(remark, file=sys.stderr)
             noise = None if arguments.noise is None else str(arguments.noise)
             given = arguments.margin, arguments.flip_well, arguments.flip_drop, noise
             print(write_report(runs, arguments.out, [run.judgement.but(*given) for run in runs]))
@@ -167,18 +180,20 @@ def write_report(
     """Write each summary.csv, and the report's files; return the page's path.
 
     These are tables/, plots/, every_eval_ever/, card.md and report.html. Several runs have one folder
-    each below the former three, and one table of all of them. A run
-    on the ZeroSCROLLS test split also gets its submissions/ (`harness.report.submission`).
+    each below the former three, and one table of all of them; a summary of joined runs is in tables/. A
+    run on the ZeroSCROLLS test split also gets its submissions/ (`harness.report.submission`).
 
     Args:
         runs: what was answered.
-        out: folder for the report; None: the output_dir of one run, `results/report` for several.
+        out: folder for the report; None: the output_dir of one run, `results/report` for several,
+            joined ones too.
         judgements: which differences count, for each run; None: what it was given.
     """
-    out = out or (runs[0].output_dir if len(runs) == 1 else _OUT)
-    for run in runs:
-        write_summary(run)
-        report_submissions(run)
+    sources = [source for run in runs for source in run.sources]
+    out = out or (sources[0].output_dir if len(sources) == 1 else _OUT)
+    for source in sources:
+        write_summary(source)
+        report_submissions(source)
     judgements = judgements or [run.judgement for run in runs]
     references = load_references()
     by_method = looks(runs)
@@ -191,6 +206,8 @@ def write_report(
         below = section.slug if several else ""
         for table in section.tables:
             write_table(table, out / "tables" / below)
+        if run.joined:
+            write_atomically(out / "tables" / below / "summary.csv", to_csv(summarise(run)))
         flipped = flipped_samples(run, judgement.flips)
         write_atomically(out / "tables" / below / "flipped_samples.csv", to_csv(flipped))
         for plot in section.plots:
@@ -255,7 +272,7 @@ def _section(
         undrawn=drawn.notes,
         samples=tuple(samples),
         browser=browser_of(run, samples, judgement.flips, slug),
-        provenance=(*ran_with(run).items(), *_flatten(run.info)),
+        provenance=(*ran_with(run).items(), *_provenance(run)),
     )
 
 
@@ -263,11 +280,24 @@ def _about(run: Run) -> Iterator[str]:
     """Yield what a run measured on what, a fact each."""
     yield f"{count_tasks(len(run.tasks))} of {sample_counts(run)} samples"
     yield f"{len(run.cells)} cells"
-    yield from made_by(run.info)
-    ended = [str(each["ended"]) for each in run.info.get("runs", []) if each.get("ended")]
+    yield from all_made_by(run)
+    ended = [
+        str(each["ended"])
+        for source in run.sources
+        for each in source.info.get("runs", [])
+        if each.get("ended")
+    ]
     if ended:
-        yield f"finished {ended[-1][:10]}"
-    yield str(run.output_dir)
+        yield f"finished {(max(ended) if run.joined else ended[-1])[:10]}"
+    yield from (str(source.output_dir) for source in run.sources)
+
+
+def _provenance(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield every leaf of run.json; of joined runs each folder's, below its name."""
+    for source in run.sources:
+        if run.joined:
+            yield "folder", str(source.output_dir)
+        yield from _flatten(source.info)
 
 
 def _slugs(runs: Sequence[Run]) -> list[str]:

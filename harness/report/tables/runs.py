@@ -38,7 +38,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
                 (
                     run.model,
                     run.benchmark,
-                    str(run.output_dir),
+                    run.place,
                     cell,
                     f"{len(run.averaged_tasks)}",
                     sample_counts(run, run.averaged_tasks),
@@ -46,13 +46,13 @@ def runs_table(runs: Sequence[Run]) -> Table:
                     *(column.text(values.get(column.name, np.nan)) for column in overview),
                 )
             )
-        frames.append(summarise(run).assign(output_dir=str(run.output_dir)))
+        frames.append(summarise(run).assign(output_dir=run.place))
     return Table(
         name="runs",
         title="All runs",
         caption="Average score over each run's tasks, by model and benchmark. In brackets: "
         f"{INTERVAL}. Averages compare only within one benchmark and the same tasks and samples. "
-        "Settings: " + "; ".join(f"{run.output_dir}: {setting(run)}" for run in ordered) + ".",
+        "Settings: " + "; ".join(f"{run.place}: {setting(run)}" for run in ordered) + ".",
         header=(
             "model",
             "benchmark",
@@ -65,7 +65,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
         ),
         rows=tuple(rows),
         missed=_missed(ordered),
-        notes=tuple(f"{run.output_dir}: {note}" for run in ordered for note in gaps(run)),
+        notes=tuple(f"{run.place}: {note}" for run in ordered for note in gaps(run)),
         data=pd.concat(frames, ignore_index=True),
         naming=(3,),
     )

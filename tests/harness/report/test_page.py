@@ -22,11 +22,11 @@ from harness.report.plots.by_budget import unaveraged_by_budget
 from harness.report.plots.draw import draw_all
 from harness.report.plots.style import looks
 from harness.report.published import load_references
-from harness.report.run import load_run
+from harness.report.run import differences, load_run
 from harness.report.tables.published import official_aggregates, reference_table
 from harness.report.tables.scores import difference_table, score_table
 from harness.report.tables.table import Table
-from harness.report.terminal import print_comparison
+from harness.report.terminal import _differences, print_comparison
 from tests.synthetic_run import record, write_run
 
 TASKS = {"qa_x": "qa_f1", "code": "code_sim", "text": "perplexity"}
@@ -244,7 +244,7 @@ def test_several_runs_get_a_section_each_and_a_common_table(tmp_path: Path, undr
     second = small_run(tmp_path / "two", model="another")
     third = small_run(tmp_path / "three")
     out = tmp_path / "out"
-    assert main([str(first), str(second), str(third), "--out", str(out)]) == 0
+    assert main([str(first), str(second), str(third), "--out", str(out), "--separate"]) == 0
     assert {path.name for path in (out / "tables").iterdir()} == {
         "runs.md",
         "runs.csv",
@@ -383,6 +383,31 @@ def test_a_narrow_console_gets_blocks_and_loses_nothing(reported: Path) -> None:
     assert all(number in text for number in ("50.00", "37.50", "25.00", "12.50"))
     assert "…" not in text
     assert text.count("average") == 2
+
+
+def test_the_console_says_how_far_each_cell_is_from_the_full_cache(tmp_path: Path) -> None:
+    def lines(*scores: float) -> list[Record]:
+        return [record(str(i), score) for i, score in enumerate(scores)]
+
+    cells = {"full@1": {"t": lines(1, 1, 1, 0)}, "h2o@0.5": {"t": lines(1, 0, 1, 0)}}
+    run = load_run(write_run(tmp_path / "both", {"t": "qa_f1"}, cells))
+    ((text,),) = [figure.by_cell.values() for figure in _differences(run)]
+    shown = differences(run, "full@1")[-1].scored.estimate()
+    assert text == f"-25.00\n[{shown.low:.2f}, {shown.high:.2f}]"
+    assert shown.low < -25 < shown.high
+    console = Console(width=60, record=True, file=io.StringIO())
+    print_comparison(run, console)
+    assert f"[{shown.low:.2f}, {shown.high:.2f}]" in console.export_text()
+    alone = load_run(write_run(tmp_path / "alone", {"t": "qa_f1"}, {"h2o@0.5": cells["h2o@0.5"]}))
+    print_comparison(alone, console)
+    assert "difference" not in console.export_text()
+
+
+def test_what_has_no_average_has_a_difference_of_its_own(reported: Path) -> None:
+    average, text = _differences(load_run(reported))
+    assert set(average.by_cell) == {"kvmerger@0.5", "kvmerger:sigma=3@0.35"}  # h2o lacks a task
+    assert text.label.startswith("text, difference")
+    assert set(text.by_cell) == set(CELLS[1:])
 
 
 def test_many_cells_stand_in_rows_where_the_tasks_fit_beside_each_other(tmp_path: Path) -> None:
