@@ -58,6 +58,9 @@ class Sample:
     task: str
     prompt: str
     """The official template filled, before truncation and chat wrap."""
+    question: str | None = field(default=None, kw_only=True)
+    """The end of the prompt, from the end of its context on; None where the template does not say where
+    that is, or nothing follows it (`benchmarks.questions`)."""
     answers: tuple[str, ...]
     all_classes: tuple[str, ...] | None = None
     groups: Mapping[str, str | int] = field(default_factory=dict)
@@ -75,6 +78,18 @@ class Encoded:
     """What is fed to prefill."""
     continuation: list[int] | None = None
     """Text whose probability is measured after the prompt, instead of an answer."""
+    question_tokens: int = 0
+    """Tokens at the prompt's end that are fed after the compression of the others."""
+
+    @property
+    def context(self) -> list[int]:
+        """The tokens that are compressed."""
+        return self.prompt[: len(self.prompt) - self.question_tokens]
+
+    @property
+    def question(self) -> list[int]:
+        """The tokens that are fed afterwards."""
+        return self.prompt[len(self.context) :]
 
 
 @dataclass(frozen=True)

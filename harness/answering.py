@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines.full import Full
+from benchmarks.questions import question_start
 from benchmarks.task import Encoded, Sample, Task
 from harness.batching import BatchSize
 from harness.prompts import Prompt
@@ -57,8 +59,14 @@ class Prepared:
     @property
     def entries(self) -> int:
         """Entries per KV head and layer that all its rows may hold in the end."""
-        length, more = len(self.encoded.prompt), self.job.task.max_new_tokens
+        more = self.encoded.question_tokens + self.job.task.max_new_tokens
+        length = len(self.encoded.context)
         return sum(row.budget.entries(length) + more for row in self.request.rows)
+
+    @property
+    def caches(self) -> object:
+        """What two samples have alike that one prefill serves."""
+        return self.request.sample_id, self.job.missing
 
 
 class Answerer:
@@ -75,16 +83,20 @@ class Answerer:
         self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
 
     def answer(self, jobs: Sequence[Job]) -> Iterator[tuple[Prompt, Lines]]:
-        """Answer jobs of one task with every missing cell; yields prompt and lines of each in order."""
-        waiting: list[Prepared] = []
-        coming = iter(jobs)
+        """Answer jobs of one task with every missing cell; yields prompt and lines of each.
+
+        In order, but that questions of one context come together: one prefill serves them.
+        """
+        waiting: list[list[Prepared]] = []
+        prepared = map(self._prepare, together(jobs))
+        coming = (list(group) for _, group in groupby(prepared, key=lambda each: each.caches))
         while True:
-            while len(waiting) < self.batch_size.most and (job := next(coming, None)) is not None:
-                waiting.append(self._prepare(job))
+            while len(waiting) < self.batch_size.most and (group := next(coming, None)) is not None:
+                waiting.append(group)
             if not waiting:
                 return
-            taken = self.batch_size.take([prepared.entries for prepared in waiting])
-            batch = waiting[:taken]
+            taken = self.batch_size.take([max(each.entries for each in group) for group in waiting])
+            batch = [each for group in waiting[:taken] for each in group]
             try:
                 results = self._run(batch)
             except (RuntimeError, MemoryError) as error:
@@ -94,10 +106,10 @@ class Answerer:
             if results is None:
                 self.batch_size.shrink(taken)
                 continue
+            rows = sum(len(group[0].request.rows) for group in waiting[:taken])
             del waiting[:taken]
-            rows = sum(len(prepared.request.rows) for prepared in batch)
-            for prepared, result in zip(batch, results, strict=True):
-                yield self._prompt(prepared), self._lines(prepared, result, (len(batch), rows))
+            for each, result in zip(batch, results, strict=True):
+                yield self._prompt(each), self._lines(each, result, (taken, rows))
 
     def _prepare(self, job: Job) -> Prepared:
         settings = self.settings
@@ -109,16 +121,22 @@ class Answerer:
             reference = full[0] if full else len(rows)
             if not full:  # its answer is needed but not asked for, or already recorded
                 rows.append(Row(Full(), Budget.parse(1)))
-        prompt = torch.tensor([encoded.prompt], device=self.model.device)
-        sample_id = f"{settings.benchmark.name}/{job.task.name}/{job.sample.id}"
+        device = self.model.device
+        context, asked = (
+            torch.tensor([ids], device=device) for ids in (encoded.context, encoded.question)
+        )
+        # what is drawn for a context must not depend on which of its questions comes first
+        name = f"context {prompt_hash(encoded.context)}" if encoded.question_tokens else job.sample.id
+        sample_id = f"{settings.benchmark.name}/{job.task.name}/{name}"
         request = Request(
-            prompt,
+            context,
             rows,
             sample_id,
             reference,
             policy=settings.policy,
             context=settings.model.context,
             may_overrun=job.task.may_overrun,
+            question=asked if encoded.question_tokens else None,
         )
         return Prepared(job, encoded, request)
 
@@ -159,7 +177,7 @@ class Answerer:
         batch: tuple[int, int],
     ) -> Record:
         job, encoded = prepared.job, prepared.encoded
-        length = len(encoded.prompt)
+        length = len(encoded.context)
         prediction = str(self.tokenizer.decode(result.token_ids, skip_special_tokens=True))
         marks = self._marks(job, encoded, prediction, result)
         groups = {"groups": dict(job.sample.groups)} if job.sample.groups else {}
@@ -175,7 +193,9 @@ class Answerer:
             answers=job.sample.answers,
             score=marks["score"],
             prompt_hash=prompt_hash(encoded.prompt),
-            prompt_tokens=length,
+            prompt_tokens=len(encoded.prompt),
+            context_tokens=length,
+            question_tokens=encoded.question_tokens,
             generated_tokens=len(result.token_ids),
             kept_entries=kept,
             budget_achieved=kept / length,
@@ -217,10 +237,10 @@ class Answerer:
 
 
 def encode(settings: Settings, tokenizer: PreTrainedTokenizerBase, job: Job) -> Encoded:
-    """Return a sample as token ids.
+    """Return a sample as token ids, its question apart under `question=after`.
 
     Raises:
-        UserError: if it has lines that were made with another prompt.
+        UserError: if it has lines that were made with another prompt, or its question cannot be found.
     """
     encoded = settings.benchmark.encode(job.sample, job.task, tokenizer, settings.prompt_format)
     if job.recorded not in (None, prompt_hash(encoded.prompt)):
@@ -230,7 +250,22 @@ def encode(settings: Settings, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
             "(fix it, e.g. model.template_options.date_string='26 Jul 2024'), or the tokenizer or "
             "the rows changed. Undo that, or choose another output_dir."
         )
-    return encoded
+    if settings.question == "inside" or job.sample.question is None:
+        return encoded
+    try:
+        start = question_start(tokenizer, encoded.prompt, job.sample.question)
+    except UserError as error:
+        raise UserError(f"task {job.task.name}, sample {job.sample.id!r}: {error}") from error
+    return replace(encoded, question_tokens=len(encoded.prompt) - start)
+
+
+def together(jobs: Sequence[Job]) -> list[Job]:
+    """Return jobs with those of one context beside each other, in the order of their first ones."""
+    by_context: dict[str, list[Job]] = {}
+    for job in jobs:
+        asked = job.sample.question or ""
+        by_context.setdefault(job.sample.prompt.rstrip().removesuffix(asked), []).append(job)
+    return [job for of_context in by_context.values() for job in of_context]
 
 
 def stop_rule(

@@ -22,7 +22,10 @@ from harness.results import changed_settings
 RUNS = Path("results") / "runs"
 CELLS = "cells"
 """Folder of the runs that say themselves which cells they answer."""
-_OF_RUN = ("seed", "decode_policy", "pos", "layers_skip", "skip_budget", "num_shards")
+_OF_RUN = (
+    *("seed", "decode_policy", "pos", "question"),
+    *("layers_skip", "skip_budget", "num_shards"),
+)
 """Settings of a whole run that its folder cannot hold two of."""
 _ELSEWHERE = {"model": ("name", "path", "shape"), "benchmark": ("name", "tasks", "data_dir")}
 """Settings that the name of the model or benchmark says, that cells may differ in, or whose contents

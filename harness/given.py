@@ -36,6 +36,9 @@ class Given:
     num_seeds: Annotated[int, Within(1, 10_000)]
     decode_policy: str
     pos: str
+    question: Literal["inside", "after"]
+    """`inside`: the whole prompt is compressed, its question too. `after`: only its context is, and the
+    question is stored whole."""
     layers_skip: Sequence[int]
     skip_budget: str
     fidelity: bool | None
@@ -112,6 +115,6 @@ JUDGED = ("margin", "flips", "noise")
 """Settings of what the report judges by, which only a comparison has."""
 OF_CELLS = (
     *("method", "budget", "baseline", "cells", "seed", "num_seeds", "decode_policy", "pos"),
-    *("layers_skip", "skip_budget", "fidelity", "batch_size", "stale", *JUDGED),
+    *("layers_skip", "skip_budget", "question", "fidelity", "batch_size", "stale", *JUDGED),
 )
 """Settings of what is answered, which a run that observes has no use for."""

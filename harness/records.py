@@ -62,13 +62,13 @@ class Record:
     """0 to 1; the perplexity itself where that is the metric. NaN is written as null."""
     prompt_hash: str
     prompt_tokens: Count
-    """Tokens really fed to prefill (T)."""
+    """Tokens of the prompt, its question among them."""
     generated_tokens: Count
     kept_entries: Positive
     """Mean over KV heads and the layers that a budget counts, after prefill: not those that are left
     to a window of their own."""
     budget_achieved: Positive
-    """`kept_entries` divided by `prompt_tokens`."""
+    """`kept_entries` divided by the tokens that were compressed (`compressed_tokens`)."""
     kv_bytes: Count
     """Bytes of K and V alone, after prefill, of all layers."""
     kl_to_full: Positive | None = None
@@ -77,6 +77,11 @@ class Record:
     """Fraction of compared positions where the most likely token is the full cache's."""
     fidelity_tokens: Count | None = None
     """Number of positions compared."""
+    context_tokens: Count | None = None
+    """Tokens that were prefilled and compressed: the whole prompt, or under `question=after` its
+    context."""
+    question_tokens: Count | None = None
+    """Tokens that were fed after the compression and stored whole; 0 where the question is inside."""
     requested_entries: Count | None = None
     """Entries per KV head that the budget stands for, before any method or policy divides them."""
     kept_entries_by_layer: list[Positive] | None = None
@@ -88,12 +93,12 @@ class Record:
     """Entries of the prompt that attention read for the first token fed after it, a mean as
     `kept_entries` is: counted where it reads them, hidden ones left out. None where none was fed."""
     kv_bytes_full: Count | None = None
-    """Bytes of K and V that the full cache holds for the same prompt."""
+    """Bytes of K and V that the full cache holds of the tokens that were compressed."""
     size_bytes: Count | None = None
     """Bytes of the size vectors or logit biases kept beside K and V."""
     merged_tokens: float | None = None
-    """Prompt tokens that share another's entry, mean over layers and KV heads. With `kept_entries` and
-    `evicted_tokens` they sum to `prompt_tokens`. None where the method keeps no set sizes."""
+    """Tokens that share another's entry, mean over layers and KV heads. With `kept_entries` and
+    `evicted_tokens` they sum to those that were compressed. None where the method keeps no sizes."""
     evicted_tokens: float | None = None
     """Prompt tokens that no entry stands for, mean over layers and KV heads."""
     prefill_seconds: Positive | None = None
@@ -118,6 +123,11 @@ class Record:
         hidden = sorted(_FIELDS.intersection(self.extra))
         if hidden:
             raise ValueError(f"extra holds {hidden}, which are fields of Record")
+
+    @property
+    def compressed_tokens(self) -> int:
+        """Tokens that the budget is a part of; earlier versions compressed whole prompts."""
+        return self.prompt_tokens if self.context_tokens is None else self.context_tokens
 
     def to_json(self) -> str:
         """Return the record as one line of JSON, without newline; not-finite numbers become null."""

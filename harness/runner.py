@@ -139,7 +139,7 @@ def carry_out(
     """
     started = time.perf_counter()
     (jobs, finished, counts), prints = found_with(settings, results, find)
-    notes = list(settings.benchmark.notes())
+    notes = [*settings.benchmark.notes(), *_question_note(settings)]
     if not jobs:
         # a shard that got no samples of a task still shares its run's tasks and cells
         if results.info.get("fingerprint") != prints:
@@ -160,6 +160,16 @@ def carry_out(
                 bar.update()
     seconds = round(time.perf_counter() - started, 1)
     results.write_info(run_info(settings, results, prints, counts, notes, seconds))
+
+
+def _question_note(settings: Settings) -> list[str]:
+    """Return a note on what budgets are a part of, where it is not the whole prompt."""
+    if settings.question == "inside":
+        return []
+    return [
+        "question=after: only the context of a prompt was compressed, and budgets are fractions of it; "
+        "the question was read afterwards and stored whole, so that the first answer token counts."
+    ]
 
 
 def counted_layers(config: PretrainedConfig) -> list[str]:
@@ -218,7 +228,27 @@ def pending(settings: Settings, results: Results) -> Pending:
         if left:
             finished = [job for job in of_task if job.recorded and not job.missing]
             compared += finished[:COMPARED]
+    check_questions(settings, jobs)
     return jobs, compared, counts
+
+
+def check_questions(settings: Settings, jobs: Sequence[Job]) -> None:
+    """Refuse `question=after` for tasks whose prompts do not say where their context ends.
+
+    Raises:
+        UserError: naming these tasks, and those that can be run.
+    """
+    if settings.question == "inside":
+        return
+    unasked = {job.task.name for job in jobs if job.sample.question is None}
+    if unasked:
+        others = [task.name for task in settings.benchmark.tasks if task.name not in unasked]
+        raise UserError(
+            f"question=after: {', '.join(sorted(unasked))} of {settings.benchmark.name} has no "
+            "question after its context. "
+            + (f"Take the others, benchmark.tasks=[{','.join(others)}], or use " if others else "Use ")
+            + "question=inside."
+        )
 
 
 def _missing(

@@ -116,6 +116,8 @@ class Settings:
     seed: int
     num_seeds: int
     policy: Policy
+    question: str
+    """`inside` the prompt that is compressed, or `after` the compression of its context."""
     limit: int | None
     shard: int
     num_shards: int
@@ -206,6 +208,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         seed=given.seed,
         num_seeds=given.num_seeds,
         policy=_policy(given, cells),
+        question=given.question,
         limit=given.limit,
         shard=given.shard,
         num_shards=given.num_shards,
@@ -293,6 +296,16 @@ def _policy(given: Given, cells: Sequence[Cell]) -> Policy:
     policy = Policy(given.decode_policy, given.pos, tuple(given.layers_skip), given.skip_budget)
     for cell in cells:
         policy.check(cell.method)
+    if given.question == "after":
+        deciding = [cell.name for cell in cells if policy.decides(cell.method)]
+        if given.kind == "selfcheck" or deciding:
+            why = f"{', '.join(deciding)} would drop parts of it while decoding"
+            raise UserError(
+                "question=after stores the question whole, and "
+                + (why if deciding else "a selfcheck holds prompts against published ones")
+                + ". Leave it out"
+                + (", or these cells, and use decode_policy=append." if deciding else ".")
+            )
     without = [cell.name for cell in cells if not (cell.is_full or cell.method.holds)]
     if policy.decode_policy == "hold" and without:
         raise UserError(

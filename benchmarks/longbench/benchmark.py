@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.longbench.metrics import CODE_SIM
 from benchmarks.longbench.profiles import find_profile
 from benchmarks.longbench.tasks import TASKS, template
+from benchmarks.questions import after_context
 from benchmarks.rows import TEXT, TEXTS, TEXTS_OR_NULL, Kind, parse_rows, sha256
 from benchmarks.source import Archive, HubFile, Source, folder_or_hub
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
@@ -102,6 +103,7 @@ class LongBench:
                 id=row["_id"],
                 task=task.name,
                 prompt=template(task.name).format_map(row),
+                question=after_context(template(task.name), row),
                 answers=tuple(row["answers"]),
                 all_classes=None if labels is None else tuple(labels),
                 groups=self.groups(row),

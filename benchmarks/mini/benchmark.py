@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.encoding import encode_truncating_middle
-from benchmarks.mini import prompt
+from benchmarks.mini import prompt, template
 from benchmarks.mini.build import ROOM, build, expected_sha256
 from benchmarks.mini.tasks import TASKS
+from benchmarks.questions import after_context
 from benchmarks.rows import TEXT, TEXTS, TEXTS_OR_NULL, parse_rows, read_bytes, sha256
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from kvmerge.errors import UserError, unknown
@@ -69,6 +70,7 @@ class Mini:
                 id=row["_id"],
                 task=task.name,
                 prompt=prompt(task, row),
+                question=after_context(template(task.name), row),
                 answers=tuple(row["answers"]),
                 all_classes=None if row["all_classes"] is None else tuple(row["all_classes"]),
                 row=row,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.encoding import encode_wrapped, tokens
 from benchmarks.needle.haystack import book_ids, hide
 from benchmarks.needle.tasks import TASKS, fact, template
+from benchmarks.questions import after_context
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from benchmarks.texts import Text, read_text
 from kvmerge.errors import UserError
@@ -133,10 +134,12 @@ class Needle:
 
 def _sample(task: Task, length: int, depth: int, repeat: int) -> Sample:
     asked = fact(task, length, depth, repeat)
+    prompt = template().replace("{question}", asked.question)
     return Sample(
         id=f"{length}-{depth}-{repeat}",
         task=task.name,
-        prompt=template().replace("{question}", asked.question),
+        prompt=prompt,
+        question=after_context(prompt),
         answers=(asked.answer,),
         groups={"length": length, "depth": depth},
         tokens=length,

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.metric import UNSCORED
+from benchmarks.questions import stated
 from benchmarks.rows import TEXT, Kind, parse_rows, sha256
 from benchmarks.source import Archive, HubFile, Source, folder_or_hub
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from benchmarks.zero_scrolls import prompt
 from benchmarks.zero_scrolls.tasks import PAPER_TASKS, SUMMARIES, TASKS
 from benchmarks.zero_scrolls.truncation import (
+    Parts,
     encode_cutting_document,
     input_limit,
     split,
@@ -180,6 +182,7 @@ class ZeroScrolls:
                 id=name,
                 task=task.name,
                 prompt=prompt(row),
+                question=self._question(row, task),
                 answers=tuple(references[name]) if self.split == "validation" else (),
                 row=row,
             )
@@ -195,10 +198,7 @@ class ZeroScrolls:
         """
         limit = self.max_length or input_limit(fmt, task.max_new_tokens)
         try:
-            if self.chat == "format_request":
-                parts = split_for_chat(sample.row, request=task.name not in SUMMARIES)
-            else:
-                parts = split(sample.row)
+            parts = self._parts(sample.row, task)
             return Encoded(encode_cutting_document(tokenizer, parts, limit, fmt, wrap=task.chat))
         except UserError as error:
             raise UserError(f"task {task.name}, sample {sample.id!r}: {error}") from error
@@ -229,6 +229,18 @@ class ZeroScrolls:
     def fingerprint(self) -> dict[str, str]:
         """Return the SHA-256 of each chosen task's file; it is the same in a folder and a zip."""
         return {task.name: sha256(self.source.read(task.name)[0]) for task in self.tasks}
+
+    def _parts(self, row: Mapping[str, Any], task: Task) -> Parts:
+        """Return a row's prompt where it can be cut. Raises UserError as `split_for_chat` does."""
+        if self.chat == "format_request":
+            return split_for_chat(row, request=task.name not in SUMMARIES)
+        return split(row)
+
+    def _question(self, row: Mapping[str, Any], task: Task) -> str | None:
+        try:
+            return stated(self._parts(row, task).query)
+        except UserError:
+            return None  # `encode` says what is wrong, and of which sample
 
     def _hub(self) -> Source:
         files = {

@@ -56,10 +56,10 @@ def _kept(run: Run, cell: str) -> str:
     """Return what a cell kept, where that is not what it was asked for; empty where it is."""
     budget = parse_name(cell).budget
     records = [record for task in run.tasks for record in run.records.get((task, cell), [])]
-    records = [record for record in records if record.prompt_tokens]
+    records = [record for record in records if record.compressed_tokens]
     if not records:
         return ""
-    asked = np.mean([budget.entries(r.prompt_tokens) / r.prompt_tokens for r in records])
+    asked = np.mean([budget.entries(r.compressed_tokens) / r.compressed_tokens for r in records])
     kept = float(np.mean([record.budget_achieved for record in records]))
     if abs(kept - asked) <= TOLERANCE * asked:
         return ""

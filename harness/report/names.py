@@ -31,6 +31,7 @@ _PRINTED = {
     "look_m": ("LOOK-M", ""),
     "keepkv": ("KeepKV", ""),
     "zsmerge": ("ZSMerge", ""),
+    "fold": ("Fold", ""),
     "key_norm": ("Key norm", ""),
     "keydiff": ("KeyDiff", ""),
     "lagkv": ("LagKV", ""),

@@ -86,6 +86,11 @@ class Run:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
+    @property
+    def asks_after(self) -> bool:
+        """Whether the question came after the compression of its context."""
+        return self.recorded("question") == "after"
+
     @cached_property
     def judgement(self) -> Judgement:
         """What the run was to be judged by, with defaults for what an earlier version did not record.

@@ -73,6 +73,7 @@ def _details(run: Run) -> Iterator[tuple[str, str]]:
     yield "Benchmark", _value(run.recorded("config", "benchmark") or run.benchmark)
     yield "Decoding", "greedy; the longest answer of each task is listed below"
     yield "Policy of the cache", _value(run.recorded("policy"))
+    yield "Question", _value(run.recorded("question"), " the prompt that is compressed")
     yield "Batch size", _value(run.recorded("config", "batch_size"))
 
 

@@ -267,6 +267,7 @@ def _setting(run: Run, cell: str) -> dict[str, str]:
         seed=run.recorded("seed"),
         num_seeds=run.recorded("num_seeds"),
         policy=run.recorded("policy"),
+        question=run.recorded("question"),
     )
 
 

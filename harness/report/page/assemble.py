@@ -259,7 +259,8 @@ def _section(
     samples = task_samples(run, judgement.flips, slug)
     return Section(
         slug=slug,
-        title=f"{model_label(run.model)} on {benchmark_label(run.benchmark)}",
+        title=f"{model_label(run.model)} on {benchmark_label(run.benchmark)}"
+        + ", the question after the compression" * run.asks_after,
         about=tuple(_about(run)),
         short=in_short(run, judgement),
         answers=tuple(answers(run, judgement, references)),

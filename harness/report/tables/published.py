@@ -182,6 +182,8 @@ def reference_table(run: Run, references: Iterable[Reference]) -> Table | None:
         )
     if profile_of(run) != PROFILE:
         notes.append(f"Ours is by profile {profile_of(run)}, the published numbers are not.")
+    if run.asks_after:
+        notes.append("Ours read the question after the compression, the published numbers inside it.")
     if marked:
         notes.append(MARK_NOTE)
     notes += _quoted_note(published)
