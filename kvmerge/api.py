@@ -220,6 +220,8 @@ class _Block:
 
     def generate(self, *arguments: Any, **kwargs: Any) -> Any:
         """Run the model's own `generate`, where what it is asked for can be done."""
+        if self._ended:  # by one who held on to the method
+            raise UserError(_ENDED)
         bound = inspect.signature(self._generate).bind_partial(*arguments, **kwargs).arguments
         given = bound | bound.get("kwargs", {})
         self._check_generate(given)
@@ -288,7 +290,7 @@ class _Block:
             cache = None  # generate's own new one is not the caller's
         self._check_own(cache)
         self._check_call(kwargs)
-        cache, positions = self._next(cache, kwargs) if cache else self._first(kwargs)
+        cache, positions = self._first(kwargs) if cache is None else self._next(cache, kwargs)
         rest = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         placed = {"position_ids": positions}
         return (), rest | placed | {cache_name(self.model): cache, SESSION: cache.session}
@@ -358,7 +360,7 @@ class _Block:
         session = session_for(self.model, rows, samples, noted, self.policy)
         session.begin(lengths, _CAPACITY)
         chat = self._call.chat if self._call and not self._call.passes else None
-        cache = chat or CompressedCache(self._key)
+        cache = CompressedCache(self._key) if chat is None else chat
         with cache.entered():
             if chat is not None:
                 _check_retold(chat, kwargs.get("input_ids"), lengths, self._paddings())

@@ -103,6 +103,10 @@ class CompressedCache(Cache):
         keys, values, bias = self.session.layers[layer_idx].prefilled_states(row)
         return Entries(keys, values, positions, sizes, bias)
 
+    def kept_gradients(self) -> bool:
+        """Return whether the entries are part of a graph that gradients would flow through."""
+        return any(layer.prefilled_states(0)[0].requires_grad for layer in self.session.layers)
+
     def text_columns(self, columns: int) -> Tensor:
         """Return which of the columns seen and coming hold a row's text: `(batch, columns)` bool."""
         return left_padded(self.session.lengths, self.width, columns)
@@ -161,7 +165,16 @@ class CompressedCache(Cache):
         self._using.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
-        """Copy the entries, for another answer to the same text."""
+        """Copy the entries, for another answer to the same text.
+
+        Raises:
+            UserError: if a call of another thread is in, or the entries have gradients.
+        """
+        if self.kept_gradients():
+            raise UserError(
+                "a cache whose entries have gradients cannot be copied: call the model under "
+                "torch.no_grad()."
+            )
         copied = CompressedCache(self.owner)
         with self.reserved():
             copied.begin(copy.deepcopy(self.session, memo), self.width, self._noted)

@@ -129,7 +129,7 @@ class Generation:
         Returns:
             entries of batch 1: keys and values `(1, kv_heads, n, head_dim)` after RoPE, positions
             `(1, kv_heads, n)`, sizes and biases of that shape, or None where the method has none. Where
-            KV heads keep different numbers, those that keep fewer end in entries of size 0.
+            KV heads keep different numbers, entries of size 0 are padding.
 
         Raises:
             UserError: if the cache is gone, or holds another text by now; and for a layer or a row that

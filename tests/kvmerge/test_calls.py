@@ -175,6 +175,13 @@ def test_copies_of_a_cache_go_on_each_by_itself(model, method, policy):
     assert c.summary().turn.tolist() == [1, 1, 1, 1, 2, 2]
 
 
+def test_a_cache_with_gradients_is_not_copied(model):
+    with compressed(model, "h2o", 0.5):
+        cache = cache_of(model(prompt(30), use_cache=True))
+        with pytest.raises(UserError, match=r"have gradients cannot be copied.*no_grad"):
+            copy.deepcopy(cache)
+
+
 def test_a_copy_is_of_its_block_too(model):
     with compressed(model, "h2o", 0.5):
         cache, token = prefilled(model)
@@ -585,6 +592,25 @@ def test_a_block_waits_for_the_pass_that_another_thread_is_in(model, monkeypatch
     assert torch.equal(found[0], wanted)
 
 
+def test_a_block_does_not_wait_for_a_thread_whose_call_was_refused(model):
+    """One that lives on, between its calls."""
+    pause = Pause(1)
+
+    def refused():
+        for call in (lambda: model(prompt(600)), lambda: model(prompt(3), use_cache=False)):
+            with pytest.raises(UserError):
+                call()
+        pause.put(None)
+
+    with compressed(model, "h2o", 0.5):
+        generate(model)
+        thread, found = started(refused, pause)
+    assert is_as_before(model)
+    pause.go_on.set()
+    thread.join()
+    assert found == [None]
+
+
 @pytest.mark.parametrize(
     ("count", "message"), [(1, "block that this call was made in has ended"), (4, "used only there")]
 )
@@ -598,6 +624,19 @@ def test_a_generation_that_outlives_its_block_is_refused(model, count, message):
     thread.join()
     assert isinstance(found[0], UserError)
     assert message in str(found[0])
+
+
+def test_a_generate_that_was_held_on_to_is_refused_after_its_block(model):
+    with compressed(model, "h2o", 0.5):
+        held = model.generate
+        generate(model)
+    with pytest.raises(UserError, match="block that this call was made in has ended"):
+        held(prompt(30))
+    with (
+        compressed(model, "full", 1),
+        pytest.raises(UserError, match="block that this call was made in has ended"),
+    ):
+        held(prompt(30))
 
 
 @pytest.mark.parametrize("count", [1, 4])
