@@ -572,18 +572,38 @@ def test_a_cache_in_another_threads_call_is_refused(model):
     assert torch.equal(found[0], wanted)
 
 
-def test_a_block_waits_for_the_pass_that_another_thread_is_in(model, monkeypatch):
-    """Else the rest of its layers would attend without the cache, and the last token be wrong."""
-    with compressed(model, "h2o", 0.5):
-        wanted = generate(model)
-    pause, layer = Pause(8), model.model.layers[1]
-    forward = layer.forward
+def pause_before(monkeypatch, module, pause):
+    """Make a part of a model pause before it runs."""
+    forward = module.forward
 
     def slow(*arguments, **kwargs):
         pause.put(None)
         return forward(*arguments, **kwargs)
 
-    monkeypatch.setattr(layer, "forward", slow)
+    monkeypatch.setattr(module, "forward", slow)
+
+
+def test_a_cache_that_is_open_to_one_thread_is_closed_to_others(model, monkeypatch):
+    """Another model knows nothing of blocks: only the cache itself can refuse it."""
+    with compressed(model, "h2o", 0.5):
+        cache, token = prefilled(model)
+        wanted = model(token, **named(model, copy.deepcopy(cache))).logits
+        pause = Pause(1)
+        pause_before(monkeypatch, model.model.embed_tokens, pause)
+        thread, found = started(lambda: model(token, **named(model, cache)).logits, pause)
+        with pytest.raises(UserError, match="only there"):
+            tiny.new_model()(token, **named(model, cache))
+        pause.go_on.set()
+        thread.join()
+    assert torch.equal(found[0], wanted)
+
+
+def test_a_block_waits_for_the_pass_that_another_thread_is_in(model, monkeypatch):
+    """Else the rest of its layers would attend without the cache, and the last token be wrong."""
+    with compressed(model, "h2o", 0.5):
+        wanted = generate(model)
+    pause = Pause(8)
+    pause_before(monkeypatch, model.model.layers[1], pause)
     with compressed(model, "h2o", 0.5):
         thread, found = started(lambda: generate(model), pause)  # stops in its 8th and last pass
         threading.Timer(0.2, pause.go_on.set).start()
