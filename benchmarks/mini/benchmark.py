@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.encoding import encode_truncating_middle
 from benchmarks.mini import prompt, template
-from benchmarks.mini.build import ROOM, build, expected_sha256
-from benchmarks.mini.tasks import TASKS
+from benchmarks.mini.build import ROOM, SHARED, build, expected_sha256
+from benchmarks.mini.tasks import SHARING_TASKS, TASKS
 from benchmarks.questions import after_context
 from benchmarks.rows import TEXT, TEXTS, TEXTS_OR_NULL, parse_rows, read_bytes, sha256
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
@@ -29,11 +29,12 @@ FIELDS = {
 
 
 class Mini:
-    """The benchmark at one of its two lengths.
+    """The benchmark at one of its two lengths, or with several questions about each context.
 
     Args:
         tasks: names of the tasks to run; None means all.
-        length: `short` (prompts of about 1,000 tokens) or `long` (about 3,000).
+        length: `short` (prompts of about 1,000 tokens), `long` (about 3,000), or `shared`: four of the
+            tasks, with short contexts of which each has several questions.
         data_dir: folder of `<task>.jsonl` to read; None builds them.
 
     Raises UserError for a task or length that does not exist, and for a missing folder.
@@ -45,11 +46,11 @@ class Mini:
         length: str = "short",
         data_dir: str | None = None,
     ) -> None:
-        if length not in ROOM:
-            raise unknown("length of the mini benchmark", length, ROOM)
+        if length not in (*ROOM, SHARED):
+            raise unknown("length of the mini benchmark", length, (*ROOM, SHARED))
         self.length = length
         self.name = "mini" if length == "short" else f"mini_{length}"
-        self.tasks = choose_tasks(tuple(TASKS), tasks, "mini")
+        self.tasks = choose_tasks(SHARING_TASKS if length == SHARED else TASKS, tasks, self.name)
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(

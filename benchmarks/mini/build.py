@@ -9,7 +9,7 @@ from importlib.resources import files
 from random import Random
 from typing import Any
 
-from benchmarks.mini.tasks import MAKERS
+from benchmarks.mini.tasks import ASKERS, MAKERS, Made
 from benchmarks.task import Task
 
 VERSION = "1"
@@ -20,6 +20,13 @@ SAMPLES = 20
 
 ROOM = {"short": 950, "long": 2850}
 """What context and input should fill, as `text.size` counts: about 1,000 and 3,000 tokens."""
+
+SHARED = "shared"
+"""What the file of digests calls the tasks whose contexts have several questions."""
+CONTEXTS = 5
+"""Contexts of each such task."""
+QUESTIONS = 6
+"""Questions about each context."""
 
 
 @functools.cache
@@ -33,9 +40,14 @@ def expected_sha256(length: str) -> dict[str, str]:
 def build(task: Task, length: str) -> bytes:
     """Return a task's data file: JSON lines in the layout of LongBench.
 
+    Args:
+        task: one of `MAKERS`, or of `ASKERS` where contexts are shared.
+        length: of `ROOM`, or `SHARED`: contexts of the short length, with several questions each.
+
     Raises UserError if a package that the text comes from is not installed.
     """
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(task, length))
+    rows = _shared_rows(task) if length == SHARED else _rows(task, length)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return "".join(lines).encode("utf-8")
 
 
@@ -46,14 +58,30 @@ def _rows(task: Task, length: str) -> Iterator[dict[str, Any]]:
         made = MAKERS[task](rng, ROOM[length])
         if (made.input, made.answer) in seen:
             continue
-        yield {
-            "input": made.input,
-            "context": made.context,
-            "answers": [made.answer],
-            "length": len(made.context.split()),
-            "dataset": task.name,
-            "language": "en",
-            "all_classes": made.all_classes,
-            "_id": f"{task.name}-{len(seen):02d}",
-        }
+        yield _row(task, made, f"{task.name}-{len(seen):02d}")
         seen.add((made.input, made.answer))
+
+
+def _shared_rows(task: Task) -> Iterator[dict[str, Any]]:
+    rng = Random(f"mini {VERSION} {SHARED} {task.name}")
+    asked: list[list[Made]] = []
+    while len(asked) < CONTEXTS:
+        questions = ASKERS[task](rng, ROOM["short"])
+        if len(questions) >= QUESTIONS:
+            asked.append(rng.sample(questions, QUESTIONS))
+    for context, questions in enumerate(asked):
+        for number, made in enumerate(questions):
+            yield _row(task, made, f"{task.name}-{context}-{number}")
+
+
+def _row(task: Task, made: Made, name: str) -> dict[str, Any]:
+    return {
+        "input": made.input,
+        "context": made.context,
+        "answers": [made.answer],
+        "length": len(made.context.split()),
+        "dataset": task.name,
+        "language": "en",
+        "all_classes": made.all_classes,
+        "_id": name,
+    }

@@ -52,8 +52,8 @@ def passkey(rng: Random, room: int) -> Made:
     return Made(_hide(rng, facts, room), things[0], keys[0])
 
 
-def key_value(rng: Random, room: int) -> Made:
-    """Ask for the description of one function, in a list of functions."""
+def key_values(rng: Random, room: int) -> list[Made]:
+    """Ask for the description of each early function, in a list of functions."""
     names = {
         doc.paragraphs[0]: doc.name
         for doc in docstrings(*FOLDERS)
@@ -64,12 +64,12 @@ def key_value(rng: Random, room: int) -> Made:
     }
     described = {name: text for text, name in names.items()}
     lines = _fill(rng, (f"- {name}: {text}" for name, text in described.items()), room)
-    name, _, text = rng.choice(_early(lines)).removeprefix("- ").partition(": ")
-    return Made("\n".join(lines), name, text)
+    entries = [line.removeprefix("- ").partition(": ") for line in _early(lines)]
+    return [Made("\n".join(lines), name, text) for name, _, text in entries]
 
 
-def passage_retrieval(rng: Random, room: int) -> Made:
-    """Ask for the number of the paragraph that a given sentence ends."""
+def passage_retrievals(rng: Random, room: int) -> list[Made]:
+    """Ask for the number of each early paragraph that a sentence of its own ends."""
     prose = paragraphs(*FOLDERS)
     ids = rng.sample(range(1000, 10_000), len(prose))
     lines = _fill(rng, (f"{p} [Paragraph {i}]" for p, i in zip(prose, ids, strict=True)), room)
@@ -78,12 +78,11 @@ def passage_retrieval(rng: Random, room: int) -> Made:
         (sentences(text)[-1], label.removesuffix("]"))
         for text, _, label in (line.partition(" [") for line in _early(lines))
     ]
-    asked = rng.choice([end for end in ends if size(end[0]) > 10 and context.count(end[0]) == 1])
-    return Made(context, *asked)
+    return [Made(context, *end) for end in ends if size(end[0]) > 10 and context.count(end[0]) == 1]
 
 
-def passage_qa(rng: Random, room: int) -> Made:
-    """Ask for the person in one of six facts that are stated between unrelated passages."""
+def passage_qas(rng: Random, room: int) -> list[Made]:
+    """Ask for the person in each of six facts that are stated between unrelated passages."""
     places = [f"{town} {rng.choice(BUILDINGS)}" for town in rng.sample(TOWNS, 6)]
     first, last = rng.sample(FIRST_NAMES, 12), rng.sample(LAST_NAMES, 6)
     people = [" ".join(names) for names in zip(first[:6], first[6:], last, strict=True)]
@@ -92,13 +91,19 @@ def passage_qa(rng: Random, room: int) -> Made:
         for place, (question, beginning) in ((place, rng.choice(FACTS)) for place in places)
     ]
     facts = [f"{beginning} {who}." for (_, beginning), who in zip(asked, people, strict=True)]
-    (question, beginning), (example, example_beginning), *_ = asked
-    return Made(
-        _hide(rng, facts, room),
-        f"{example}\nAnswer: {example_beginning} {people[1]}\n\n"
-        f"Question: {question}\nAnswer: {beginning}",
-        people[0],
-    )
+    context = _hide(rng, facts, room)
+
+    def ask(fact: int) -> Made:
+        (question, beginning), who = asked[fact], people[fact]
+        example, example_beginning = asked[(fact + 1) % 6]
+        return Made(
+            context,
+            f"{example}\nAnswer: {example_beginning} {people[(fact + 1) % 6]}\n\n"
+            f"Question: {question}\nAnswer: {beginning}",
+            who,
+        )
+
+    return [ask(fact) for fact in range(6)]
 
 
 def classification(rng: Random, room: int) -> Made:
@@ -114,13 +119,13 @@ def classification(rng: Random, room: int) -> Made:
     return Made("\n\n".join(examples), asked, label, labels)
 
 
-def quotation(rng: Random, room: int) -> Made:
-    """Ask how a sentence of the text goes on."""
+def quotations(rng: Random, room: int) -> list[Made]:
+    """Ask how each early sentence of the text goes on."""
     lines = _fill(rng, paragraphs(*FOLDERS), room)
     context = "\n".join(lines)
     words = [sentence.split() for line in _early(lines) for sentence in sentences(line)]
     halves = [(" ".join(w[:-12]), " ".join(w[-12:])) for w in words if 18 <= len(w) <= 24]
-    return Made(context, *rng.choice([half for half in halves if context.count(half[0]) == 1]))
+    return [Made(context, *half) for half in halves if context.count(half[0]) == 1]
 
 
 def code_completion(rng: Random, room: int) -> Made:
@@ -132,23 +137,44 @@ def code_completion(rng: Random, room: int) -> Made:
 
 
 Maker = Callable[[Random, int], Made]
+Asker = Callable[[Random, int], list[Made]]
+"""Makes all questions of one context."""
+
+
+def _any(asker: Asker) -> Maker:
+    """Return a maker that asks one of the questions of a context."""
+    return lambda rng, room: rng.choice(asker(rng, room))
+
 
 # All but passkey are texts to go on with, not requests to a chat model.
 _ONE_LINE: dict[str, Any] = {"chat": False, "stop_at_newline": True, "min_new_tokens": 1}
 _LINE: dict[str, Any] = {**_ONE_LINE, "first_line": True}
 
+_KEY_VALUE = Task("key_value", ROUGE_L, 24, **_LINE)
+_PASSAGE_RETRIEVAL = Task("passage_retrieval", RETRIEVAL, 12, **_LINE)
+_PASSAGE_QA = Task("passage_qa", QA_F1, 16, **_LINE)
+_QUOTATION = Task("quotation", ROUGE_L, 24, **_LINE)
+
 MAKERS: dict[Task, Maker] = {
     Task("passkey", COUNT, 24): passkey,
-    Task("key_value", ROUGE_L, 24, **_LINE): key_value,
-    Task("passage_retrieval", RETRIEVAL, 12, **_LINE): passage_retrieval,
-    Task("passage_qa", QA_F1, 16, **_LINE): passage_qa,
+    _KEY_VALUE: _any(key_values),
+    _PASSAGE_RETRIEVAL: _any(passage_retrievals),
+    _PASSAGE_QA: lambda rng, room: passage_qas(rng, room)[0],  # its facts are drawn already
     Task("classification", CLASSIFICATION, 8, **_LINE): classification,
-    Task("quotation", ROUGE_L, 24, **_LINE): quotation,
+    _QUOTATION: _any(quotations),
     # No first-line rule: code_sim finds the line itself.
     Task("code_completion", CODE_SIM, 24, **_ONE_LINE): code_completion,
 }
+ASKERS: dict[Task, Asker] = {
+    _KEY_VALUE: key_values,
+    _PASSAGE_RETRIEVAL: passage_retrievals,
+    _PASSAGE_QA: passage_qas,
+    _QUOTATION: quotations,
+}
+"""The tasks whose contexts have several questions."""
 
 TASKS = tuple(MAKERS)
+SHARING_TASKS = tuple(ASKERS)
 
 
 def _early(items: Sequence[str]) -> Sequence[str]:

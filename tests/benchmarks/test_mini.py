@@ -11,8 +11,16 @@ from omegaconf import OmegaConf
 from benchmarks import package_text as text
 from benchmarks.mini import tasks, template
 from benchmarks.mini.benchmark import Mini
-from benchmarks.mini.build import ROOM, SAMPLES, build, expected_sha256
-from benchmarks.mini.tasks import TASKS
+from benchmarks.mini.build import (
+    CONTEXTS,
+    QUESTIONS,
+    ROOM,
+    SAMPLES,
+    SHARED,
+    build,
+    expected_sha256,
+)
+from benchmarks.mini.tasks import SHARING_TASKS, TASKS
 from benchmarks.rows import sha256
 from benchmarks.task import PromptFormat
 from kvmerge.errors import UserError
@@ -104,6 +112,46 @@ def test_one_thing_alone_answers_a_question(built, length):
     for sample in benchmark.samples(TASK["classification"]):
         assert sample.row["input"] not in sample.row["context"]
         assert sample.answers[0] in sample.all_classes
+
+
+# Contexts with several questions
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return Mini(length="shared")
+
+
+@pytest.mark.parametrize("task", SHARING_TASKS, ids=lambda task: task.name)
+def test_every_machine_builds_the_same_shared_contexts(shared, task):
+    assert list(expected_sha256(SHARED)) == [each.name for each in SHARING_TASKS]
+    assert sha256(build(task, SHARED)) == expected_sha256(SHARED)[task.name]
+    samples = shared.samples(task)
+    assert len({sample.id for sample in samples}) == len(samples) == CONTEXTS * QUESTIONS
+    by_context = {}
+    for sample in samples:
+        by_context.setdefault(sample.row["context"], set()).add(sample.question)
+    assert [len(asked) for asked in by_context.values()] == [QUESTIONS] * CONTEXTS
+
+
+@pytest.mark.parametrize("task", SHARING_TASKS, ids=lambda task: task.name)
+def test_questions_of_a_shared_context_are_answered_in_it(shared, task):
+    for sample in shared.samples(task):
+        (answer,) = sample.answers
+        context, asked = sample.row["context"], sample.row["input"]
+        at = context.find(answer)
+        assert 0 <= at < 0.95 * len(context)
+        if task.name == "passage_qa":
+            beginning = asked.rpartition("Answer: ")[2]
+            assert f"{beginning} {answer}." in context
+            assert answer not in asked
+        else:
+            assert context.count(asked) == 1
+
+
+def test_tasks_without_several_questions_are_not_shared():
+    with pytest.raises(UserError, match="passkey"):
+        Mini(length="shared", tasks=["passkey"])
 
 
 # Prompts, lengths, scores
@@ -217,7 +265,7 @@ def test_tasks_keep_the_order_of_the_benchmark():
     [
         ({"tasks": ["paskey"]}, "Did you mean 'passkey'"),
         ({"tasks": []}, "tasks is empty"),
-        ({"length": "medium"}, "Available: long, short"),
+        ({"length": "medium"}, "Available: long, shared, short"),
         ({"data_dir": "no/such/folder"}, "not a folder"),
     ],
 )
