@@ -76,6 +76,7 @@ def test_a_variant_of_kvmerger_costs_two_lines_of_yaml(method_page):
     "page",
     [
         "README.md",
+        "docs/map.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
         "docs/add_a_method.md",
