@@ -106,19 +106,34 @@ def make_cell(method_name: str, options: Mapping[str, Any], budget: object) -> C
 def parse_cell(text: object) -> Cell:
     """Build the cell of a name. Raises `UserError` naming what cannot be used."""
     name = parse_name(text)
+    options = read_options(filter(None, name.options.split(",")), f"the cell {text!r}", _FORM)
+    return make_cell(name.method, options, name.budget)
+
+
+def read_options(parts: Iterable[str], of: str, form: str = "") -> dict[str, Any]:
+    """Read options, each `option=value`, typed as Hydra types a value.
+
+    Args:
+        parts: the options as they are written.
+        of: where they stand, for messages.
+        form: how they are written, for messages.
+
+    Raises:
+        UserError: naming an option that has no value, is given twice, or cannot be read.
+    """
     options: dict[str, Any] = {}
-    for part in filter(None, name.options.split(",")):
+    for part in parts:
         key, separator, value = part.partition("=")
         key = key.strip()
         if not separator or key in options:
             why = "it is given twice" if separator else "it has no value"
-            raise UserError(f"cannot read {part!r} in the cell {text!r}: {why}. {_FORM}")
+            raise UserError(f"cannot read {part!r} in {of}: {why}. {form}".rstrip())
         try:
-            # typed as Hydra types a value: unlike plain YAML, 1e-5 is a number
+            # unlike plain YAML, 1e-5 is a number
             options[key] = OmegaConf.from_dotlist([f"value={value}"]).value
         except yaml.YAMLError:
-            raise UserError(f"cannot read {part!r} in the cell {text!r}. {_FORM}") from None
-    return make_cell(name.method, options, name.budget)
+            raise UserError(f"cannot read {part!r} in {of}. {form}".rstrip()) from None
+    return options
 
 
 def parse_cells(texts: Iterable[object]) -> list[Cell]:

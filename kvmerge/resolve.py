@@ -12,6 +12,7 @@ import functools
 import pkgutil
 import traceback
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,10 @@ def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
             raise unknown(f"setting of {name}", key, set(resolved) - {_TARGET})
         resolved[key] = value
     method = build({key: value for key, value in resolved.items() if value != MISSING})
-    if not isinstance(method, Method):
+    if not (isinstance(method, Method) and is_dataclass(method)):
         raise UserError(
-            f"{resolved[_TARGET]} is no method: a method derives from kvmerge.Method "
-            "(docs/add_a_method.md)."
+            f"{resolved[_TARGET]} is no method: a method is a frozen dataclass that derives from "
+            "kvmerge.Method (docs/add_a_method.md)."
         )
     return method
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from baselines.h2o import H2O, keep
 from baselines.heavy_hitters import HeavyHitters
 from kvmerge.cache import append_entry
+from kvmerge.check.naive import map_column_sums
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, DecodeStep, keep_all, select
 from kvmerge.scores import column_sums, head_column_sums
-from tests.kvmerge.naive_engine import map_column_sums
 from tests.tiny import layer, normal
 
 

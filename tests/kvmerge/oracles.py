@@ -1,7 +1,8 @@
 """Slow and obvious versions of the tensor code: one head, one token at a time, plain Python numbers.
 
-Nothing here shares code with the package. Functions take tensors of one head, without batch, and
-return lists, except where a whole `(batch, kv_heads, …)` tensor is named.
+Nothing here shares code with the package, but that its plain engine attends by `attend`. Functions take
+tensors of one head, without batch, and return lists, except where a whole `(batch, kv_heads, …)` tensor
+is named.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from kvmerge.check.naive import attend as attend
 
 
 def each_head(function: Callable[..., Sequence], *tensors: Tensor) -> list[Sequence]:
@@ -308,24 +311,6 @@ def cam_merge_values(
         for j in range(i + 1, min(i + merge_budget, len(v) - 1) + 1):
             v[j] = [x + share * own / merge_budget for x, own in zip(v[j], v[i], strict=True)]
     return v
-
-
-def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
-) -> Tensor:
-    """Attention of `(heads, n, head_dim)` queries whose own keys are the last `n`, in plain torch."""
-    heads, n_new, _ = queries.shape
-    kv_heads, length, _ = keys.shape
-    out = torch.empty_like(queries)
-    for head in range(heads):
-        kv_head = head * kv_heads // heads
-        for i in range(n_new):
-            end = length - n_new + i + 1
-            logits = keys[kv_head, :end] @ queries[head, i] * scale
-            if bias is not None:
-                logits = logits + bias[kv_head, :end]
-            out[head, i] = logits.softmax(-1) @ values[kv_head, :end]
-    return out
 
 
 def snapkv_scores(

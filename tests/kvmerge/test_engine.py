@@ -14,6 +14,7 @@ from baselines.h2o import H2O
 from baselines.random import Random
 from kvmerge import engine
 from kvmerge.budget import Budget
+from kvmerge.check import naive as naive_engine
 from kvmerge.engine import (
     Comparison,
     Decoder,
@@ -29,7 +30,6 @@ from kvmerge.hook import cache_name, hooked
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Method, keep_all
 from kvmerge.session import CacheSession, Policy, Row, seeded_generator
-from tests.kvmerge import naive_engine
 from tests.tiny import FAMILIES, new_model, prompt, replayed, shared_model
 
 NEVER: frozenset[int] = frozenset()

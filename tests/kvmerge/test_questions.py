@@ -7,12 +7,12 @@ import torch
 
 import kvmerge.engine
 from kvmerge.budget import Budget
+from kvmerge.check import naive as naive_engine
 from kvmerge.engine import Request, Stop, run_samples, score_continuations
 from kvmerge.errors import UserError
 from kvmerge.proof import UnprovenError
 from kvmerge.resolve import choices, load_method
 from kvmerge.session import Policy, Row
-from tests.kvmerge import naive_engine
 from tests.tiny import prompt, shared_model
 
 NEVER = frozenset()

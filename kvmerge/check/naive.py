@@ -14,13 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvmerge.cache import append_entry
+from kvmerge.check.tiny import AnySession
 from kvmerge.hook import forward, hooked
 from kvmerge.method import Allowance, DecodeStep, Entries, PrefillLayer, keep_all
 from kvmerge.rope import Rope
 from kvmerge.session import DEFAULT_POLICY, Policy, Row, seeded_generator
 from kvmerge.softmax import Softmax
-from tests.kvmerge import oracles
-from tests.tiny import AnySession
 
 
 @dataclass
@@ -39,6 +38,7 @@ class NaiveSession(AnySession):
     def attend(
         self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax
     ) -> Tensor:
+        """Attend in one layer, as `kvmerge.hook` asks a session to."""
         scale = softmax.scale
         if layer_idx == len(self.entries):
             self.length = keys.shape[2]
@@ -51,10 +51,10 @@ class NaiveSession(AnySession):
             if self.row.method.alters_prefill and allowance.n_keep < self.length:
                 visible = self.row.method.visible(layer, allowance)
                 return masked_attention(queries, keys, values, scale, visible)
-            return oracles.attend(queries[0], keys[0], values[0], scale)[None]
+            return attend(queries[0], keys[0], values[0], scale)[None]
         stored = append_entry(self.entries[layer_idx], keys, values, self.length + self.steps)
         bias = None if stored.bias is None else stored.bias[0]
-        out = oracles.attend(queries[0], stored.keys[0], stored.values[0], scale, bias)[None]
+        out = attend(queries[0], stored.keys[0], stored.values[0], scale, bias)[None]
         if self.policy.decides(self.row.method):
             weights = last_row(queries, stored.keys, scale, bias)
             allowance = self._allowance(layer_idx, self.steps)
@@ -83,6 +83,24 @@ class NaiveSession(AnySession):
             generator = seeded_generator(self.row.seed, self.sample_id, layer_idx, step)
         allowed = self.policy.allowance(self.row.budget, self.length, layer_idx, self.layers)
         return Allowance(*allowed, generator)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention of `(heads, n, head_dim)` queries whose own keys are the last `n`, in plain torch."""
+    heads, n_new, _ = queries.shape
+    kv_heads, length, _ = keys.shape
+    out = torch.empty_like(queries)
+    for head in range(heads):
+        kv_head = head * kv_heads // heads
+        for i in range(n_new):
+            end = length - n_new + i + 1
+            logits = keys[kv_head, :end] @ queries[head, i] * scale
+            if bias is not None:
+                logits = logits + bias[kv_head, :end]
+            out[head, i] = logits.softmax(-1) @ values[kv_head, :end]
+    return out
 
 
 def map_column_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -117,6 +135,7 @@ def last_row(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None) -
 def session(
     model: PreTrainedModel, row: Row, sample_id: str = "", policy: Policy = DEFAULT_POLICY
 ) -> Iterator[NaiveSession]:
+    """Let the model attend through the cache of one row inside the block."""
     rope = Rope.of(model) if row.method.needs_rope or policy.rolled else None
     with hooked(model), torch.inference_mode():
         yield NaiveSession(row, model.config.num_hidden_layers, sample_id, rope, policy)
@@ -148,7 +167,7 @@ def greedy(
     sample_id: str = "",
     policy: Policy = DEFAULT_POLICY,
 ) -> list[int]:
-    """The greedy answer of `tokens` tokens, whatever they are."""
+    """Return the greedy answer of `tokens` tokens, whatever they are."""
     length = input_ids.shape[1]
     answer: list[int] = []
     fed, positions = input_ids, torch.arange(length)[None]
