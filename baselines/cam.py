@@ -73,6 +73,10 @@ class SinkCaM(Method):
         """Return the receivers of an entry that is folded while decoding."""
         return min(DECODE_RECEIVERS, recent)
 
+    def check(self, layer_idx: int, length: int, allowance: Allowance) -> None:
+        """Refuse a budget without a recent token to merge into, as `counts` does."""
+        self.counts(allowance, length)
+
     def counts(self, allowance: Allowance, length: int) -> tuple[int, int]:
         """Return the sinks and recent tokens kept of a prompt of `length` tokens.
 

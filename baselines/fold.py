@@ -159,6 +159,10 @@ class Fold(Method):
         """Divide the budget as the rule does."""
         return self.rule.allocate(layers, allowance)
 
+    def check(self, layer_idx: int, length: int, allowance: Allowance) -> None:
+        """Refuse what the rule refuses."""
+        self.rule.check(layer_idx, length, allowance)
+
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep what the rule keeps, fold the others into it, and fit the result."""
         positions, set_ids = self._grouped(layer, allowance)

@@ -65,6 +65,10 @@ class HeavyHitters(Method):
         fixed = min(fixed, n_keep)
         return (n_keep - fixed, fixed) if self.heavy is None else (fixed, n_keep - fixed)
 
+    def check(self, layer_idx: int, length: int, allowance: Allowance) -> None:
+        """Refuse fixed counts that do not fit the budget, as `counts` does."""
+        self.counts(allowance, length)
+
     def prompt_scores(self, layer: PrefillLayer) -> Tensor:
         """Return the attention mass of the prompt's tokens: `(batch, kv_heads, T)` float32."""
         scores = layer.column_scores()

@@ -46,6 +46,10 @@ class MeanpoolChunks(Method):
             top=self.top,
         )
 
+    def check(self, layer_idx: int, length: int, allowance: Allowance) -> None:
+        """Refuse what KVMerger refuses."""
+        self._merger().check(layer_idx, length, allowance)
+
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Cut the unprotected tokens into chunks, and average each."""
         entries = replace(keep_all(layer), scores=layer.column_scores())

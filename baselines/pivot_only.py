@@ -32,6 +32,10 @@ class PivotOnly(Method):
         """Return KVMerger with its default sets. Raise `UserError` for settings that it refuses."""
         return KVMerger(recent=self.recent, top=self.top)
 
+    def check(self, layer_idx: int, length: int, allowance: Allowance) -> None:
+        """Refuse what KVMerger refuses."""
+        self._merger().check(layer_idx, length, allowance)
+
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Keep the pivot of each merging set."""
         scores = layer.column_scores()

@@ -262,9 +262,9 @@ def load_rows(
         raise
     except Exception as error:
         # Each reader has errors of its own, wrapped or not.
-        if _held_back.get() and not isinstance(dataset, Path):
-            raise NeedsDownload(f"{dataset} is not in the cache of datasets yet.") from error
         why = None if isinstance(dataset, Path) else _refusal(error, dataset, revision)
+        if why is None and _held_back.get() and not isinstance(dataset, Path):
+            raise NeedsDownload(f"{dataset} is not in the cache of datasets yet.") from error
         why = why or f"{first_line(error.__cause__ or error).rstrip('.')}."
         raise UserError(f"cannot read {dataset}: {why}") from error
 
@@ -334,7 +334,10 @@ _held_back: ContextVar[bool] = ContextVar("held_back", default=False)
 
 @contextlib.contextmanager
 def no_downloads() -> Iterator[None]:
-    """Hold downloads back inside the block: `fetch` raises `NeedsDownload` instead."""
+    """Hold downloads back inside the block: `fetch` raises `NeedsDownload` instead.
+
+    The hub is asked all the same, so that what could not be downloaded is refused as without the block.
+    """
     token = _held_back.set(True)
     try:
         yield
@@ -351,10 +354,7 @@ def fetch(file: HubFile) -> Path:
     Raises UserError if the file can be had neither from the cache nor from the hub, or is wrong, and
     NeedsDownload inside `no_downloads`.
     """
-    path = cached(file)
-    if path is None and _held_back.get():
-        raise NeedsDownload(f"{file}, {shown_size(file.size)}, is not in the hub's cache yet.")
-    path = path or _download(file)
+    path = cached(file) or _download(file)
     check(file, path)
     return path
 
@@ -408,16 +408,20 @@ def _digest(path: Path, size: int, modified: int) -> str:
 
 
 def _download(file: HubFile) -> Path:
-    """Bring a file into the hub's cache, announcing it first."""
+    """Bring a file into the hub's cache, announcing it first; if downloads are held back, only ask."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     url = hf_hub_url(file.repo, file.filename, repo_type="dataset", revision=file.revision)
     try:
         size = shown_size(get_hf_file_metadata(url).size)
+        if _held_back.get():
+            raise NeedsDownload(f"{file}, {size}, is not in the hub's cache yet.")
         logger.info("Fetching %s, %s, from %s", file, size, url)
         return Path(
             hf_hub_download(file.repo, file.filename, repo_type="dataset", revision=file.revision)
         )
+    except NeedsDownload:
+        raise
     except Exception as error:
         # A broken download arrives as an OSError, or as the HTTP client's own error.
         repository = Repository("dataset", file.repo, file.revision, file.instead)

@@ -151,8 +151,7 @@ class Answerer:
         except UnprovenError:
             raise  # it names the cell and the sample
         except UserError as error:
-            named = (f"{p.job.sample.id!r} ({len(p.encoded.prompt)} prompt tokens)" for p in batch)
-            where = f"task {batch[0].job.task.name}, sample {', '.join(named)}"
+            where = "; ".join(place(each.job, len(each.encoded.prompt)) for each in batch)
             raise type(error)(f"{where}: {error}") from error
 
     def _prompt(self, prepared: Prepared) -> Prompt:
@@ -234,6 +233,11 @@ class Answerer:
         if encoded.continuation is None or result.nll is None:
             return self.settings.benchmark.score(job.sample, job.task, prediction)
         return job.task.metric.sample(result.nll, len(encoded.continuation))
+
+
+def place(job: Job, length: int) -> str:
+    """Name a sample, with its prompt's tokens, for messages."""
+    return f"task {job.task.name}, sample {job.sample.id!r} ({length} prompt tokens)"
 
 
 def encode(settings: Settings, tokenizer: PreTrainedTokenizerBase, job: Job) -> Encoded:

@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -39,7 +38,6 @@ from harness.selfcheck import selfcheck
 from harness.settings import Choices, Settings, settings_from
 from harness.sources import take_config_dirs
 from harness.sweep import Points, check_launcher, current_points, report_points, sweep
-from harness.variants import check_noise
 from kvmerge.errors import UserError, first_line
 from kvmerge.files import remove_leftovers
 from kvmerge.places import config_dir, config_dirs
@@ -119,9 +117,6 @@ def execute(config: DictConfig) -> Settings:
 
 def compare(settings: Settings, console: Console) -> None:
     """Run a comparison and report it."""
-    if settings.judgement.noise is not None:  # or it would be refused after hours of work
-        folder = Path(settings.judgement.noise).expanduser()
-        check_noise(folder, settings.model.name, settings.benchmark.name)
     results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
     report(settings, results, console)
 

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvmerge.errors import UserError
+from kvmerge.files import try_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +40,49 @@ def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     path = folder / FILE
     try:
-        is_new = not folder.exists()
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
         file = _take(path, wait)
     except OSError as error:
-        raise UserError(
-            f"nothing can be written to {folder}: {error.strerror}. Choose another output_dir."
-        ) from error
+        raise _unwritable(folder, error) from error
     try:
         yield
     finally:
         # While it is held: nobody can be waiting for this very file, see `_take`.
         path.unlink(missing_ok=True)
         os.close(file)
-        if is_new:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # one holds something, and so those around it
+            for place in made:
+                place.rmdir()
+
+
+def check_writer(folder: Path) -> None:
+    """Refuse what `only_writer` would refuse, and leave the folder as it is.
+
+    Raises:
+        UserError: as `only_writer` does.
+    """
+    path = folder / FILE
+    try:
+        try_to_write(folder)
+        file = os.open(path, os.O_RDONLY) if path.exists() else None
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if file is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _HELD:
+            raise _unwritable(folder, error) from error
+        raise UserError(_held_by(folder, os.pread(file, 4096, 0))) from None
+    finally:
+        os.close(file)
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"nothing can be written to {folder}: {error.strerror}. Choose another output_dir."
+    )
 
 
 def _take(path: Path, wait: bool) -> int:

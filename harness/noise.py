@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from harness.lock import only_writer
-from harness.plan import print_plan
+from harness.lock import check_writer, only_writer
+from harness.plan import print_plan, told_of_downloads
 from harness.results import Results
 from harness.runner import Loaded, left, run
 from harness.settings import Settings
@@ -27,7 +27,7 @@ from kvmerge.errors import Infeasible, UserError
 from kvmerge.files import remove_leftovers, write_atomically
 from kvmerge.kernels.choice import products_by
 from kvmerge.kernels.forced import forced, obstacle
-from kvmerge.models import load
+from kvmerge.models import Outline, load
 
 _PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 
@@ -74,14 +74,13 @@ def noise(settings: Settings, console: Console) -> None:
     """
     variants = planned(settings)
     if settings.dry_run:
+        check_writer(settings.output_dir)
         _print_plan(variants, console)
         return
     with only_writer(settings.output_dir):
         remove_leftovers(settings.output_dir)
-        for variant in variants:  # what a run would refuse is refused before the first one
-            if not variant.obstacle:
-                left(variant.settings)
-        variants = _run_all(variants, console)
+        known = _check_all(variants, downloads=True)  # what a run would refuse: before the first one
+        variants = _run_all(variants, known, console)
         _write(settings, variants)
         _report(settings, console)
 
@@ -178,9 +177,22 @@ def _below(
     )
 
 
-def _run_all(variants: Sequence[Variant], console: Console) -> list[Variant]:
+def _check_all(variants: Sequence[Variant], *, downloads: bool) -> Outline | None:
+    """Make the checks of every variant; return the model's outline, None where nothing is left.
+
+    Raises:
+        UserError: as a run of the variant would.
+    """
+    known = None
+    for variant in variants:
+        if not variant.obstacle:
+            known = left(variant.settings, known, downloads=downloads).model or known
+    return known
+
+
+def _run_all(variants: Sequence[Variant], known: Outline | None, console: Console) -> list[Variant]:
     """Run what has no line yet; return the variants with what turned out to stand in their way."""
-    weights = _Weights()
+    weights = _Weights(known)
     products = None
     done = []
     for number, variant in enumerate(variants, start=1):
@@ -209,13 +221,15 @@ def _run_all(variants: Sequence[Variant], console: Console) -> list[Variant]:
 def _run(variant: Variant, weights: _Weights) -> Results:
     settings = variant.settings
     remove_leftovers(settings.results_dir)
-    return run(settings, loaded=weights.of(settings) if left(settings) else None)
+    is_left = left(settings, weights.known).jobs
+    return run(settings, loaded=weights.of(settings) if is_left else None)
 
 
 class _Weights:
     """The model of the last variant that needed one: the next mostly needs the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Outline | None) -> None:
+        self.known = known
         self._key: tuple[str, bool] | None = None
         self._loaded: Loaded | None = None
 
@@ -223,7 +237,7 @@ class _Weights:
         key = settings.model.dtype, settings.model.pack_weights
         if self._loaded is None or key != self._key:
             self._loaded = None  # two of them may not fit into memory
-            self._loaded, self._key = load(settings.model), key
+            self._loaded, self._key = load(settings.model, self.known), key
         return self._loaded
 
 
@@ -246,7 +260,10 @@ def _products(results: Results) -> str:
 
 def _print_plan(variants: Sequence[Variant], console: Console) -> None:
     can_run = [variant for variant in variants if not variant.obstacle]
-    print_plan(variants[0].settings, console)
+    base = variants[0].settings
+    with told_of_downloads(base, console):
+        known = _check_all(variants, downloads=False)
+        print_plan(base, console, left(base, known))
     console.print(
         f"{len(can_run)} such runs, each of which resumes: {', '.join(v.name for v in can_run)}",
         **_PLAIN,

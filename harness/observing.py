@@ -13,22 +13,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.task import Task
 from harness.answering import Job, encode, prompt_hash
 from harness.given import Observe
+from harness.maps import chosen_maps
 from harness.observation import Observation, Observed, read_maps
-from harness.runner import COMPARED, Begun, Pending, carry_out
+from harness.ready import Pending
+from harness.runner import COMPARED, Begun, carry_out
 from harness.settings import Settings
 from kvmerge.errors import UserError, is_out_of_memory, unknown
 from kvmerge.families import local_windows
 from kvmerge.files import write_atomically
-from kvmerge.models import attention_sizes
 from kvmerge.observations import Maps, has_fixed_rotation, map_block, observe
-
-_MAPS = 4
-"""Layers, and KV heads, whose maps are drawn unless others are named."""
 
 
 def observe_all(settings: Settings) -> Observed:
@@ -82,7 +80,7 @@ def pending_observations(settings: Settings, results: Observed) -> Pending:
         compared += [job for job in of_task if job.recorded and job not in jobs][:COMPARED]
     if wanted is not None and wanted not in names and settings.num_shards == 1:
         raise unknown("observe.map_sample", wanted, names[:20])
-    return jobs, compared if jobs else [], counts
+    return Pending(jobs, compared if jobs else [], counts, len(names))
 
 
 def _name(job: Job) -> str:
@@ -176,39 +174,6 @@ class _Observer:
         file = io.BytesIO()
         np.savez_compressed(file, **content)  # type: ignore[arg-type]
         write_atomically(self.results.map_file, file.getvalue())
-
-
-def chosen_maps(config: PretrainedConfig, wanted: Observe) -> tuple[list[int], list[int]]:
-    """Return the layers and KV heads whose maps are made.
-
-    Raises:
-        UserError: if the model does not have them, or leaves a layer to a window of its own.
-    """
-    windows = local_windows(config)
-    seen = [index for index, window in enumerate(windows) if window is None]
-    count = len(windows)
-    if wanted.map_layers is None:
-        places = np.linspace(0, len(seen) - 1, min(_MAPS, len(seen))).round().astype(int)
-        layers = [seen[place] for place in places]
-    else:
-        if not all(-count <= layer < count for layer in wanted.map_layers):
-            raise UserError(
-                f"observe.map_layers={list(wanted.map_layers)}: the model has {count} layers, 0 to "
-                f"{count - 1}."
-            )
-        layers = list(dict.fromkeys(layer % count for layer in wanted.map_layers))
-        if local := [layer for layer in layers if layer not in seen]:
-            raise UserError(
-                f"observe.map_layers={list(wanted.map_layers)}: layer {local[0]} is left to its window "
-                f"and not observed; those that are: {seen}."
-            )
-    _, kv_heads, _ = attention_sizes(config)
-    heads = list(wanted.map_heads if wanted.map_heads is not None else range(min(_MAPS, kv_heads)))
-    if not all(head < kv_heads for head in heads):
-        raise UserError(
-            f"observe.map_heads={heads}: the model has {kv_heads} KV heads, 0 to {kv_heads - 1}."
-        )
-    return layers, list(dict.fromkeys(heads))
 
 
 def _unobserved(model: PreTrainedModel) -> list[str]:

@@ -9,33 +9,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.task import Task
-from harness.answering import Answerer, Job, encode
-from harness.observation import FOLDER
-from harness.provenance import check_resumable, fingerprint, run_info, stale_cells
+from harness.answering import Answerer, Job
+from harness.provenance import run_info
+from harness.ready import Pending, Ready, get_ready
 from harness.results import Results
 from harness.settings import Settings
 from kvmerge.cells import Cell
 from kvmerge.errors import UserError
 from kvmerge.families import local_windows
-from kvmerge.models import load
+from kvmerge.models import Outline, load
 
 logger = logging.getLogger(__name__)
 
-F = TypeVar("F")
 Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 COMPARED = 3
 """Finished samples of a task whose prompts are made again before others are added to them."""
-Pending = tuple[list[Job], list[Job], dict[str, int]]
-"""The jobs; a few finished samples of the same tasks, to compare their prompts; how many samples each
-task has in all, whatever this run takes of them."""
 
 
 def run(
@@ -74,38 +70,19 @@ def run(
     return results
 
 
-def found_with(settings: Settings, results: Results, find: Callable[[], F]) -> tuple[F, dict[str, Any]]:
-    """Return what `find` finds to do, and the fingerprint of a run and of what its folder holds.
+def left(settings: Settings, known: Outline | None = None, *, downloads: bool = False) -> Ready:
+    """Return what a run would answer, after every check that it makes first; change nothing of its own.
 
-    Under `stale=rerun` the lines that are to be answered anew go out of the way first; with `dry_run`
-    they are only left out.
-
-    Raises:
-        UserError: as `find` does, and if this run cannot add to what the folder holds.
-    """
-    refuse_mixed(settings)
-    current = fingerprint(settings, settings.benchmark.fingerprint())
-    stale = stale_cells(results, current) if settings.stale == "rerun" else {}
-    for cell, why in stale.items():
-        logger.warning("%s is answered anew: %s", cell, why)
-        if settings.dry_run:
-            results.leave_out(cell)
-        else:
-            results.set_aside(cell)
-    found = find()  # first, as it names the line of a bad row
-    return found, check_resumable(results, current)
-
-
-def left(settings: Settings) -> list[Job]:
-    """Return what a run would answer, and change nothing.
+    Args:
+        settings: the run.
+        known: the model's outline, where that was looked at already.
+        downloads: whether caches may be filled with what the run needs.
 
     Raises:
-        UserError: where the run could not add it to what its folder holds.
+        UserError: where the run could not begin, or not add to what its folder holds.
     """
     results = Results(settings.results_dir)
-    looking = replace(settings, dry_run=True)
-    (jobs, _, _), _ = found_with(looking, results, lambda: pending(settings, results))
-    return jobs
+    return get_ready(settings, results, lambda: pending(settings, results), known, downloads=downloads)
 
 
 @dataclass(frozen=True)
@@ -138,7 +115,12 @@ def carry_out(
         UserError: as `run` does.
     """
     started = time.perf_counter()
-    (jobs, finished, counts), prints = found_with(settings, results, find)
+    known = None if loaded is None else Outline(*loaded)
+    found = get_ready(settings, results, find, known)
+    for cell, why in found.stale.items():
+        logger.warning("%s is answered anew: %s", cell, why)
+        results.set_aside(cell)
+    jobs, counts, prints = found.jobs, found.counts, found.prints
     notes = [*settings.benchmark.notes(), *_question_note(settings)]
     if not jobs:
         # a shard that got no samples of a task still shares its run's tasks and cells
@@ -146,11 +128,9 @@ def carry_out(
             results.write_info(run_info(settings, results, prints, counts, notes, seconds=0.0))
         return
     results.write_info(run_info(settings, results, prints, counts, notes))
-    model, tokenizer = loaded or load(settings.model)
+    model, tokenizer = loaded or load(settings.model, found.model)
     begun = begin(model, tokenizer)
     notes += begun.notes
-    for job in finished:
-        encode(settings, tokenizer, job)  # refuses a prompt that would be another today
     answers = sum(len(job.missing) for job in jobs)
     what = f"{answers} answers" if answers else "observing"
     with tqdm(total=len(jobs), unit="sample", desc=what, smoothing=0.05) as bar:
@@ -184,32 +164,12 @@ def counted_layers(config: PretrainedConfig) -> list[str]:
     ]
 
 
-def refuse_mixed(settings: Settings) -> None:
-    """Refuse to share an output_dir between a whole run and shards, between two splits, or between a
-    run that answers and one that observes.
-
-    They would overlap, and the report could not merge them.
-    """
-    folder = settings.output_dir
-    kept, other = ("predictions", FOLDER) if settings.observe is None else (FOLDER, "predictions")
-    if (folder / other).exists() or any(folder.glob(f"shards/*/{other}")):
-        raise UserError(f"{folder} holds {other}, so no {kept} go there. Choose another output_dir.")
-    found = {path.name.partition("-of-")[2] for path in folder.glob("shards/*-of-*")}
-    if (folder / kept).exists():
-        found.add("1")
-    others = sorted(found - {str(settings.num_shards)})
-    if others:
-        raise UserError(
-            f"{folder} holds results of num_shards={others[0]}, so num_shards={settings.num_shards} "
-            "cannot be added to it. Go on with the former, or choose another output_dir."
-        )
-
-
 def pending(settings: Settings, results: Results) -> Pending:
     """Find the samples with lines missing, task by task in the benchmark's order."""
     jobs: list[Job] = []
     compared: list[Job] = []
     counts = {}
+    taken = 0
     for task in settings.benchmark.tasks:
         recorded = _recorded_prompts(settings, results, task.name)
         done: set[tuple[str, int, str]] = set()
@@ -223,13 +183,14 @@ def pending(settings: Settings, results: Results) -> Pending:
             for sample in settings.take(samples)
             for missing in [_missing(settings, sample.id, done)]
         ]
+        taken += len(of_task)
         left = [job for job in of_task if job.missing]
         jobs += left
         if left:
             finished = [job for job in of_task if job.recorded and not job.missing]
             compared += finished[:COMPARED]
     check_questions(settings, jobs)
-    return jobs, compared, counts
+    return Pending(jobs, compared, counts, taken)
 
 
 def check_questions(settings: Settings, jobs: Sequence[Job]) -> None:

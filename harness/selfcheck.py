@@ -99,8 +99,9 @@ def selfcheck(settings: Settings, console: Console) -> None:
         return
     with only_writer(settings.results_dir):
         remove_leftovers(settings.results_dir)
-        left(settings)  # what the run would refuse is refused before the checks, not after them
-        model, tokenizer = load(settings.model)
+        # what the run would refuse is refused before the checks, not after them
+        found = left(settings, downloads=True)
+        model, tokenizer = load(settings.model, found.model)
         golden, golden_ids = golden_prompts(settings, tokenizer)
         checks, pace = [golden], ""
         try:

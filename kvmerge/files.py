@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import stat
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 200
 """Bytes of a name: file systems allow 255, and what is added to names takes some."""
+
+_LONGEST_ANYWHERE = 255
+"""Bytes of a name that any file system takes at most."""
 
 _PARTIAL = re.compile(r"\..+\.(\d+)")
 """Name of a file that is being written: the file's own and the number of the process."""
@@ -47,6 +51,24 @@ def read_regular(path: Path) -> bytes:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
     return path.read_bytes()
+
+
+def try_to_write(folder: Path) -> None:
+    """Raise the `OSError` that making a folder and a file in it would end with; leave nothing behind.
+
+    The file has no name, or is gone at once, in the nearest folder that is there already.
+    """
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place):
+            break
+    if not place.is_dir():
+        number = errno.EEXIST if place == folder else errno.ENOTDIR
+        raise OSError(number, os.strerror(number), str(place))
+    if any(len(os.fsencode(part)) > _LONGEST_ANYWHERE for part in folder.parts):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(folder))
+    with tempfile.TemporaryFile(dir=place) as file:
+        file.write(b"x")
+        file.flush()
 
 
 def hold(path: Path) -> IO[str]:

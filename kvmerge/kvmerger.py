@@ -134,6 +134,11 @@ class KVMerger(Method):
         """Entries are merged again only now and then."""
         return self.merge_every
 
+    def check(self, layer_idx: int, length: int, allowance: Allowance) -> None:
+        """Refuse a budget that leaves nothing to merge into, and a layer without a threshold."""
+        self.protected_counts(allowance, length)
+        self._threshold(layer_idx)
+
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         """Merge one layer down to the allowance (docs/methods.md)."""
         entries = replace(keep_all(layer), scores=layer.column_scores())

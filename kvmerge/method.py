@@ -148,7 +148,21 @@ class Method(ABC):
         Not called where the budget holds the whole prompt: everything is kept then.
 
         Raises:
-            UserError: if the prompt is too short for what the method protects.
+            UserError: if the prompt is too short for what the method protects; `check` foretells it.
+        """
+
+    def check(self, layer_idx: int, length: int, allowance: Allowance) -> None:  # noqa: B027
+        """Refuse an allowance for which `compress` would raise, before there is a layer.
+
+        A run asks for its prompts before it loads any weight, so that it does not end hours later.
+
+        Args:
+            layer_idx: the layer.
+            length: tokens of the prompt.
+            allowance: what may be kept of it; without a generator.
+
+        Raises:
+            UserError: as `compress` does for a layer of this length.
         """
 
     def files(self) -> tuple[Path, ...]:

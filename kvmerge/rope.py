@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,21 @@ class Rope:
                 "of a head."
             )
         return rope
+
+    @classmethod
+    def check(cls, skeleton: PreTrainedModel) -> None:
+        """Refuse a model whose rotation `of` would refuse, by its layers without weights.
+
+        Args:
+            skeleton: the model on the device `meta`; its rotation is built anew, with numbers.
+
+        Raises:
+            UserError: as `of` does.
+        """
+        embedding: Any = getattr(skeleton.base_model, "rotary_emb", None)
+        if embedding is not None:
+            skeleton.base_model.rotary_emb = type(embedding)(config=embedding.config)
+        cls.of(skeleton)
 
     def _agrees_with(self, model: PreTrainedModel, embedding: nn.Module) -> bool:
         """Return whether moving a state gives what the model's own code gives at the other place."""

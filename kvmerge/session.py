@@ -74,6 +74,36 @@ class Policy:
                 "layers_skip cannot be combined with a method that divides its budget itself."
             )
 
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse to skip layers that a model does not have. Raises `UserError`."""
+        if not all(-num_layers <= layer < num_layers for layer in self.layers_skip):
+            raise UserError(
+                f"layers_skip={list(self.layers_skip)}: the model has {num_layers} layers, 0 to "
+                f"{num_layers - 1}."
+            )
+
+    def check_prompt(
+        self, method: Method, budget: Budget, length: int, windows: Sequence[int | None]
+    ) -> None:
+        """Refuse what compressing a prompt would be refused for, before there is a model.
+
+        Args:
+            method: the method.
+            budget: what remains of the whole cache.
+            length: tokens of the prompt.
+            windows: for each layer, the last tokens that it is left to; None: all are kept, or what the
+                method keeps.
+
+        Raises:
+            UserError: as `allowance` does, and the method for what it would be allowed.
+        """
+        local = frozenset(i for i, window in enumerate(windows) if window is not None)
+        for layer_idx in sorted(set(range(len(windows))) - local):
+            n_keep, share = self.allowance(budget, length, layer_idx, len(windows), local)
+            # of a method that divides its budget itself only its layers tell
+            if not method.allocates and (n_keep < length or method.acts_on_decode):
+                method.check(layer_idx, length, Allowance(n_keep, share))
+
     def decides(self, method: Method) -> bool:
         """Return whether a method decides again after each decode step."""
         return method.acts_on_decode or (self.decode_policy == "hold" and method.holds)
@@ -100,8 +130,7 @@ class Policy:
         """
         if not self.layers_skip:
             return budget.entries(length), budget.fraction(length)
-        if not all(-num_layers <= layer < num_layers for layer in self.layers_skip):
-            raise UserError(f"layers_skip={list(self.layers_skip)}: the model has {num_layers} layers.")
+        self.check_layers(num_layers)
         skipped = {layer % num_layers for layer in self.layers_skip} - local
         counted = num_layers - len(local)
         if layer_idx in skipped:

@@ -261,7 +261,7 @@ def test_choices_that_exist_pass() -> None:
 def test_a_dry_run_prints_the_plan_and_touches_nothing(
     command: Command, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness.runner, "load", lambda spec: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(harness.runner, "load", lambda *_: pytest.fail("the model was loaded"))
     before = sorted(tmp_path.rglob("*"))
     output = command(*given, "dry_run=true", "cells=[full@1,h2o@0.5]")
     assert output.status == 0

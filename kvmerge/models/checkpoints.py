@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -32,7 +33,7 @@ from transformers import (
 )
 
 from kvmerge.errors import UserError, first_line
-from kvmerge.files import cache_dir, hold
+from kvmerge.files import cache_dir, hold, try_to_write
 from kvmerge.models.folder import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,16 @@ def save_random(folder: Path, random: Random, context: int) -> None:
     Args:
         context: positions of the model.
     """
+    config = outline_random(folder, random, context)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random.seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def outline_random(folder: Path, random: Random, context: int) -> LlamaConfig:
+    """Write what `save_random` does without the weights, and return the configuration."""
     tokenizer = _byte_tokenizer()
+    tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=random.hidden,
@@ -104,10 +114,8 @@ def save_random(folder: Path, random: Random, context: int) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random.seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
+    return config
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -145,7 +153,7 @@ def converted(name: str, embedded: Embedded) -> Path:
             cache cannot be written.
     """
     cache = cache_dir()
-    target = cache / "models" / f"{name}-{embedded.sha256[:12]}"
+    target = _converted_folder(name, embedded)
     if (target / CONFIG).is_file():
         return target
     with _writing(cache):
@@ -164,6 +172,31 @@ def converted(name: str, embedded: Embedded) -> Path:
     return target
 
 
+def outline_embedded(folder: Path, name: str, embedded: Embedded) -> Path:
+    """Return a folder with the configuration and the tokenizer of an embedded model.
+
+    It is the converted copy's, or else the given one, into which both are written (about 6 s).
+
+    Raises:
+        UserError: as `converted` does, so far as it can be told without writing.
+    """
+    target = _converted_folder(name, embedded)
+    if (target / CONFIG).is_file():
+        return target
+    cache = cache_dir()
+    with _writing(cache):
+        try_to_write(cache)
+    source = _source(name, embedded)
+    _tokenizer_of(source, embedded).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(source, gguf_file=embedded.file)
+    config.save_pretrained(folder)
+    return folder
+
+
+def _converted_folder(name: str, embedded: Embedded) -> Path:
+    return cache_dir() / "models" / f"{name}-{embedded.sha256[:12]}"
+
+
 @contextmanager
 def _writing(cache: Path) -> Iterator[None]:
     """Say of a cache that cannot be written what to do. A full disk reaches safetensors first."""
@@ -180,6 +213,18 @@ def _read_embedded(
     name: str, embedded: Embedded, target: Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read the file of a package, checked. Raises `UserError` as `converted` does."""
+    source = _source(name, embedded)
+    logger.info("converting %s to %s: once, about 25 seconds", embedded.requirement, target)
+    tokenizer = _tokenizer_of(source, embedded)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=embedded.file, dtype=torch.float32)
+    # The weights are de-quantised now; transformers refuses to save what it still takes for GGUF.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    del model.config.quantization_config
+    return model, tokenizer
+
+
+def _source(name: str, embedded: Embedded) -> Path:
+    """Return the folder of a package's file, checked. Raises `UserError` as `converted` does."""
     package = importlib.util.find_spec(embedded.package)
     if package is None or package.origin is None:
         raise UserError(
@@ -193,14 +238,13 @@ def _read_embedded(
             f"{embedded.file} has sha256 {digest}, not {embedded.sha256}: the package "
             f"{embedded.package} is not {embedded.requirement}."
         )
-    logger.info("converting %s to %s: once, about 25 seconds", embedded.requirement, target)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=embedded.file)
+    return source
+
+
+def _tokenizer_of(source: Path, embedded: Embedded) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, gguf_file=embedded.file)
     _check_tokenizer(tokenizer, embedded)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=embedded.file, dtype=torch.float32)
-    # The weights are de-quantised now; transformers refuses to save what it still takes for GGUF.
-    model.hf_quantizer = None  # type: ignore[assignment]
-    del model.config.quantization_config
-    return model, tokenizer
+    return tokenizer
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:

@@ -39,6 +39,39 @@ def prepare(repository: str, revision: str | None) -> bool:
         OSError: what the hub's client raises (see `kvmerge.hub.explain`).
         HTTPError: likewise.
     """
+    found = _look_up(repository, revision)
+    if isinstance(found, bool):
+        return found
+    # A few hundred bytes; the list of files is public even where the files are gated.
+    hf_hub_download(repository, CONFIG, revision=revision)
+    logger.info("downloading %s", found)
+    return False
+
+
+def offered(repository: str, revision: str | None, folder: Path) -> str | None:
+    """Say what `prepare` would announce, and put the model's configuration into a folder.
+
+    Args:
+        repository: hub id.
+        revision: commit, tag or branch; None for the newest.
+        folder: where the configuration is put, a few hundred bytes; the cache is left as it is.
+
+    Returns:
+        what would be downloaded, in words; None where the cache holds the model.
+
+    Raises:
+        OSError: as `prepare` does.
+        HTTPError: likewise.
+    """
+    found = _look_up(repository, revision)
+    if isinstance(found, bool):
+        return None
+    hf_hub_download(repository, CONFIG, revision=revision, local_dir=folder)
+    return found
+
+
+def _look_up(repository: str, revision: str | None) -> bool | str:
+    """Return what `prepare` does where the cache holds a model; otherwise what there is to download."""
     if _COMMIT.fullmatch(revision or "") and _is_cached(repository, revision):
         return True
     try:
@@ -50,23 +83,16 @@ def prepare(repository: str, revision: str | None) -> bool:
         raise
     if _is_cached(repository, info.sha):
         return False
-    # A few hundred bytes; the list of files is public even where the files are gated.
-    hf_hub_download(repository, CONFIG, revision=revision)
     wanted = {
         file.rfilename: file.size or 0
         for file in info.siblings or ()
         if _is_loaded(file.rfilename) and _cached_file(repository, file.rfilename, info.sha) is None
     }
-    logger.info(
-        "downloading %s from %s/%s at %s (%s, kept in %s)",
-        repository,
-        constants.ENDPOINT,
-        repository,
-        info.sha,
-        f"{sum(wanted.values()) / 1e9:.2f} GB" if any(wanted.values()) else "size not stated",
-        constants.HF_HUB_CACHE,
+    size = f"{sum(wanted.values()) / 1e9:.2f} GB" if any(wanted.values()) else "size not stated"
+    return (
+        f"{repository} from {constants.ENDPOINT}/{repository} at {info.sha} ({size}, kept in "
+        f"{constants.HF_HUB_CACHE})"
     )
-    return False
 
 
 def _is_loaded(file: str) -> bool:

@@ -10,15 +10,18 @@ import importlib.util
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,7 +31,12 @@ from kvmerge.errors import UserError, first_line, is_out_of_memory
 from kvmerge.families import check_family
 from kvmerge.hub import Repository, explain
 from kvmerge.kernels.packed_linear import pack_linear_layers
-from kvmerge.models.checkpoints import converted, save_random
+from kvmerge.models.checkpoints import (
+    converted,
+    outline_embedded,
+    outline_random,
+    save_random,
+)
 from kvmerge.models.folder import (
     AGAIN,
     CONFIG,
@@ -39,56 +47,152 @@ from kvmerge.models.folder import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
+    VOCABULARIES,
     check_folder,
     tensors,
 )
-from kvmerge.models.hub import prepare, snapshot
+from kvmerge.models.hub import offered, prepare, snapshot
 from kvmerge.models.spec import DTYPES, ModelSpec
 from kvmerge.models.tokenizer import load_tokenizer
 
 _INSTEAD = "Without the hub: give the folder of a local copy with model.path=DIR."
 
 
-def load(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@dataclass(frozen=True)
+class Outline:
+    """A model before its weights are read."""
+
+    skeleton: PreTrainedModel | None
+    """The model on the device `meta`, which holds no numbers; None where its files cannot be looked at
+    apart from the hub."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """None where it would have to be downloaded."""
+    cached: bool = False
+    """Whether the hub was found to be of no need."""
+    download: str = ""
+    """What a run downloads first, in words; empty: nothing."""
+
+
+def outline(spec: ModelSpec, *, downloads: bool = True) -> Outline:
+    """Make every check of a model that needs no weight, and return what is known of it then.
+
+    Args:
+        spec: the model.
+        downloads: whether the hub's cache may be filled; if not, the hub is only asked whether it would
+            give the model.
+
+    Raises:
+        UserError: if the weights are not there or not whole, the engine cannot take the model over, or
+            this machine lacks what the settings need.
+    """
+    return _look(spec, downloads)
+
+
+def _look(spec: ModelSpec, downloads: bool = True, weigh: bool = True) -> Outline:
+    """Do what `outline` does; without `weigh` the weights are left to who reads them at once."""
+    if spec.quantize:
+        _quantization(spec)
+    with _outlined(spec) as (location, whole):
+        if isinstance(location, str) and not downloads:
+            offered = _offered(spec, location)
+            if offered is not None:
+                return offered
+        with _reading(spec, location):
+            cached = isinstance(location, str) and prepare(location, spec.revision)
+        config = _check_files(spec, location, whole)
+        tokenizer = _tokenizer(spec, location, cached)
+        if weigh and (whole or cached):
+            return Outline(_weighed(spec, location, tokenizer, cached), tokenizer, cached)
+        return Outline(None if config is None else _skeleton(config), tokenizer, cached)
+
+
+def load(
+    spec: ModelSpec, known: Outline | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load weights and tokenizer, ready for inference.
+
+    Args:
+        spec: the model.
+        known: its outline, where that was looked at already, with downloads.
 
     Raises:
         UserError: if the weights cannot be found, read or held, saying what to do.
     """
+    known = known or _look(spec, weigh=False)
+    tokenizer = known.tokenizer
+    assert tokenizer is not None
     # Given only where the user asks for it: None would erase what the checkpoint says of itself.
     quantization = {"quantization_config": _quantization(spec)} if spec.quantize else {}
     with _checkpoint(spec) as location:
-        revision = spec.revision if isinstance(location, str) else None
-        with _reading(spec, location):
-            cached = isinstance(location, str) and prepare(location, revision)
-        _check_files(spec, location)
-        with _reading(spec, location, *TOKENIZER_FILES):
-            tokenizer = load_tokenizer(
-                location,
-                lambda: _folder(spec, location),
-                revision=revision,
-                local_files_only=cached,
-            )
-        with _reading(spec, location, CONFIG, SINGLE, INDEX):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                location,
-                revision=revision,
-                local_files_only=cached,
-                dtype=DTYPES[spec.dtype],
-                device_map=spec.device_map or {"": spec.torch_device()},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # for the report to name them; they are refused
-                **quantization,
-            )
-        model, report = loaded
-        _check_complete(spec, location, report)
-        _check_tokenizer(spec, location, tokenizer)
-        with _reading(spec, location, GENERATION, CONFIG, TOKENIZER_CONFIG):
-            _check_ends(model, tokenizer)
+        device_map = spec.device_map or {"": spec.torch_device()}
+        options = {"dtype": DTYPES[spec.dtype], "device_map": device_map} | quantization
+        model = _read_weights(spec, location, tokenizer, known.cached, **options)
     _check_on_accelerators(spec, getattr(model, "hf_device_map", None) or {})
     if spec.pack_weights:
         pack_linear_layers(model)
     return model.eval(), tokenizer
+
+
+def _weighed(
+    spec: ModelSpec, location: Path | str, tokenizer: PreTrainedTokenizerBase, cached: bool
+) -> PreTrainedModel:
+    """Hold the weights that a model has against those that it needs, without reading one."""
+    disable_progress_bar()
+    return _read_weights(spec, location, tokenizer, cached, device_map={"": "meta"})
+
+
+def _read_weights(
+    spec: ModelSpec,
+    location: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    cached: bool,
+    **options: Any,
+) -> PreTrainedModel:
+    """Read a checkpoint's weights, and refuse it where they are not those of the model."""
+    with _reading(spec, location, CONFIG, SINGLE, INDEX):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location,
+            revision=_revision(spec, location),
+            local_files_only=cached,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # for the report to name them; they are refused
+            **options,
+        )
+    model: PreTrainedModel
+    model, report = loaded
+    _check_complete(spec, location, report)
+    with _reading(spec, location, GENERATION, CONFIG, TOKENIZER_CONFIG):
+        _check_ends(model, tokenizer)
+    return model
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@contextmanager
+def _outlined(spec: ModelSpec) -> Iterator[tuple[Path | str, bool]]:
+    """Yield where configuration and tokenizer are while they are looked at: a folder, or a hub id.
+
+    And whether the weights must lie beside them: not where a download or a conversion is to come.
+    """
+    if spec.path is not None:
+        local = spec.folder()
+        yield local or spec.path, local is not None
+        return
+    with tempfile.TemporaryDirectory(prefix="kvmerge-outline-") as scratch:
+        folder = Path(scratch)
+        if spec.embedded is not None:
+            disable_progress_bar()
+            found = outline_embedded(folder, spec.name, spec.embedded)
+            yield found, found != folder
+            return
+        assert spec.random is not None
+        assert spec.context is not None
+        outline_random(folder, spec.random, spec.context)
+        yield folder, False
 
 
 @contextmanager
@@ -106,6 +210,38 @@ def _checkpoint(spec: ModelSpec) -> Iterator[Path | str]:
     with tempfile.TemporaryDirectory(prefix="kvmerge-random-") as scratch:
         save_random(Path(scratch), spec.random, spec.context)
         yield Path(scratch)
+
+
+def _revision(spec: ModelSpec, location: Path | str) -> str | None:
+    return spec.revision if isinstance(location, str) else None
+
+
+def _offered(spec: ModelSpec, repository: str) -> Outline | None:
+    """Return what the hub says of a model that its cache lacks; None where the cache holds it."""
+    with tempfile.TemporaryDirectory(prefix="kvmerge-outline-") as scratch:
+        folder = Path(scratch)
+        with _reading(spec, repository):
+            download = offered(repository, spec.revision, folder)
+        if download is None:
+            return None
+        skeleton = _skeleton(_config(spec, repository, folder))
+    held = _folder(spec, repository)
+    has_tokenizer = held is not None and any((held / name).exists() for name in VOCABULARIES)
+    tokenizer = _tokenizer(spec, repository, cached=True) if has_tokenizer else None
+    return Outline(skeleton, tokenizer, download=download)
+
+
+def _tokenizer(spec: ModelSpec, location: Path | str, cached: bool) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer, checked."""
+    with _reading(spec, location, *TOKENIZER_FILES):
+        tokenizer = load_tokenizer(
+            location,
+            lambda: _folder(spec, location),
+            revision=_revision(spec, location),
+            local_files_only=cached,
+        )
+    _check_tokenizer(spec, location, tokenizer)
+    return tokenizer
 
 
 @contextmanager
@@ -132,25 +268,38 @@ def _folder(spec: ModelSpec, location: Path | str) -> Path | None:
     return snapshot(location, spec.revision) if isinstance(location, str) else location
 
 
-def _check_files(spec: ModelSpec, location: Path | str) -> None:
+def _check_files(spec: ModelSpec, location: Path | str, whole: bool) -> PretrainedConfig | None:
     """Refuse broken files before the weights are read, by their look and by what they configure.
 
-    Also a model that the engine cannot take over.
+    Also a model that the engine cannot take over. Returns its configuration, None where there is none
+    yet.
+
+    Args:
+        spec: the model.
+        location: where the checkpoint is.
+        whole: whether a missing file is a fault.
     """
     folder = _folder(spec, location)
     if folder is None:
-        return
+        return None
     with _reading(spec, location):
-        check_folder(folder, _again(spec, location), whole=isinstance(location, Path))
+        check_folder(folder, _again(spec, location), whole=whole)
+    config = _config(spec, location, folder)
+    if (folder / GENERATION).exists():  # transformers takes one that it cannot read for an absent one
+        with _reading(spec, location, GENERATION):
+            GenerationConfig.from_pretrained(folder)
+    return config
+
+
+def _config(spec: ModelSpec, location: Path | str, folder: Path) -> PretrainedConfig:
+    """Read a folder's configuration. Raises `UserError` for a model that cannot be taken over."""
     with _reading(spec, location, CONFIG):
-        config = AutoConfig.from_pretrained(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     try:
         check_family(config)
     except UserError as error:
         raise UserError(f"model {spec.name}: {folder / CONFIG}: {error}") from error
-    if (folder / GENERATION).exists():  # transformers takes one that it cannot read for an absent one
-        with _reading(spec, location, GENERATION):
-            GenerationConfig.from_pretrained(folder)
+    return config
 
 
 def _again(spec: ModelSpec, location: Path | str) -> str:
@@ -312,14 +461,22 @@ def _check_on_accelerators(spec: ModelSpec, device_map: dict[str, Any]) -> None:
 def stop_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec
 ) -> frozenset[int]:
-    """Return the ids of tokens that end an answer: the generation config's, and those the spec adds."""
-    ids: set[Any] = set(end_token_ids(model, tokenizer))
+    """Return the ids of tokens that end an answer: the generation config's, and those the spec adds.
+
+    Raises `UserError` as `added_stop_ids` does.
+    """
+    return end_token_ids(model, tokenizer) | added_stop_ids(tokenizer, spec)
+
+
+def added_stop_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> frozenset[int]:
+    """Return the ids of the tokens of `model.stop`. Raises `UserError` for a text that is no token."""
+    ids: set[int] = set()
     for text in spec.stop:
-        token = tokenizer.convert_tokens_to_ids(text)
+        token: Any = tokenizer.convert_tokens_to_ids(text)
         if token is None or token == tokenizer.unk_token_id:
             raise UserError(f"model.stop: {text!r} is not a token of {spec.name}.")
-        ids.add(token)
-    return frozenset(int(i) for i in ids)
+        ids.add(int(token))
+    return frozenset(ids)
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -36,6 +36,14 @@ def attention_sizes(config: PretrainedConfig) -> tuple[int, int, int]:
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
+def _holds_numbers(device: torch.device) -> bool:
+    """Return whether a device other than a CPU or GPU can be used here; `meta` never can."""
+    try:
+        return float(torch.ones(1, device=device)) == 1.0
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """One model as its file in `configs/model` describes it."""
@@ -79,8 +87,17 @@ class ModelSpec:
             raise UserError(f"model {self.name} has no weights: give model.path=DIR or a hub id.")
         if self.random is not None and self.context is None:
             raise UserError(f"model {self.name} is random: model.context must say its positions.")
-        if not isinstance(self.max_length, int) or self.max_length < 1:
-            raise UserError(f"model.max_length={self.max_length} must be a whole number of tokens.")
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise UserError(
+                f"model.max_length={self.max_length} must be a whole number of tokens, 2 or more."
+            )
+        if self.context is not None and self.context < 1:
+            raise UserError(f"model.context={self.context} must be 1 or more positions, or null.")
+        if self.chat not in ("template", "none") and "{prompt}" not in self.chat:
+            raise UserError(
+                f"model.chat={self.chat!r} wraps no prompt. Give 'template' (the tokenizer's own), "
+                "'none', or a text holding {prompt}, e.g. '[INST]{prompt}[/INST]'."
+            )
 
     def _check_placement(self) -> None:
         if self.quantize is not None and self.quantize not in QUANTIZATIONS:
@@ -110,6 +127,13 @@ class ModelSpec:
             raise UserError(f"model.device={self.device!r} is not a torch device.") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"model.device={self.device}: torch sees no GPU here; use auto or cpu.")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"model.device={self.device}: torch sees {torch.cuda.device_count()} GPUs here, "
+                "numbered from 0."
+            )
+        if device.type not in ("cpu", "cuda") and not _holds_numbers(device):
+            raise UserError(f"model.device={self.device}: torch cannot compute on it here; use auto.")
         return device
 
     def folder(self) -> Path | None:

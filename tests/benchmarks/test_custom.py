@@ -147,8 +147,11 @@ def test_a_dataset_of_the_hub_is_asked_for_by_split_subset_and_revision(tmp_path
     assert benchmark.notes()[0].startswith("Rows of split test of owner/name")
 
 
-def test_a_plan_downloads_nothing(monkeypatch):
+def test_a_plan_downloads_nothing_and_asks_whether_a_run_could(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with no_downloads(), pytest.raises(UserError, match="HF_HUB_OFFLINE forbids to download it"):
+        list(source.load_rows("owner/name", split="test"))
+    monkeypatch.setattr(source, "_refusal", lambda *_: None)  # the hub has it
     with no_downloads(), pytest.raises(NeedsDownload, match="owner/name is not in the cache"):
         list(source.load_rows("owner/name", split="test"))
 

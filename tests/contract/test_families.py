@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from baselines.full import Full
 from kvmerge.api import compressed
@@ -246,3 +248,19 @@ def test_windows_are_read_by_layer():
     kinds = ["full_attention", "sliding_attention"]
     assert windows(AutoConfig.for_model("gemma2", **of_two, layer_types=kinds)) == (None, 7)
     assert windows(AutoConfig.for_model("qwen2", **of_two, use_sliding_window=False)) == (None, None)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_whether_keys_can_be_turned_is_known_without_weights(kind: str) -> None:
+    model = any_model(kind)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model.config)
+    assert _refusal(Rope.check, skeleton) == _refusal(Rope.of, model)
+
+
+def _refusal(act: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> str | None:
+    try:
+        act(model)
+    except UserError as error:
+        return str(error)
+    return None

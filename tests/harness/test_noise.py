@@ -145,7 +145,9 @@ def test_weights_are_loaded_once_for_all_variants_that_share_them(
 ) -> None:
     loaded = []
     original = module.load
-    monkeypatch.setattr(module, "load", lambda spec: loaded.append(spec.dtype) or original(spec))
+    monkeypatch.setattr(
+        module, "load", lambda spec, known: loaded.append(spec.dtype) or original(spec, known)
+    )
     settings = measured("vary.kernels=[]")
     carry_out(settings)
     assert loaded == ["float32", "bfloat16"]

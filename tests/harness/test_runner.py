@@ -36,7 +36,8 @@ from harness.results import Results
 from harness.runner import counted_layers, left, run
 from harness.settings import Settings
 from kvmerge.errors import UserError
-from kvmerge.models import load
+from kvmerge.models import load, loading
+from kvmerge.models.tokenizer import load_tokenizer
 from scripts.records import repair
 from tests.tiny import HEAD_DIM, LAYERS
 from tests.tiny_run import Key, read_lines, row, tiny_settings, write_rows
@@ -297,8 +298,8 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make the model's first choice one token, everywhere."""
 
     def prefer(text: str) -> None:
-        def loaded(spec: Any) -> Any:
-            model, tokenizer = load(spec)
+        def loaded(spec: Any, known: Any) -> Any:
+            model, tokenizer = load(spec, known)
             (token,) = tokenizer.encode(text, add_special_tokens=False)
 
             def lift(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -417,7 +418,7 @@ def test_only_what_misses_its_line_runs_again_and_gives_the_same(
 def test_a_finished_run_loads_no_model_and_changes_no_file(
     tiny: Tiny, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness.runner, "load", lambda spec: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(harness.runner, "load", lambda *_: pytest.fail("the model was loaded"))
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     run(tiny())
     run(tiny("limit=1", "cells=[h2o@0.5]", "benchmark.tasks=[trec]"))
@@ -484,7 +485,7 @@ def test_another_method_makes_its_own_cells_stale_and_no_others(
     assert calls.samples == []
     assert_same_lines(read_lines(copy), before)
 
-    jobs = left(tiny("stale=rerun"))
+    jobs = left(tiny("stale=rerun")).jobs
     assert {cell.name for job in jobs for cell, _ in job.missing} == {"h2o@0.5"}
     assert_same_lines(read_lines(copy), before)
 
@@ -542,12 +543,12 @@ def test_the_same_checkpoint_elsewhere_is_the_same_model(
 def dated(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
     """Let the tokenizer's chat template write a date."""
 
-    def loaded(spec: Any) -> Any:
-        model, tokenizer = load(spec)
+    def loaded(*given: Any, **named: Any) -> Any:
+        tokenizer = load_tokenizer(*given, **named)
         tokenizer.chat_template = f"Today is {day}. {tokenizer.chat_template}"
-        return model, tokenizer
+        return tokenizer
 
-    monkeypatch.setattr(harness.runner, "load", loaded)
+    monkeypatch.setattr(loading, "load_tokenizer", loaded)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,12 @@ def test_a_run_announces_its_download_says_that_it_broke_off_and_starts_it_anew_
     plan = command(*given, "dry_run=true")
     assert plan.status == 0, plan.err
     assert "is not in the hub's cache yet. A run fetches it first" in plan.out
-    assert hub.requests == []
+    assert [request.method for request in hub.requests] == ["HEAD"]  # could it be had?
+    hub.refuse = (404, "RepoNotFound")
+    gone = command(*given)
+    assert gone.status == 2
+    assert gone.err == command(*given, "dry_run=true").err
+    hub.refuse = None
 
     hub.reset_after = 100
     dropped = command(*given)

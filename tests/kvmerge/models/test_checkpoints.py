@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from kvmerge.errors import UserError
 from kvmerge.files import cache_dir
-from kvmerge.models import ModelSpec, checkpoints, load
+from kvmerge.models import ModelSpec, checkpoints, load, outline
 from kvmerge.models.checkpoints import (
     Embedded,
     Random,
@@ -126,6 +126,7 @@ def source(package, checkpoint, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     read_model = AutoModelForCausalLM.from_pretrained
     read_tokenizer = AutoTokenizer.from_pretrained
+    read_config = AutoConfig.from_pretrained
 
     def model_from(location, gguf_file=None, **settings):
         return model if gguf_file else read_model(location, **settings)
@@ -133,6 +134,10 @@ def source(package, checkpoint, monkeypatch):
     def tokenizer_from(location, gguf_file=None, **settings):
         return tokenizer if gguf_file else read_tokenizer(location, **settings)
 
+    def config_from(location, gguf_file=None, **settings):
+        return LlamaConfig(num_hidden_layers=2) if gguf_file else read_config(location, **settings)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", config_from)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model_from)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer_from)
     return model
@@ -156,6 +161,25 @@ def test_a_broken_copy_names_the_folder_to_delete(source):
     (copy / "tokenizer.json").write_text("")
     with pytest.raises(UserError, match=rf"tokenizer\.json is empty\. Delete {copy} to make it again"):
         load(ModelSpec("toy", 100, "none", embedded=embedded(), device="cpu"))
+
+
+def test_an_outline_knows_the_model_and_leaves_nothing_in_the_cache(package, source):
+    spec = ModelSpec("toy", 100, "none", embedded=embedded(), device="cpu")
+    found = outline(spec, downloads=False)
+    assert found.skeleton.config.num_hidden_layers == 2
+    assert found.tokenizer.decode(found.tokenizer.encode("the bridge")[1:]) == "the bridge"
+    assert not cache_dir().exists()
+    (package / "m.gguf").write_bytes(b"another file")
+    with pytest.raises(UserError, match=r"m\.gguf has sha256 "):
+        outline(spec)
+
+
+@pytest.mark.parametrize("cache", ["a-file", "a-file/below", "/proc/kvmerge"])
+def test_an_outline_refuses_a_cache_that_could_not_be_written(source, tmp_path, monkeypatch, cache):
+    (tmp_path / "a-file").touch()
+    monkeypatch.setenv("KVMERGE_CACHE", str(tmp_path / cache))
+    with pytest.raises(UserError, match=rf"cannot write to the cache folder .*{cache}: .*_CACHE"):
+        outline(ModelSpec("toy", 100, "none", embedded=embedded(), device="cpu"), downloads=False)
 
 
 WRITER = """

@@ -34,6 +34,7 @@ class Hub:
         self.config: Exception | None = None
         self.calls = []
         self.revisions = set()
+        self.folders = []
         self.folder = tmp_path
         monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=self.model_info))
         monkeypatch.setattr(hub, "hf_hub_download", self.download)
@@ -48,8 +49,9 @@ class Hub:
         siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in self.files.items()]
         return SimpleNamespace(siblings=siblings, sha=revision or COMMIT)
 
-    def download(self, repository, file, *, revision):
+    def download(self, repository, file, *, revision, local_dir=None):
         self.calls.append(file)
+        self.folders.append(local_dir)
         if self.config is not None:
             raise self.config
 
@@ -176,3 +178,22 @@ def test_a_refusal_counts_even_with_a_cached_configuration(fake):
     fake.cached = {"config.json"}
     with pytest.raises(RevisionNotFoundError):
         hub.prepare("a/b", "f00")
+
+
+def test_an_offer_is_what_would_be_announced_and_fills_a_folder_instead_of_the_cache(fake, caplog):
+    fake.files = FILES
+    with caplog.at_level(logging.INFO, logger="kvmerge.models.hub"):
+        offer = hub.offered("a/b", None, fake.folder)
+        assert not caplog.messages
+        hub.prepare("a/b", None)
+    assert caplog.messages == [f"downloading {offer}"]
+    assert fake.folders == [fake.folder, None]
+    fake.cached = SMALL | {"model.safetensors"}
+    assert hub.offered("a/b", COMMIT, fake.folder) is None
+
+
+@pytest.mark.parametrize("error", [answered(GatedRepoError), answered(RevisionNotFoundError)])
+def test_an_offer_fails_as_a_download_would(fake, error):
+    fake.config = error
+    with pytest.raises(type(error)):
+        hub.offered("a/b", None, fake.folder)
