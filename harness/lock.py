@@ -74,7 +74,7 @@ def check_writer(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _HELD:
             raise _unwritable(folder, error) from error
-        raise UserError(_held_by(folder, os.pread(file, 4096, 0))) from None
+        raise UserError(_hint(folder, os.pread(file, 4096, 0))) from None
     finally:
         os.close(file)
 

@@ -103,7 +103,8 @@ def _look(spec: ModelSpec, downloads: bool = True, weigh: bool = True) -> Outlin
         tokenizer = _tokenizer(spec, location, cached)
         if weigh and (whole or cached):
             return Outline(_weighed(spec, location, tokenizer, cached), tokenizer, cached)
-        return Outline(None if config is None else _skeleton(config), tokenizer, cached)
+        skeleton = None if config is None else _skeleton(spec, location, config)
+        return Outline(skeleton, tokenizer, cached)
 
 
 def load(
@@ -166,8 +167,8 @@ def _read_weights(
     return model
 
 
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
+def _skeleton(spec: ModelSpec, location: Path | str, config: PretrainedConfig) -> PreTrainedModel:
+    with _reading(spec, location, CONFIG), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
@@ -224,7 +225,7 @@ def _offered(spec: ModelSpec, repository: str) -> Outline | None:
             download = offered(repository, spec.revision, folder)
         if download is None:
             return None
-        skeleton = _skeleton(_config(spec, repository, folder))
+        skeleton = _skeleton(spec, repository, _config(spec, repository, folder))
     held = _folder(spec, repository)
     has_tokenizer = held is not None and any((held / name).exists() for name in VOCABULARIES)
     tokenizer = _tokenizer(spec, repository, cached=True) if has_tokenizer else None

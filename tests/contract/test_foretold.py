@@ -1,4 +1,4 @@
-"""A budget that a method refuses is refused before there is a model: `Method.check` foretells `compress`."""
+"""What a method refuses is refused before there is a model: `Method.check` foretells `compress`."""
 
 from __future__ import annotations
 

@@ -266,7 +266,12 @@ ONE = ("benchmark.tasks=[trec]", "limit=1")
 
 
 @pytest.mark.parametrize(
-    "given", [["cells=[h2o@0.5]"], ["cells=[h2o@0.5,full@1]", "fidelity=false"], ["baseline=none"]]
+    "given",
+    [
+        ["cells=[h2o@0.5]"],
+        ["cells=[h2o@0.5,full@1]", "fidelity=false"],
+        ["method=h2o", "budget=0.5", "baseline=none"],
+    ],
 )
 def test_divergence_is_empty_where_nothing_is_compared(tiny: Tiny, given: list[str]) -> None:
     settings = tiny(*ONE, *given)
