@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.rows import read_bytes
 from kvmerge.errors import UserError, first_line, unknown
+from kvmerge.files import is_folder
 from kvmerge.hub import Repository, explain
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class Folder:
 
         `known`: all names that exist, if `names` are not all of them.
         """
-        if not self.folder.is_dir():
+        if not is_folder(self.folder):
             raise UserError(
                 f"benchmark.data_dir {self.folder} is not a folder. "
                 f"It must hold one <task>{self.suffix} a task."

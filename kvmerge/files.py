@@ -45,6 +45,14 @@ def check_name(setting: str, name: str) -> None:
         )
 
 
+def is_folder(path: Path) -> bool:
+    """Return whether there is such a folder; no folder has a name that the file system cannot hold."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def read_regular(path: Path) -> bytes:
     """Return what a file holds. Raises `OSError`, also for a pipe or device, which might never end."""
     mode = path.stat().st_mode

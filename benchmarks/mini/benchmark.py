@@ -15,6 +15,7 @@ from benchmarks.questions import after_context
 from benchmarks.rows import TEXT, TEXTS, TEXTS_OR_NULL, parse_rows, read_bytes, sha256
 from benchmarks.task import Encoded, PromptFormat, Sample, Task, choose_tasks
 from kvmerge.errors import UserError, unknown
+from kvmerge.files import is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +53,7 @@ class Mini:
         self.name = "mini" if length == "short" else f"mini_{length}"
         self.tasks = choose_tasks(SHARING_TASKS if length == SHARED else TASKS, tasks, self.name)
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()
-        if self.data_dir is not None and not self.data_dir.is_dir():
+        if self.data_dir is not None and not is_folder(self.data_dir):
             raise UserError(
                 f"benchmark.data_dir {self.data_dir} is not a folder. It must hold one "
                 f"<task>.jsonl a task; null builds them."

@@ -79,7 +79,7 @@ def test_an_experiment_of_ones_own_runs_and_is_reported_when_its_method_is_gone(
 
 def test_a_folder_is_looked_into_for_the_one_command(command: Command, parts: Path) -> None:
     assert command("-cd", "mine", *SUMS, "method=mine").status == 0
-    assert list(Path("results/runs/mine@0.5/sums/tiny-random").iterdir())
+    assert list(Path("results/runs/cells-num_shards=2/sums/tiny-random").iterdir())
     gone = command(*SUMS, "method=mine")
     assert gone.status == 2
     assert "unknown" in gone.err
@@ -155,8 +155,11 @@ def test_a_class_named_on_the_command_line_has_its_own_settings_and_name(
     for how in ("method._target_=", "method="):
         output = command(*named, f"{how}own_methods.Shortest", "method.recent=2", "budget=0.35")
         assert output.status == 0, output.err
-    folder = Path("results/runs/own_methods.Shortest-recent=2@0.35/sums/tiny-random/shards/0-of-2")
-    assert len(read_lines(folder)) == 1, "the second command found its line there"
+    folder = Path("results/runs/cells-num_shards=2/sums-count=2/tiny-random/shards/0-of-2")
+    cells = [cell for _, cell, *_ in read_lines(folder)]
+    assert sorted(cells) == ["full@1", "own_methods.Shortest-recent=2@0.35"], (
+        "the second command found its line there"
+    )
     info = run_json(folder)
     assert info["config"]["benchmark"] == {"_target_": "own_tasks.Sums", "count": 2, "terms": [1, 2]}
     given = command(*named, "method._target_=own_methods.Demanding", "method.recent=2")
@@ -167,12 +170,13 @@ def test_a_sweep_sees_the_same_folders_and_classes(
     command: Command, parts: Path, tmp_path: Path
 ) -> None:
     out = f"output_dir={tmp_path}/${{hydra:runtime.choices.method}}"
+    alone = ("baseline=none", out)
     methods = "method._target_=own_methods.Shortest,own_methods.Demanding"
-    output = command("-m", "-cd", "mine", *SUMS, methods, "method.recent=2", out)
+    output = command("-m", "-cd", "mine", *SUMS, methods, "method.recent=2", *alone)
     assert output.status == 0, output.err
     for name in ("own_methods.Shortest", "own_methods.Demanding"):
         assert len(read_lines(tmp_path / name / "shards" / "0-of-2")) == 1
-    assert command("-m", "-cd", "mine", *SUMS, "method=mine,own_methods.Shortest", out).status == 0
+    assert command("-m", "-cd", "mine", *SUMS, "method=mine,own_methods.Shortest", *alone).status == 0
     assert len(read_lines(tmp_path / "mine" / "shards" / "0-of-2")) == 1
 
 
