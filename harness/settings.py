@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
+from harness.described import described
 from harness.folders import cells_folder, named_folder
 from harness.given import JUDGED, OF_CELLS, Given, Observe, SelfcheckOptions, Vary
 from harness.judgement import Judgement, judgement_from
@@ -42,6 +43,11 @@ def _listed() -> str:
 
 # What `--help` shows: Hydra's own list would also name the files that only serve others.
 OmegaConf.register_new_resolver("kvmerge_choices", _listed, replace=True)
+OmegaConf.register_new_resolver(
+    "kvmerge_settings",
+    lambda _root_: described(_root_, _root_.hydra.runtime.choices),
+    replace=True,
+)
 register()
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 import harness.answering
 from harness import overrides
+from harness.given import Given
 from harness.lock import only_writer
 from kvmerge.errors import UserError
 from kvmerge.places import choices
@@ -153,6 +155,20 @@ def test_help_names_the_commands_the_choices_and_the_settings(command: Command) 
         assert part in output.out
     assert "_base" not in output.out
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_help_says_of_each_setting_what_it_may_hold(command: Command) -> None:
+    out = command("model=llama2-7b-chat", "method=kvmerger_log", "benchmark=needle", "--help").out
+    for name, kind in get_type_hints(Given).items():
+        if name not in ("model", "benchmark", "method"):
+            (line,) = re.findall(rf"^  {name}:.*", out, re.MULTILINE)
+            assert [word for word in get_args(kind) if isinstance(word, str) and word not in line] == []
+    assert "model.*, of model=llama2-7b-chat:" in out
+    assert re.search(r"  quantize: null +# null \| 8bit .*\| 4bit", out)
+    # of the file that this one starts from, and its own
+    assert re.search(r"  linkage: anchor +# anchor \(the paper's Figure 4\) \| complete", out)
+    assert "  attn_bias: log_size" in out
+    assert re.search(r"  source: stdlib +# stdlib \(.*\| packages .*\| the path of", out)
 
 
 # mistakes

@@ -102,7 +102,10 @@ def test_settings_are_all_of_them_and_reach_the_method() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("kvmergr@0.5", "unknown method 'kvmergr'. Did you mean 'kvmerger'\\?.*Available: cam, "),
+        (
+            "kvmergr@0.5",
+            "unknown method 'kvmergr'. Did you mean 'kvmerger'\\?.*Available: ada_snapkv, cam, ",
+        ),
         ("kvmerger:sgima=3@0.5", "unknown setting of kvmerger 'sgima'. Did you mean 'sigma'"),
         ("kvmerger:_target_=os.system@0.5", "unknown setting of kvmerger '_target_'"),
         ("h2o:score_dtype=modle@0.5", "unknown score_dtype 'modle'. Did you mean 'model'"),
