@@ -30,6 +30,7 @@ _PRINTED = {
     "d2o": ("D2O", ""),
     "look_m": ("LOOK-M", ""),
     "keepkv": ("KeepKV", ""),
+    "attention_matching": ("Attention matching", ""),
     "zsmerge": ("ZSMerge", ""),
     "fold": ("Fold", ""),
     "key_norm": ("Key norm", ""),
