@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.task import Task
 from harness.answering import Answerer, Job
+from harness.progress import Progress
 from harness.provenance import run_info
 from harness.ready import Pending, Ready, get_ready
 from harness.results import Results
@@ -128,16 +128,16 @@ def carry_out(
             results.write_info(run_info(settings, results, prints, counts, notes, seconds=0.0))
         return
     results.write_info(run_info(settings, results, prints, counts, notes))
+    if loaded is None:
+        logger.info("loading %s", settings.model.name)
     model, tokenizer = loaded or load(settings.model, found.model)
     begun = begin(model, tokenizer)
     notes += begun.notes
-    answers = sum(len(job.missing) for job in jobs)
-    what = f"{answers} answers" if answers else "observing"
-    with tqdm(total=len(jobs), unit="sample", desc=what, smoothing=0.05) as bar:
+    with Progress(found.taken - len(jobs), found.taken) as progress:
         for task, task_jobs in groupby(jobs, key=lambda job: job.task):
-            bar.set_postfix_str(task.name)
+            progress.begin(task.name)
             for _ in begun.work(task, list(task_jobs)):
-                bar.update()
+                progress.step()
     seconds = round(time.perf_counter() - started, 1)
     results.write_info(run_info(settings, results, prints, counts, notes, seconds))
 
