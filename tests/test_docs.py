@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
+from harness.runner import run
 from kvmerge import Budget, compression, places, resolve
 from kvmerge.cells import parse_cell
 from kvmerge.comparison import COLUMNS
 from kvmerge.engine import Stop, run_sample
 from kvmerge.kvmerger import KVMerger
+from kvmerge.models import load
 from kvmerge.session import Row
 from tests import tiny
+from tests.own_parts import write
+from tests.tiny_run import compose as settings_of
+from tests.tiny_run import read_lines
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```(python|yaml)\n(.*?)```", re.DOTALL)
@@ -70,6 +76,45 @@ def test_a_variant_of_kvmerger_costs_two_lines_of_yaml(method_page):
     with initialize_config_dir(str(folder.parent), version_base="1.3"):
         composed = compose("config", ["method=kvmerger_first"]).method
     assert resolve.build(composed) == KVMerger(pivot="first")
+
+
+def test_the_model_of_add_a_model_runs_from_a_folder_of_ones_own(checkpoint, tmp_path):
+    ((_, text),) = BLOCK.findall((ROOT / "docs" / "add_a_model.md").read_text(encoding="utf-8"))
+    assert "path: my-org/my-llama" in text
+    text = text.replace("my-org/my-llama", str(checkpoint)).replace("context: 8192", "context: 2048")
+    write(tmp_path / "mine", {"model/my-llama.yaml": text})
+    with places.config_dirs([str(tmp_path / "mine")]):
+        settings = settings_of("model=my-llama", "benchmark=mini", "benchmark.tasks=[passkey]")
+    assert settings.model.name == "my-llama"
+    assert settings.model.max_length == 7500
+    model, tokenizer = load(replace(settings.model, dtype="float32"))
+    assert model.config.num_hidden_layers == 2
+    assert len(tokenizer) > 0
+
+
+def test_the_benchmark_of_add_a_benchmark_runs_from_a_folder_of_ones_own(
+    checkpoint, tmp_path, monkeypatch
+):
+    page = (ROOT / "docs" / "add_a_benchmark.md").read_text(encoding="utf-8")
+    (_, code), (_, config) = BLOCK.findall(page)
+    write(tmp_path / "modules", {"my_benchmark.py": code})
+    write(tmp_path / "mine", {"benchmark/capitals.yaml": config})
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    given = (f"model.path={checkpoint}", "cells=[full@1,h2o@0.5]", f"output_dir={tmp_path / 'out'}")
+    try:
+        with places.config_dirs([str(tmp_path / "mine")]):
+            by_file = settings_of("benchmark=capitals", "question=after", *given)
+            run(by_file)
+        by_class = settings_of(
+            "benchmark._target_=my_benchmark.Capitals", "benchmark.repeats=2", *given
+        )
+    finally:
+        sys.modules.pop("my_benchmark", None)
+    lines = read_lines(tmp_path / "out")
+    assert len(lines) == 2 * 4
+    assert {key[3] for key in lines} == {"France", "Japan", "Kenya", "Peru"}
+    assert all(line["question_tokens"] > 0 for line in lines.values())
+    assert by_class.benchmark.context.count("Paris") == 2
 
 
 @pytest.mark.parametrize(

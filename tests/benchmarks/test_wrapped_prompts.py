@@ -22,13 +22,13 @@ from benchmarks.longbench.tasks import TASKS
 from benchmarks.task import PromptFormat
 from kvmerge.models import ModelSpec
 from kvmerge.models.checkpoints import converted, save_random
-from kvmerge.places import choices
+from tests.shipped import shipped_models
 from tests.tiny_run import compose
 
 FOLDER = Path(__file__).parent.parent / "golden"
 GOLDEN: dict[str, str] = json.loads((FOLDER / "wrapped_prompts.json").read_text(encoding="utf-8"))
 QUESTION = "Who built the bridge?\n\nAnswer:"
-NAMES = choices("model")
+NAMES = shipped_models()
 
 # Not Meta's template (see golden/templates/NOTICE.txt): the parts of it that one user message meets.
 LLAMA3_TEMPLATE = (

@@ -35,12 +35,12 @@ from kvmerge.cells import parse_cell
 from kvmerge.engine import Comparison
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, PrefillLayer, keep_all
-from kvmerge.places import choices
 from kvmerge.session import Policy, RowStats
 from tests import tiny as tiny_models
 from tests.benchmarks.test_wrapped_prompts import GOLDEN
 from tests.conftest import Output
 from tests.real_tokenizers import TOKENIZERS, load_tokenizer, shared, tokenizer_folder
+from tests.shipped import shipped_models
 from tests.tiny_run import compose, read_lines
 
 CELLS = "cells=[full@1,kvmerger@0.5,h2o@0.5,h2o@0.35]"
@@ -405,7 +405,7 @@ def test_no_pace_is_told_of_a_run_without_times() -> None:
 def test_every_model_has_golden_prompts() -> None:
     path = Path(harness.selfcheck.__file__).with_name("golden_prompts.json")
     golden = json.loads(path.read_text(encoding="utf-8"))
-    assert sorted(golden["ids"]) == choices("model")
+    assert sorted(golden["ids"]) == shipped_models()
     assert {len(ids) for ids in golden["ids"].values()} == {len(golden["prompts"])}
 
 
