@@ -222,6 +222,7 @@ class Crashing(Sound):
 
 FAULTS: list[tuple[Callable[[], Method], str, str]] = [
     (TooMany, "keeps_its_allowance", "26 entries of the prompt|expected .*25"),
+    (TooMany, "little_longer_prompts_are_compressed", "attention reads"),
     (TooFewWhereAllFits, "short_prompts_are_kept", "attention reads 20 entries per KV head"),
     (TooFewWhereAllFits, "a_full_budget_changes_nothing", ""),
     (Unsorted, "positions_ascend", r"ascending positions of layer 0 .* got \[16, 15, 14"),
@@ -303,11 +304,13 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_line_a_rule_is_printed(few: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["h2o", "recent=2"]) == 0
+    assert main(["h2o", "recent=4"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "H2O(heavy=None, recent=2, score_dtype='float32')",
+        "H2O(heavy=None, recent=4, score_dtype='float32')",
         "  holds   settings are a frozen dataclass, so no state can leak",
         "  holds   positions ascend within the prompt, none twice",
+        "          refuses 3 entries of 50 tokens: recent=4 is more than the budget of 3 of 50 prompt "
+        "tokens; raise the budget or lower recent.",
         "  -       attention scores are read only where needs_scores is declared",
         "          it is declared",
         "2 rules hold, 0 are broken, 1 are not for it.",
