@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.own_parts import CONFIGS, MODULES, install, write
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("kvmerge", "baselines", "benchmarks", "harness", "configs", "results/reference")
 
@@ -76,10 +78,28 @@ def test_an_installed_wheel_runs_and_has_the_published_numbers(installed: Path, 
         "print(kvmerge.__file__, folder(), len(load_references()), sep='\\n')\n"
         "main()\n"
     )
-    run = ["model=tiny-random", "benchmark.tasks=[passkey]", "limit=1", "cells=[full@1,h2o@0.5]"]
+    # with methods of one's own: beside the user, in a folder, and announced by an installed package
+    write(tmp_path, MODULES)
+    write(tmp_path / "mine", CONFIGS)
+    install(tmp_path, "own_package", {"kvmerge.methods": {"announced": "own_methods:Shortest"}})
+    cells = "cells=[full@1,h2o@0.5,mine@0.5,announced@0.5,own_methods.Shortest@0.35]"
+    run = ["model=tiny-random", "benchmark.tasks=[passkey]", "limit=1", cells, "--config-dir", "mine"]
     home, published, count, *printed = python(installed, tmp_path, "-c", program, *run).splitlines()
     assert Path(home).is_relative_to(installed)
     assert Path(published).is_relative_to(installed)
     assert int(count) > 70
     assert any("passkey" in line for line in printed)
-    assert (tmp_path / "results" / "runs").is_dir()
+    (records,) = (tmp_path / "results" / "runs").glob("cells/*/*/predictions/passkey")
+    assert {path.stem for path in records.glob("*.jsonl")} == {
+        *("full@1", "h2o@0.5", "mine@0.5", "announced@0.5"),
+        "own_methods.Shortest@0.35",
+    }
+
+
+def test_an_installed_wheel_holds_a_method_from_anywhere_to_the_contract(
+    installed: Path, tmp_path: Path
+) -> None:
+    write(tmp_path, MODULES)
+    said = python(installed, tmp_path, "-m", "kvmerge.check", "own_methods.Shortest", "recent=2")
+    assert "  holds   positions ascend within the prompt" in said
+    assert " 0 are broken" in said
