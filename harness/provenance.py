@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.metrics import metric_module
 from harness import code
 from harness.results import Results, changed_settings
 from harness.settings import Settings
@@ -65,6 +66,9 @@ def fingerprint(settings: Settings, data: Mapping[str, str]) -> dict[str, Any]:
     """
     versions = package_versions()
     roots = {*_PASSED, *code.homes(settings.model), *code.homes(settings.benchmark)}
+    roots |= {
+        module for task in settings.benchmark.tasks if (module := metric_module(task.metric.name))
+    }
     if settings.observe is not None:
         roots.add("kvmerge.observations")
     shared = code.digests(roots)

@@ -12,6 +12,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from benchmarks.metrics import check_found
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
 from harness.described import described
 from harness.folders import cells_folder, named_folder
@@ -199,6 +200,8 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
     benchmark: Benchmark = build(given.benchmark, "benchmark")
     lacking = ", ".join(name for name in _OF_BENCHMARKS if not hasattr(benchmark, name))
     _check_kind("benchmark", given.benchmark, not lacking, f"a benchmark: it lacks {lacking}")
+    for task in benchmark.tasks:
+        check_found(task.metric)
     check_name("model.name", model.name)
     check_name("benchmark.name", benchmark.name)
     if given.shard >= given.num_shards:

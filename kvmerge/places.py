@@ -21,8 +21,12 @@ from kvmerge.errors import UserError, unknown
 FOLDERS = "KVMERGE_CONFIG_DIR"
 """Environment variable: folders of the user's own choices, divided as those of PATH are. The processes
 of a sweep inherit it."""
-ENTRY_POINTS = {"method": "kvmerge.methods", "benchmark": "kvmerge.benchmarks"}
-"""By group: under which name installed packages announce their classes."""
+ENTRY_POINTS = {
+    "method": "kvmerge.methods",
+    "benchmark": "kvmerge.benchmarks",
+    "metric": "kvmerge.metrics",
+}
+"""By group: under which name installed packages announce their classes, or metrics."""
 OF_CLASSES = ("method", "benchmark", "model")
 """Groups whose choices are classes, so that a class may be named itself."""
 _PACKAGE = Path(__file__).resolve().parent
@@ -86,7 +90,7 @@ def own_folders() -> list[Path]:
         for other in (config_dir(), *folders[:number]):
             for file in files:
                 if (other / file).exists():
-                    raise _twice(str(file), str(other / file), str(folder / file))
+                    raise in_two_places(str(file), str(other / file), str(folder / file))
     return folders
 
 
@@ -119,10 +123,10 @@ def find(group: str, name: str) -> Place:
     """
     found: list[Place] = [*files(group, name), *_announced(group).get(name, ())]
     if len(found) > 1:
-        raise _twice(f"{group} {name}", *map(where, found[:2]))
+        raise in_two_places(f"{group} {name}", *map(where, found[:2]))
     if found and not name.startswith("_"):
         return found[0]
-    if group in OF_CLASSES and is_dotted(name):
+    if group in (*OF_CLASSES, "metric") and is_dotted(name):
         return name
     raise unknown(group, name, choices(group))
 
@@ -148,12 +152,13 @@ def where(place: Place) -> str:
     return f"{place.value} (entry point {place.name} of {package})"
 
 
-def announced_target(place: EntryPoint) -> str:
-    """Return the dotted name of what an entry point announces."""
-    return place.value.replace(":", ".")
+def target_of(place: EntryPoint | str) -> str:
+    """Return the dotted name of what an entry point announces, or of a class itself."""
+    return place if isinstance(place, str) else place.value.replace(":", ".")
 
 
-def _twice(what: str, *places: str) -> UserError:
+def in_two_places(what: str, *places: str) -> UserError:
+    """Build the error for a name that says nothing, as it stands in two places."""
     return UserError(f"{what} is in two places: {' and '.join(places)}. Rename one of them.")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import pkgutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kvmerge.errors import UserError, first_line, unknown
 from kvmerge.method import Method
-from kvmerge.places import announced_target, choices, files, find, where
+from kvmerge.places import choices, files, find, target_of, where
 from kvmerge.schema import MISSING, construct, defaults
 
 _TARGET = "_target_"
@@ -38,15 +38,26 @@ def settings_of(group: str, name: str) -> dict[str, Any]:
     place = find(group, name)
     if isinstance(place, Path):
         return dict(_read(group, place))
-    target = announced_target(place) if isinstance(place, EntryPoint) else place
-    try:
-        found = _locate(target)
-    except UserError as error:
-        by_name = f"Choices by name: {', '.join(choices(group))}." if place is target else where(place)
-        raise UserError(f"{group} {name!r}: {error} {by_name}") from error
+    found = load_object(group, name, place, choices(group))
+    target = target_of(place)
     if not isinstance(found, type):
         raise UserError(f"{group} {name!r}: {target} is no class.")
     return {_TARGET: target} | defaults(found)
+
+
+def load_object(group: str, name: str, place: EntryPoint | str, known: Iterable[str]) -> Any:
+    """Import what an entry point or a dotted name names.
+
+    Raises:
+        UserError: if it cannot be loaded, saying where it was announced or, of a name that was typed,
+            what is `known`.
+    """
+    try:
+        return _locate(target_of(place))
+    except UserError as error:
+        typed = isinstance(place, str)
+        hint = f"Choices by name: {', '.join(sorted(known))}." if typed else where(place)
+        raise UserError(f"{group} {name!r}: {error} {hint}") from error
 
 
 def method_settings(name: str) -> dict[str, Any]:
@@ -127,7 +138,10 @@ def build(config: Any, section: str = "") -> Any:
         for key, value in plain.items()
         if key != _TARGET
     }
-    return construct(_locate(plain[_TARGET]), settings, section)
+    target = _locate(plain[_TARGET])
+    if not callable(target):
+        raise UserError(f"{plain[_TARGET]} is no class.")
+    return construct(target, settings, section)
 
 
 def _describes(value: Any) -> bool:
@@ -135,9 +149,9 @@ def _describes(value: Any) -> bool:
 
 
 def _locate(name: str) -> Any:
-    """Return what a dotted name names; it must be something that can be called."""
+    """Return what a dotted name names."""
     try:
-        target = pkgutil.resolve_name(name)
+        return pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(f"{name} cannot be loaded: {first_line(error)}.") from error
     except Exception as error:  # of the module itself, which runs as it is imported
@@ -146,6 +160,3 @@ def _locate(name: str) -> Any:
             f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)} "
             f"({last.filename}, line {last.lineno})."
         ) from error
-    if not callable(target):
-        raise UserError(f"{name} is no class.")
-    return target

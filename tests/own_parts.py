@@ -51,9 +51,11 @@ from benchmarks.task import Encoded, Sample, Task
 
 
 class Sums:
+    metric = find_metric("qa_f1")
+
     def __init__(self, count: int = 3, terms: tuple[int, ...] = (1, 2)):
         self.name = "sums"
-        self.tasks = (Task("add", find_metric("qa_f1"), max_new_tokens=3),)
+        self.tasks = (Task("add", self.metric, max_new_tokens=3),)
         self.count, self.terms = count, terms
 
     def samples(self, task):
@@ -72,7 +74,24 @@ class Sums:
     def fingerprint(self):
         return {"add": str(self.count)}
 """
-MODULES = {"own_methods.py": METHOD, "own_helper.py": HELPER, "own_tasks.py": BENCHMARK}
+METRIC = """
+from benchmarks.metric import Metric, best_of
+
+
+def begins(prediction, answer):
+    return float(prediction[:1] == answer[:1])
+
+
+BEGINS = Metric("own_metrics.BEGINS", best_of(begins, without=0.0))
+PLAIN = Metric("begins", best_of(begins, without=0.0))
+LIKE_ANOTHER = Metric("qa_f1", best_of(begins, without=0.0))
+"""
+MODULES = {
+    "own_metrics.py": METRIC,
+    "own_methods.py": METHOD,
+    "own_helper.py": HELPER,
+    "own_tasks.py": BENCHMARK,
+}
 CONFIGS = {
     "method/mine.yaml": "# Mine.\n_target_: own_methods.Shortest\nrecent: 8\n",
     "method/mine_late.yaml": "# A variant of it.\ndefaults: [mine]\nrecent: 16\n",

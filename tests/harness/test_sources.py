@@ -224,3 +224,45 @@ def test_a_change_of_a_methods_helper_is_seen_and_locks_no_other_cell(
     assert "own_helper" in changed.err
     rerun = command(*run, "cells=[full@1,mine@0.5]", "stale=rerun")
     assert rerun.status == 0, rerun.err
+
+
+def test_a_metric_of_ones_own_scores_a_custom_benchmark_and_is_part_of_its_fingerprint(
+    command: Command, parts: Path
+) -> None:
+    write(
+        parts,
+        {
+            "rows.jsonl": '{"q": "What is 1 + 1?", "a": "2"}\n{"q": "What is 2 + 2?", "a": "4"}\n',
+            "prompt.txt": "Say it.\n{q}",
+        },
+    )
+    custom = ("benchmark=custom", "benchmark.dataset=rows.jsonl", "benchmark.template=prompt.txt")
+    given = (
+        *custom,
+        "benchmark.answers=a",
+        "model=tiny-random",
+        "method=h2o",
+        *SHARD,
+        "output_dir=out",
+    )
+    output = command(*given, "benchmark.metric=own_metrics.BEGINS")
+    assert output.status == 0, output.err
+    info = run_json(Path("out/shards/0-of-2"))
+    assert info["tasks"]["rows"]["metric"] == "own_metrics.BEGINS"
+    assert "own_metrics" in info["fingerprint"]["code"]
+    unknown = command(*given, "benchmark.metric=own_metrics.BEGIN")
+    assert unknown.status == 2
+    assert "own_metrics.BEGIN cannot be loaded" in unknown.err
+
+
+def test_a_benchmark_whose_metric_no_report_could_find_is_refused(
+    command: Command, parts: Path
+) -> None:
+    text = "import own_metrics\nimport own_tasks\n\n\nclass Begun(own_tasks.Sums):\n"
+    write(parts, {"own_begun.py": f"{text}    metric = own_metrics.PLAIN\n"})
+    refused = command("benchmark=own_begun.Begun", "model=tiny-random", "method=h2o", *SHARD)
+    assert refused.status == 2
+    assert "unknown metric 'begins'" in refused.err
+    assert "Name a metric of your own as it is found: by its module and object" in refused.err
+    write(parts, {"own_named.py": f"{text}    metric = own_metrics.BEGINS\n"})
+    assert command("benchmark=own_named.Begun", "model=tiny-random", "method=h2o", *SHARD).status == 0
