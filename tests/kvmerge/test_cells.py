@@ -104,7 +104,7 @@ def test_settings_are_all_of_them_and_reach_the_method() -> None:
     [
         (
             "kvmergr@0.5",
-            "unknown method 'kvmergr'. Did you mean 'kvmerger'\\?.*Available: ada_snapkv, cam, ",
+            "unknown method 'kvmergr'. Did you mean 'kvmerger'\\?.*Available: .*cam, ",
         ),
         ("kvmerger:sgima=3@0.5", "unknown setting of kvmerger 'sgima'. Did you mean 'sigma'"),
         ("kvmerger:_target_=os.system@0.5", "unknown setting of kvmerger '_target_'"),
