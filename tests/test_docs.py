@@ -146,6 +146,12 @@ def test_paths_that_are_named_exist(page):
     assert missing - made_up - in_a_wheel == set()
 
 
+@pytest.mark.parametrize("group", ["method", "benchmark"])
+def test_every_choice_stands_in_the_tables_of_using_it(group):
+    text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+    assert [name for name in places.choices(group) if f"`{name}`" not in text] == []
+
+
 def test_every_page_is_in_the_site_s_navigation():
     pages: list[str] = []
 
