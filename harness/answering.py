@@ -85,10 +85,12 @@ class Answerer:
     def answer(self, jobs: Sequence[Job]) -> Iterator[tuple[Prompt, Lines]]:
         """Answer jobs of one task with every missing cell; yields prompt and lines of each.
 
-        In order, but that questions of one context come together: one prefill serves them.
+        In order, but that under `question=after` those of one context come together: one prefill
+        serves them.
         """
         waiting: list[list[Prepared]] = []
-        prepared = map(self._prepare, together(jobs))
+        is_after = self.settings.question == "after"
+        prepared = map(self._prepare, together(jobs) if is_after else jobs)
         coming = (list(group) for _, group in groupby(prepared, key=lambda each: each.caches))
         while True:
             while len(waiting) < self.batch_size.most and (group := next(coming, None)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,17 @@ def test_questions_of_one_context_share_a_prefill_of_the_context_alone(
     lengths = {line["prompt_hash"]: line["context_tokens"] for line in lines.values()}
     assert len(lengths) == 4
     assert sorted(prefills) == sorted(lengths.values())[::2]
+
+
+def test_samples_are_answered_in_order_where_nothing_is_shared(tiny: Tiny) -> None:
+    orders = {}
+    for question in ("inside", "after"):
+        settings = tiny(f"question={question}", "cells=[full@1]", folder=question)
+        run(settings)
+        path = settings.output_dir / "predictions" / "qasper" / "full@1.jsonl"
+        orders[question] = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+    assert orders["inside"] == [f"qasper-{number}" for number in range(4)]
+    assert orders["after"] == [f"qasper-{number}" for number in (0, 2, 1, 3)]
 
 
 def test_which_questions_come_together_changes_no_line(tiny: Tiny) -> None:
