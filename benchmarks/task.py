@@ -69,6 +69,13 @@ class Sample:
     """Prompt tokens, where the sample is made to a length; a plan needs no tokenizer then."""
     row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def context(self) -> str | None:
+        """The prompt before its question, which samples may share; None where that is not known."""
+        if self.question is None:
+            return None
+        return self.prompt.rstrip().removesuffix(self.question)
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -195,6 +195,7 @@ class Answerer:
             score=marks["score"],
             prompt_hash=prompt_hash(encoded.prompt),
             prompt_tokens=len(encoded.prompt),
+            context_hash=context_hash(job.sample),
             context_tokens=length,
             question_tokens=encoded.question_tokens,
             generated_tokens=len(result.token_ids),
@@ -269,8 +270,7 @@ def together(jobs: Sequence[Job]) -> list[Job]:
     """Return jobs with those of one context beside each other, in the order of their first ones."""
     by_context: dict[str, list[Job]] = {}
     for job in jobs:
-        asked = job.sample.question or ""
-        by_context.setdefault(job.sample.prompt.rstrip().removesuffix(asked), []).append(job)
+        by_context.setdefault(job.sample.context or job.sample.prompt, []).append(job)
     return [job for of_context in by_context.values() for job in of_context]
 
 
@@ -286,4 +286,13 @@ def stop_rule(
 
 def prompt_hash(ids: list[int]) -> str:
     """Return a short digest of the tokens fed to prefill."""
-    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+    return _digest(",".join(map(str, ids)))
+
+
+def context_hash(sample: Sample) -> str | None:
+    """Return a short digest of a sample's context; of its text, which no cut of a prompt changes."""
+    return None if sample.context is None else _digest(sample.context)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -77,6 +77,9 @@ class Record:
     """Fraction of compared positions where the most likely token is the full cache's."""
     fidelity_tokens: Count | None = None
     """Number of positions compared."""
+    context_hash: str | None = None
+    """Digest of the text before the question: equal for samples that share it, under either `question`.
+    None where the benchmark does not say where its context ends."""
     context_tokens: Count | None = None
     """Tokens that were prefilled and compressed: the whole prompt, or under `question=after` its
     context."""

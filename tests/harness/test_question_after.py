@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import kvmerge.engine
-from harness.answering import prompt_hash
+from benchmarks.task import Sample
+from harness.answering import context_hash, prompt_hash
 from harness.runner import left, run
 from harness.settings import Settings
 from kvmerge.errors import UserError
@@ -79,6 +80,27 @@ def test_a_question_inside_is_no_part_of_its_own(tiny: Tiny) -> None:
     run(settings)
     for line in read_lines(settings.output_dir).values():
         assert (line["context_tokens"], line["question_tokens"]) == (line["prompt_tokens"], 0)
+
+
+@pytest.mark.parametrize("question", ["inside", "after"])
+def test_a_record_names_the_context_that_samples_share(tiny: Tiny, question: str) -> None:
+    settings = tiny(f"question={question}", "cells=[full@1]", "benchmark.tasks=[qasper,lcc]")
+    run(settings)
+    contexts = {
+        name: line["context_hash"] for (*_, name), line in read_lines(settings.output_dir).items()
+    }
+    assert contexts["qasper-0"] == contexts["qasper-2"] != contexts["qasper-1"] == contexts["qasper-3"]
+    assert len({contexts[f"lcc-{number}"] for number in range(2)}) == 2
+
+
+def test_the_question_is_no_part_of_the_digest_and_a_sample_without_one_has_none() -> None:
+    def sample(prompt: str, question: str | None) -> Sample:
+        return Sample("a", "t", prompt, question=question, answers=())
+
+    assert context_hash(sample("Read: long. Who?\n", "Who?")) == context_hash(
+        sample("Read: long. When?", "When?")
+    )
+    assert context_hash(sample("Read: long.", None)) is None
 
 
 def test_questions_of_one_context_share_a_prefill_of_the_context_alone(
