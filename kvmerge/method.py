@@ -7,16 +7,18 @@ what stays in the cache. It keeps no state: what it must remember lives in what 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvmerge.rope import Rope
 from kvmerge.softmax import Softmax
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,26 @@ class PrefillLayer:
     """How the layer turns products of queries and keys into weights."""
     rope: Rope | None = None
     """Moves keys between positions, for methods that declared `needs_rope`."""
+    _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def length(self) -> int:
         """Prompt tokens `T`."""
         return self.keys.shape[2]
+
+    def once(self, question: Hashable, answer: Callable[[], Found]) -> Found:
+        """Return what `answer` returns, called once a layer: what cells of one prompt ask alike.
+
+        It lives as long as the layer, which a method that divides the budget across layers makes
+        as long as the prefill: tensors of one row of states or less, and none that hold the layer.
+
+        Args:
+            question: all that the answer depends on but the layer, and whose question it is.
+            answer: computes it.
+        """
+        if question not in self._found:
+            self._found[question] = answer()
+        return self._found[question]
 
     def column_scores(self) -> Tensor:
         """Return the scores, for methods that declared `needs_scores`."""

@@ -127,13 +127,41 @@ def attention_rows(
         `(batch, heads, end - begin, end)` float32.
     """
     softmax = softmax or plain(keys.shape[3])
-    columns = torch.arange(end, device=keys.device)
-    rows = columns[begin:, None]
-    hidden = columns > rows
+    logits = row_logits(queries, keys, begin, end, softmax)
     if visible is not None:
-        hidden |= ~visible(rows, columns)
+        columns = torch.arange(end, device=keys.device)
+        logits.masked_fill_(~visible(columns[begin:, None], columns), float("-inf"))
+    return softmax.weights(logits).flatten(1, 2)
+
+
+def row_logits(queries: Tensor, keys: Tensor, begin: int, end: int, softmax: Softmax) -> Tensor:
+    """Return the logits of some rows of the causal attention map, of all columns before `end`.
+
+    Arguments as of `attention_rows`.
+
+    Returns:
+        `(batch, kv_heads, G, end - begin, end)` float32, -inf where a row does not see a column.
+    """
     logits = products(queries[:, :, begin:end], keys[:, :, :end], softmax)
-    return softmax.weights(logits.masked_fill_(hidden, float("-inf"))).flatten(1, 2)
+    size = end - begin
+    future = torch.ones(size, size, dtype=torch.bool, device=keys.device).triu_(1)
+    # every row sees the columns before `begin`: masking costs as much as the product
+    logits[..., begin:].masked_fill_(future, float("-inf"))
+    return logits
+
+
+def logit_blocks(
+    queries: Tensor, keys: Tensor, begin: int, softmax: Softmax
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the logits of the rows from `begin` on, in blocks as `attention_blocks` does.
+
+    Yields:
+        the first row of the block; its logits, as `row_logits` gives them.
+    """
+    heads, length = queries.shape[1], queries.shape[2]
+    block = _block_rows(heads, length)
+    for first in range(begin, length, block):
+        yield first, row_logits(queries, keys, first, min(first + block, length), softmax)
 
 
 def products(queries: Tensor, keys: Tensor, softmax: Softmax) -> Tensor:
@@ -147,8 +175,10 @@ def products(queries: Tensor, keys: Tensor, softmax: Softmax) -> Tensor:
     Returns:
         `(batch, kv_heads, G, rows, n)` float32.
     """
-    grouped = queries.unflatten(1, (keys.shape[1], -1)).float()
-    return softmax.logits(torch.einsum("bhgrd,bhtd->bhgrt", grouped, keys.float()))
+    # scaled before the product, and one product for the heads of a group: fewer passes over the logits
+    grouped = (queries.float() * softmax.scale).unflatten(1, (keys.shape[1], -1))
+    logits = grouped.flatten(2, 3) @ keys.float().transpose(2, 3)
+    return softmax.capped(logits).unflatten(2, grouped.shape[2:4])
 
 
 def attention_blocks(

@@ -41,14 +41,31 @@ class Softmax:
                 `(…, kv_heads, group, rows, columns)`.
             heads: which of the layer's query heads these are.
         """
-        weights = logits.softmax(dim=-1)
+        if self.sinks is None:
+            return logits.softmax(dim=-1)
+        return self.beside_sinks(*normalised(logits), heads)
+
+    def beside_sinks(self, weights: Tensor, totals: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Return what the sinks leave of weights that sum to 1, as they are where there are none.
+
+        Args:
+            weights: as `normalised` returns them, of logits as in `weights`.
+            totals: alike.
+            heads: which of the layer's query heads these are.
+        """
         if self.sinks is None:
             return weights
-        sinks = self.sinks[heads].to(logits)
-        if sinks.shape[0] != logits.shape[-3]:
-            sinks = sinks.unflatten(0, (-1, logits.shape[-3]))
-        of_rows = logits.logsumexp(dim=-1, keepdim=True)
-        return weights * torch.sigmoid(of_rows - sinks[..., None, None])
+        sinks = self.sinks[heads].to(weights)
+        if sinks.shape[0] != weights.shape[-3]:
+            sinks = sinks.unflatten(0, (-1, weights.shape[-3]))
+        return weights * torch.sigmoid(totals - sinks[..., None, None])
+
+
+def normalised(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the softmax of logits `(…, columns)`, and the log-sum-exp of each row, `(…, 1)`."""
+    weights = logits.softmax(dim=-1)
+    # the largest weight is exp(largest logit - total): no second pass of exponentials
+    return weights, logits.amax(dim=-1, keepdim=True) - weights.amax(dim=-1, keepdim=True).log()
 
 
 def plain(head_dim: int) -> Softmax:

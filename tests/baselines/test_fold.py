@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
+from baselines import refitting
 from baselines.fold import Fold
 from baselines.nearest import nearest, nearest_in_text
 from baselines.refitting import LEAST, Reference, nonnegative_fit, ridge_fit
@@ -18,6 +21,7 @@ from kvmerge.errors import UserError
 from kvmerge.method import Allowance, select
 from kvmerge.resolve import load_method
 from kvmerge.scores import attention_rows
+from kvmerge.softmax import Softmax
 from tests.tiny import generator, layer, normal, quick
 
 DOUBLE = torch.float64
@@ -199,7 +203,7 @@ def test_a_column_that_only_takes_gets_nothing():
     assert found.tolist() == pytest.approx([1, 0], abs=1e-3)
 
 
-@pytest.mark.parametrize(("rows", "n"), [(12, 5), (5, 12)])
+@pytest.mark.parametrize(("rows", "n"), [(12, 5), (5, 12), (150, 140), (140, 150)])
 def test_ridge_equals_a_least_squares_of_stacked_rows(rows, n):
     weights, missing = normal(3, rows, n, dtype=DOUBLE), normal(3, rows, 4, seed=1, dtype=DOUBLE)
     found = ridge_fit(weights, missing, 0.1)
@@ -226,6 +230,40 @@ def test_the_reference_output_is_that_of_attention():
     torch.testing.assert_close(seen.output, map_ @ before.values.unsqueeze(2), atol=1e-5, rtol=0)
     everything = select(before, torch.arange(40).expand(1, 2, 40))
     torch.testing.assert_close(outputs(before, everything, seen), seen.output, atol=1e-5, rtol=0)
+
+
+def test_the_reference_knows_what_a_sink_takes():
+    before = replace(layer(40), softmax=Softmax(0.3, sinks=torch.tensor([0.0, 3.0, -1.0, 2.0])))
+    seen = Reference.of(before, 10)
+    map_ = attention_rows(before.queries, before.keys, 30, 40, softmax=before.softmax)
+    wanted = map_.unflatten(1, (2, 2)) @ before.values.unsqueeze(2)
+    torch.testing.assert_close(seen.output, wanted, atol=1e-5, rtol=0)
+
+
+def test_the_reference_in_blocks_of_rows_is_the_same(monkeypatch):
+    whole = Reference.of(layer(40), 33)
+    monkeypatch.setattr("kvmerge.scores._BLOCK_ELEMENTS", 1)  # 16 rows a block
+    blocks = Reference.of(layer(40), 33)
+    torch.testing.assert_close(blocks.output, whole.output, atol=1e-6, rtol=0)
+    torch.testing.assert_close(blocks.total, whole.total, atol=1e-6, rtol=0)
+
+
+def test_the_fits_of_one_layer_share_what_its_last_queries_saw(monkeypatch):
+    before, blocks = layer(100), []
+    real = refitting.logit_blocks
+    monkeypatch.setattr(refitting, "logit_blocks", lambda *at: blocks.append(at) or real(*at))
+    for refit in ("values", "both"):
+        Fold(fold="drop", refit=refit).compress(before, allowance())
+    assert len(blocks) == 1
+
+
+def test_what_fits_share_does_not_outlive_the_layer():
+    """A layer in a circle with what it remembers would stay in memory until a garbage collection."""
+    before = layer(100)
+    Fold(fold="drop", refit="both").compress(before, allowance())
+    gone = weakref.ref(before)
+    del before
+    assert gone() is None
 
 
 @pytest.mark.parametrize("keep", ["h2o", "streaming_llm"])

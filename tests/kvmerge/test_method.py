@@ -1,5 +1,7 @@
 """The helpers that every selecting method shares."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,15 @@ def test_select_takes_each_heads_own_tokens():
     assert torch.equal(kept.values[0, 1], before.values[0, 1, [2, 3]])
     assert kept.sizes is None
     assert kept.bias is None
+
+
+def test_what_cells_ask_alike_is_answered_once_a_layer():
+    before, calls = layer(5), []
+    answers = [before.once("rows", lambda: calls.append(1) or torch.ones(1)) for _ in range(2)]
+    assert answers[0] is answers[1]
+    assert len(calls) == 1
+    assert before.once("columns", lambda: 2) == 2
+    assert replace(before, layer_idx=1).once("rows", lambda: 3) == 3  # another layer is asked anew
 
 
 def test_keep_all_is_the_layer_itself():
