@@ -315,13 +315,13 @@ def _open(
 
 
 def _few_samples(run: Run) -> Iterator[str]:
-    """Yield what one sample a task, or none, leaves unknown."""
+    """Yield what one sample or context a task, or none, leaves unknown."""
     if not run.records:
         yield "Nothing: the run has no record yet."
     single = [
         task
         for task in run.tasks
-        if (counts := [len(s.ids) for (of, _), s in run.samples.items() if of == task])
+        if (counts := [len(s.clusters) for (of, _), s in run.samples.items() if of == task])
         and min(counts) < 2
     ]
     if single:

@@ -2,17 +2,20 @@
 
 Every score here is a function of plain means over samples ("parts"), so that one resampling serves
 them all. The draw depends only on the task and its sample ids: two cells that hold the same samples
-are resampled alike, which makes differences between cells paired.
+are resampled alike, which makes differences between cells paired. Samples of one context are not
+independent, so that contexts are drawn, each with all its samples (a cluster bootstrap).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.metric import Array, Metric
 from harness.records import Record
@@ -30,16 +33,36 @@ class Samples:
     """Sorted, so that the order in which samples finished has no effect."""
     parts: Array
     """(samples, parts)"""
+    contexts: tuple[str, ...] = ()
+    """What each stands on; () where each has a context of its own."""
+
+    @cached_property
+    def clusters(self) -> list[list[int]]:
+        """The rows of each context, in the order of their first ones: what is independent."""
+        rows: dict[str, list[int]] = defaultdict(list)
+        for row, context in enumerate(self.contexts or self.ids):
+            rows[context].append(row)
+        return list(rows.values())
 
     def only(self, ids: Iterable[str]) -> Samples:
         """Keep the samples with these ids."""
         wanted = set(ids)
         rows = [row for row, name in enumerate(self.ids) if name in wanted]
-        return Samples(tuple(self.ids[row] for row in rows), self.parts[rows])
+        names, contexts = (
+            tuple(of[row] for row in rows) if of else () for of in (self.ids, self.contexts)
+        )
+        return Samples(names, self.parts[rows], contexts)
 
 
-def gather(records: Iterable[Record], metric: Metric) -> Samples:
+def gather(
+    records: Iterable[Record], metric: Metric, contexts: Mapping[str, str] | None = None
+) -> Samples:
     """Collect a metric's parts from records, averaged over the seeds of each sample.
+
+    Args:
+        records: of one task and cell.
+        metric: what the task is scored by.
+        contexts: of each sample by its id; None: each has its own.
 
     Raises `ValueError` naming the sample and key where a part is missing, not a finite number, or
     beyond 0 to 1 where scores are shares.
@@ -57,44 +80,51 @@ def gather(records: Iterable[Record], metric: Metric) -> Samples:
         by_id[record.id].append(values)
     ids = tuple(sorted(by_id))
     parts = np.array([np.mean(by_id[name], axis=0) for name in ids], dtype=np.float64)
-    return Samples(ids, parts.reshape(len(ids), len(metric.parts)))
+    shared = tuple(contexts[name] for name in ids) if contexts else ()
+    return Samples(ids, parts.reshape(len(ids), len(metric.parts)), shared)
 
 
 def resampled_scores(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Array:
-    """Return the scores of bootstrap samples, drawn with replacement over samples.
-
-    The draw is seeded by the task's name and the ids, never by the cell. Empty for n < 2.
-    """
-    if len(samples.ids) < 2:
+    """Return the scores of bootstrap samples, `(resamples,)`; empty for fewer than two contexts."""
+    if len(samples.clusters) < 2:
         return np.empty(0)
-    return metric.score(resampled_means(task, samples.ids, samples.parts, resamples=resamples))
+    return metric.score(resampled_means(task, samples, resamples))
 
 
-def resampled_means(
-    task: str,
-    ids: Sequence[str],
-    values: Array,
-    mean: Callable[..., Array] = np.mean,
-    resamples: int = RESAMPLES,
-) -> Array:
-    """Return the means of bootstrap samples, `(resamples, parts)`.
+def resampled_means(task: str, samples: Samples, resamples: int = RESAMPLES) -> Array:
+    """Return the means of bootstrap samples, `(resamples, parts)`, whatever is not a number left out.
+
+    As many contexts are drawn as there are, with replacement, and the mean is over all their samples.
 
     Args:
-        task: seeds the draw, together with the ids.
-        ids: of the samples, two or more.
-        values: `(samples, parts)`.
-        mean: how the values of a resample are averaged along an axis.
+        task: seeds the draw, together with the ids; never the cell.
+        samples: of two or more contexts.
         resamples: how many there are.
     """
-    n = len(ids)
-    key = "\n".join((task, *ids)).encode()
+    key = "\n".join((task, *samples.ids)).encode()
     digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
     generator = np.random.default_rng([SEED, digest])
+    members, values = _members(samples)
+    mean = np.nanmean if np.isnan(values).any() else np.mean
     chunks = []
     for start in range(0, resamples, _CHUNK):
-        rows = generator.integers(0, n, size=(min(_CHUNK, resamples - start), n))
-        chunks.append(mean(values[rows], axis=1))
+        count = min(_CHUNK, resamples - start)
+        drawn = generator.integers(0, len(members), size=(count, len(members)))
+        chunks.append(mean(values[members[drawn].reshape(count, -1)], axis=1))
     return np.concatenate(chunks)
+
+
+def _members(samples: Samples) -> tuple[NDArray[np.intp], Array]:
+    """Return the rows of each context, `(contexts, most samples of one)`, and the values they are of.
+
+    A context with fewer samples than another ends in the row after the last, which is NaN.
+    """
+    most = max(map(len, samples.clusters))
+    fill = len(samples.ids)
+    members = np.array([rows + [fill] * (most - len(rows)) for rows in samples.clusters])
+    if not (members == fill).any():
+        return members, samples.parts
+    return members, np.append(samples.parts, np.full_like(samples.parts[:1], np.nan), axis=0)
 
 
 @dataclass(frozen=True)
@@ -125,9 +155,9 @@ class Scored:
         return float(low), float(high)
 
     def sure_interval(self, level: float, n: int) -> tuple[float, float]:
-        """Return the interval of a score of 0 to 100 over `n` samples that errs with this level.
+        """Return the interval of a score of 0 to 100 over `n` contexts that errs with this level.
 
-        Percentiles of the replicates. Where all samples score alike these say nothing, so the ends are
+        Percentiles of the replicates. Where all contexts score alike these say nothing, so the ends are
         those of the exact binomial interval (Clopper and Pearson) for `n` equal outcomes.
         """
         if np.ptp(self.replicates) > 0:

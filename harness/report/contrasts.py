@@ -3,7 +3,8 @@
 A contrast is a cell's score minus another's over the samples that both hold. Compared are every two
 cells at the same budget, and every cell with the full cache. An interval comes from the paired
 bootstrap (`harness.report.bootstrap`), a p-value from flipping the two cells' marks within samples
-(a sign-flip permutation test), adjusted by Holm's method over the contrasts that a table shows.
+(a sign-flip permutation test), adjusted by Holm's method over the contrasts that a table shows. Samples
+of one context are flipped together.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Contrast:
     """Cell B; the full cache wherever it takes part."""
     n: int
     """Samples that both hold, summed over tasks."""
+    contexts: int
+    """Contexts that they stand on: what is resampled and flipped."""
     wins: int
     """Samples on which A is better."""
     ties: int
@@ -74,7 +77,7 @@ class Contrast:
     in_points: bool
     """Whether the score is one of 0 to 100, which is what the margin is for."""
     p: float = math.nan
-    """Two-sided; NaN where a task has fewer than two samples."""
+    """Two-sided; NaN where a task has fewer than two contexts."""
     p_adjusted: float = math.nan
     """By Holm's method over the contrasts that were compared together."""
 
@@ -105,8 +108,8 @@ class Contrast:
         """Return the samples with which the 90% interval would be no wider than the margin's two sides.
 
         By the square-root law: as wide as now, times the root of the present number over that one,
-        which holds if further samples scatter as these do. None unless unresolved, and where the
-        interval is narrow enough already but lies across the margin's edge.
+        which holds if further samples scatter, and share contexts, as these do. None unless unresolved,
+        and where the interval is narrow enough already but lies across the margin's edge.
         """
         if self.verdict(margin) is not Verdict.UNRESOLVED or not self.in_points:
             return None
@@ -266,6 +269,7 @@ def _contrast(line: Line) -> Contrast:
         first=line.first,
         second=line.second,
         n=sum(len(term.first.ids) for term in line.terms),
+        contexts=sum(len(term.first.clusters) for term in line.terms),
         wins=sum(int((sign > 0).sum()) for sign in better),
         ties=sum(int((sign == 0).sum()) for sign in better),
         losses=sum(int((sign < 0).sum()) for sign in better),
@@ -310,14 +314,14 @@ def exchanges_of(contrasts: int) -> int:
 
 
 def exchanged(lines: Sequence[Sequence[Term]], exchanges: int | None = None) -> list[float]:
-    """Return the two-sided p-value of each contrast; NaN where a task has fewer than two samples.
+    """Return the two-sided p-value of each contrast; NaN where a task has fewer than two contexts.
 
     Those over the same samples share their exchanges, so that one draw serves them all.
     """
     exchanges = exchanges or exchanges_of(len(lines))
     together: dict[tuple[tuple[str, tuple[str, ...]], ...], list[int]] = defaultdict(list)
     for place, terms in enumerate(lines):
-        if all(len(term.first.ids) > 1 for term in terms):
+        if all(len(term.first.clusters) > 1 for term in terms):
             together[tuple(term.key for term in terms)].append(place)
     p_values = [math.nan] * len(lines)
     for key, places in together.items():
@@ -330,10 +334,11 @@ def exchanged(lines: Sequence[Sequence[Term]], exchanges: int | None = None) -> 
 def _exchange_test(
     key: Sequence[tuple[str, tuple[str, ...]]], lines: Sequence[Sequence[Term]], exchanges: int
 ) -> Array:
-    """Exchange the marks of two cells within samples, in contrasts that are over the same samples.
+    """Exchange the marks of two cells within contexts, in contrasts that are over the same samples.
 
     The statistic is the difference of scores itself. With half the sum m and half the difference d of a
     pair's parts, signs s make it score(mean m + mean s d) - score(mean m - mean s d), for any metric.
+    All pairs of a context have one sign.
     """
     blocks = [_blocks([terms[position] for terms in lines]) for position in range(len(key))]
 
@@ -341,10 +346,10 @@ def _exchange_test(
         total = np.zeros((*signs.shape[:-1], len(lines)))
         start = 0
         for middle, half, metrics in blocks:
-            n, contrasts, parts = half.shape
-            moved = signs[..., start : start + n] @ half.reshape(n, contrasts * parts)
+            contexts, contrasts, parts = half.shape
+            moved = signs[..., start : start + contexts] @ half.reshape(contexts, contrasts * parts)
             moved = moved.reshape(*signs.shape[:-1], contrasts, parts)
-            start += n
+            start += contexts
             for metric, chosen in metrics:
                 used = slice(len(metric.parts))
                 mean, shift = middle[chosen][:, used], moved[..., chosen, used]
@@ -354,7 +359,7 @@ def _exchange_test(
 
     names = "\n".join(name for task, ids in key for name in (task, *ids)).encode()
     digest = int.from_bytes(hashlib.sha256(names).digest()[:8], "big")
-    size = sum(len(ids) for _, ids in key)
+    size = sum(len(half) for _, half, _ in blocks)
     found = permutation_test(
         (np.ones(size),),
         statistic,
@@ -369,7 +374,8 @@ def _exchange_test(
 
 
 def _blocks(terms: Sequence[Term]) -> tuple[Array, Array, list[tuple[Metric, list[int]]]]:
-    """Return one task's mean m `(contrasts, parts)`, its d / n `(n, contrasts, parts)`, and metrics.
+    """Return one task's mean m `(contrasts, parts)`, its sums of d / n over the samples of each context
+    `(contexts, contrasts, parts)`, and metrics.
 
     A metric with fewer parts than another leaves the last ones 0.
     """
@@ -381,4 +387,5 @@ def _blocks(terms: Sequence[Term]) -> tuple[Array, Array, list[tuple[Metric, lis
         middle[place, :parts] = (term.first.parts + term.second.parts).mean(axis=0) / 2
         half[:, place, :parts] = (term.first.parts - term.second.parts) / (2 * n)
         by_name.setdefault(term.metric.name, (term.metric, []))[1].append(place)
-    return middle, half, list(by_name.values())
+    summed = np.stack([half[rows].sum(axis=0) for rows in terms[0].first.clusters])
+    return middle, summed, list(by_name.values())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.metric import Array
 from harness.judgement import FlipRule
 from harness.records import Record
-from harness.report.bootstrap import SEED, Scored, resampled_means
+from harness.report.bootstrap import SEED, Samples, Scored, resampled_means
 from harness.report.contrasts import holm
 from harness.report.flips import Flips, flips
 from harness.report.groups import Value, group_values, groups_of
@@ -74,11 +74,16 @@ class Rate:
 def properties(run: Run, rule: FlipRule) -> list[Property]:
     """Return every cell and property that two samples of one task on either side tell something of.
 
-    A property that has one value in every task is left out, as is a cell that loses all or nothing.
+    A property that has one value in every task is left out, as is a cell that loses all or nothing, and
+    a task whose samples share contexts: what is lost is drawn as if each were independent.
     """
     name = f"flip properties {rule}"
     if name not in run.memo:
-        told = [of for of in flips(run, rule) if _LEAST <= len(of.lost) <= len(of.well) - _LEAST]
+        told = [
+            of
+            for of in flips(run, rule)
+            if _LEAST <= len(of.lost) <= len(of.well) - _LEAST and of.task not in run.sharing
+        ]
         found = [
             one
             for cell in run.cells
@@ -132,14 +137,12 @@ def _numbers(record: Record) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Stratum:
-    """The numbers of one task's samples: `values[i]` of `ids[i]`, one a property."""
+    """The numbers of one task's samples."""
 
     task: str
-    ids: tuple[str, ...]
     names: tuple[str, ...]
-    """Of properties that all samples of the task have."""
-    values: Array
-    """`(samples, properties)`"""
+    """Of properties that all samples of the task have: the parts of `samples`."""
+    samples: Samples
     lost: NDArray[np.bool_]
     """`(samples,)`"""
 
@@ -155,15 +158,16 @@ class _Stratum:
         return self._side(self.lost), self._side(~self.lost)
 
     def _side(self, chosen: NDArray[np.bool_]) -> dict[str, Scored]:
-        ids = [name for name, taken in zip(self.ids, chosen, strict=True) if taken]
-        means = self.values[chosen].mean(axis=0)
-        drawn = resampled_means(self.task, ids, self.values[chosen])
+        taken = self.samples.only(np.array(self.samples.ids)[chosen].tolist())
+        means = taken.parts.mean(axis=0)
+        drawn = resampled_means(self.task, taken)
         return {name: Scored(float(means[i]), drawn[:, i]) for i, name in enumerate(self.names)}
 
     def centred(self, names: Sequence[str]) -> Array:
         """Return the values less their means, `(samples, names)`; 0 of what the task has not."""
-        by_name = dict(zip(self.names, (self.values - self.values.mean(axis=0)).T, strict=True))
-        return np.stack([by_name.get(name, np.zeros(len(self.ids))) for name in names], axis=1)
+        values = self.samples.parts
+        by_name = dict(zip(self.names, (values - values.mean(axis=0)).T, strict=True))
+        return np.stack([by_name.get(name, np.zeros(len(values))) for name in names], axis=1)
 
 
 def _stratum(run: Run, of: Flips) -> _Stratum:
@@ -171,7 +175,7 @@ def _stratum(run: Run, of: Flips) -> _Stratum:
     known = [_numbers(records[sample]) for sample in of.well]
     names = tuple(name for name in known[0] if all(name in each for each in known))
     values = np.array([[each[name] for name in names] for each in known])
-    return _Stratum(of.task, of.well, names, values, np.isin(of.well, of.lost))
+    return _Stratum(of.task, names, Samples(of.well, values), np.isin(of.well, of.lost))
 
 
 def _of_cell(cell: str, strata: Sequence[_Stratum]) -> list[Property]:
@@ -197,7 +201,7 @@ def _property(cell: str, name: str, strata: Sequence[_Stratum], p: float) -> Pro
         name,
         tuple(stratum.task for stratum in strata),
         lost=n_lost,
-        kept=sum(len(stratum.ids) for stratum in strata) - n_lost,
+        kept=sum(len(stratum.lost) for stratum in strata) - n_lost,
         of_lost=lost.value,
         of_kept=kept.value,
         difference=lost.minus(kept),
@@ -223,7 +227,9 @@ def _p_values(strata: Sequence[_Stratum], names: Sequence[str]) -> list[float]:
     centred = np.concatenate([stratum.centred(names) for stratum in strata])
     centred /= np.abs(centred).sum(axis=0)
     labels = [stratum.lost.astype(np.int8) for stratum in strata]
-    key = "\n".join(name for stratum in strata for name in (stratum.task, *stratum.ids)).encode()
+    key = "\n".join(
+        name for stratum in strata for name in (stratum.task, *stratum.samples.ids)
+    ).encode()
     digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
     generator = np.random.default_rng([SEED, digest])
 

@@ -104,8 +104,8 @@ def _judge_some(run: Run, band: Reference, level: float) -> Gate:
         reason = "one sample has no interval"
     if reason or ours is None or band.score is None or band.tolerance is None:
         return Gate(band.task, samples, ours, band, Verdict.NOT_COMPARABLE, reason)
-    scored = run.scores[band.task, run.full_cell or ""]
-    low, high = scored.sure_interval(level, samples)
+    key = band.task, run.full_cell or ""
+    low, high = run.scores[key].sure_interval(level, len(run.samples[key].clusters))
     off = low > band.score + band.tolerance or high < band.score - band.tolerance
     reason = f"by {samples} samples, whose interval is {low:.1f} to {high:.1f}"
     return Gate(band.task, samples, ours, band, Verdict.OUTSIDE if off else Verdict.INSIDE, reason)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def lengths_by_task(run: Run) -> list[Lengths]:
     """Return every task that generates and cell with records, in the run's order."""
     if "lengths" not in run.memo:
         answers = {
-            (task, cell): _answers(run.records[task, cell], run.recorded("tasks", task, _LIMIT))
+            (task, cell): _answers(run, task, cell)
             for task in generating(run)
             for cell in run.cells
             if (task, cell) in run.records
@@ -91,14 +91,16 @@ def generating(run: Run) -> list[str]:
     return [task for task in run.tasks if not run.metrics[task].continuation]
 
 
-def _answers(records: Sequence[Record], limit: int | None) -> Samples:
+def _answers(run: Run, task: str, cell: str) -> Samples:
     """Collect length, least and most that was cut off, and emptiness, averaged over seeds."""
+    limit = run.recorded("tasks", task, _LIMIT)
     by_id: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    for record in records:
+    for record in run.records[task, cell]:
         low, high = _cut_off(record, limit)
         by_id[record.id].append((record.generated_tokens, low, high, not record.prediction.strip()))
     ids = tuple(sorted(by_id))
-    return Samples(ids, np.array([np.mean(by_id[name], axis=0) for name in ids]))
+    parts = np.array([np.mean(by_id[name], axis=0) for name in ids])
+    return Samples(ids, parts, tuple(run.contexts[task][name] for name in ids))
 
 
 def _cut_off(record: Record, limit: int | None) -> tuple[bool, bool]:
@@ -119,7 +121,7 @@ def _lengths(task: str, cell: str, own: Samples, full: Samples | None) -> Length
     common = set(own.ids) & set(full.ids) if full and full is not own else set()
     if full and common:
         a, b = own.only(common), full.only(common)
-        change = score_task(task, Samples(a.ids, a.parts[:, :1] - b.parts[:, :1]), _LENGTH)
+        change = score_task(task, replace(a, parts=a.parts[:, :1] - b.parts[:, :1]), _LENGTH)
     return Lengths(task, cell, len(own.ids), mean, len(common), change, Bounds(low, high), empty)
 
 

@@ -115,6 +115,24 @@ class Run:
         return metrics
 
     @cached_property
+    def contexts(self) -> dict[str, dict[str, str]]:
+        """The context of each sample, by task and id: its own, where no cell's record names one."""
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        for (task, _), records in self.records.items():
+            for record in records:
+                if record.context_hash is not None:
+                    found[task][record.id] = record.context_hash
+                else:
+                    found[task].setdefault(record.id, record.id)
+        return found
+
+    @cached_property
+    def sharing(self) -> dict[str, tuple[int, int]]:
+        """The tasks whose samples share contexts, with how many there are of both."""
+        counts = {task: (len(of), len(set(of.values()))) for task, of in self.contexts.items()}
+        return {task: (n, contexts) for task, (n, contexts) in counts.items() if contexts < n}
+
+    @cached_property
     def samples(self) -> dict[tuple[str, str], Samples]:
         """The numbers behind each score, by task and cell.
 
@@ -123,7 +141,7 @@ class Run:
         gathered = {}
         for (task, cell), records in self.records.items():
             try:
-                gathered[task, cell] = gather(records, self.metrics[task])
+                gathered[task, cell] = gather(records, self.metrics[task], self.contexts[task])
             except ValueError as error:
                 raise UserError(
                     f"{task} of {cell} in {self.output_dir} cannot be scored as {self.tasks[task]!r}: "

@@ -21,6 +21,8 @@ _KEYS = (
     "ci_low",
     "ci_high",
 )
+_CONTEXTS = "contexts"
+"""Contexts that the `n` samples stand on: what the interval resamples."""
 
 
 def summarise(run: Run) -> pd.DataFrame:
@@ -32,11 +34,14 @@ def summarise(run: Run) -> pd.DataFrame:
             if (task, cell) not in run.records:
                 continue
             score = run.scores[task, cell].estimate()
-            n = len(run.samples[task, cell].ids)
+            samples = run.samples[task, cell]
+            n, contexts = len(samples.ids), len(samples.clusters)
             keys = (run.model, name.variant, str(name.budget), run.benchmark, task, metric, n)
             values = (*keys, score.value, score.low, score.high)
-            rows.append(dict(zip(_KEYS, values, strict=True)) | run.figures[task, cell])
-    return pd.DataFrame(rows, columns=[*_KEYS, *(column.name for column in COLUMNS)])
+            row = dict(zip(_KEYS, values, strict=True)) | run.figures[task, cell]
+            rows.append(row | {_CONTEXTS: contexts})
+    columns = [*_KEYS, *(column.name for column in COLUMNS), _CONTEXTS]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def write_summary(run: Run) -> None:

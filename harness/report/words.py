@@ -139,9 +139,28 @@ def _listed(values: Collection[Any]) -> str:
     return ", ".join(texts)
 
 
+def shared_contexts(run: Run) -> list[str]:
+    """Name the tasks whose samples are not independent, and what is made of that."""
+    by_counts: dict[tuple[int, int], list[str]] = {}
+    for task, counts in run.sharing.items():
+        by_counts.setdefault(counts, []).append(task)
+    listed = "; ".join(
+        f"{n} samples on {contexts} context{'s' * (contexts > 1)} in {', '.join(tasks)}"
+        for (n, contexts), tasks in by_counts.items()
+    )
+    return (
+        [
+            f"Samples that share a context are not independent ({listed}): intervals resample whole "
+            "contexts, and tests exchange them whole."
+        ]
+        if listed
+        else []
+    )
+
+
 def gaps(run: Run) -> list[str]:
-    """Name how cells came together, cells without records, tasks whose cells do not compare, and missed
-    budgets.
+    """Name how cells came together, tasks whose samples share contexts, cells without records, tasks
+    whose cells do not compare, and missed budgets.
 
     Those hold different samples, or were run otherwise.
     """
@@ -150,7 +169,7 @@ def gaps(run: Run) -> list[str]:
         missing = [task for task in run.tasks if (task, cell) not in run.records]
         if missing:
             by_tasks.setdefault(", ".join(missing), []).append(cell)
-    notes = [*run.remarks, *ran_otherwise(run)]
+    notes = [*run.remarks, *shared_contexts(run), *ran_otherwise(run)]
     notes += [
         f"Blank, as there are no records: {', '.join(cells)} on {tasks}."
         for tasks, cells in by_tasks.items()

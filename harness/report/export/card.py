@@ -82,7 +82,8 @@ def _statistics(run: Run, judgement: Judgement) -> Iterator[tuple[str, str]]:
         "Intervals",
         f"95%, percentiles of {RESAMPLES:,} bootstrap resamples of a task's samples (generator seeded "
         f"with {SEED} and the sample ids). Cells that hold the same samples are resampled alike, so "
-        "differences are paired; the average resamples within tasks",
+        "differences are paired; the average resamples within tasks; samples of one context are drawn "
+        "together",
     )
     yield (
         "What they cover",
@@ -101,7 +102,10 @@ def _statistics(run: Run, judgement: Judgement) -> Iterator[tuple[str, str]]:
         "Equivalence",
         f"the 90% interval of the difference lies within {judgement.margin:g} points of 0",
     )
-    yield "Samples", f"{sample_counts(run)} a task; with one there is neither interval nor verdict"
+    yield (
+        "Samples",
+        f"{sample_counts(run)} a task; with one, or one context, there is neither interval nor verdict",
+    )
 
 
 def _choices(run: Run, judgement: Judgement) -> Iterator[tuple[str, str]]:

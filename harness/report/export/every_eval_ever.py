@@ -17,13 +17,13 @@ import math
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from harness.records import Record
-from harness.report.bootstrap import RESAMPLES, Scored
+from harness.report.bootstrap import RESAMPLES, Samples, Scored
 from harness.report.run import Run, averages
 from harness.report.words import code_digest
 from kvmerge.cells import parse_name
@@ -193,7 +193,7 @@ def _result(run: Run, cell: str, task: str, scored: Scored) -> Json:
         "score_details": {
             "score": scored.value,
             "details": _figures(run.figures[task, cell]),
-            "uncertainty": _uncertainty(scored, len(run.samples[task, cell].ids)),
+            "uncertainty": _uncertainty(scored, [run.samples[task, cell]]),
         },
         "generation_config": _known(
             generation_args=_known(
@@ -206,7 +206,6 @@ def _result(run: Run, cell: str, task: str, scored: Scored) -> Json:
 
 def _average(run: Run, cell: str, scored: Scored) -> Json:
     tasks = run.averaged_tasks
-    n = sum(len(run.samples[task, cell].ids) for task in tasks)
     return {
         "evaluation_result_id": "average",
         "evaluation_name": _evaluation_name(run, "average"),
@@ -227,7 +226,7 @@ def _average(run: Run, cell: str, scored: Scored) -> Json:
         "score_details": {
             "score": scored.value,
             "details": _figures(run.over_tasks(cell)),
-            "uncertainty": _uncertainty(scored, n),
+            "uncertainty": _uncertainty(scored, [run.samples[task, cell] for task in tasks]),
         },
         "generation_config": {"additional_details": _setting(run, cell)},
     }
@@ -238,8 +237,11 @@ def _figures(values: Mapping[str, float]) -> dict[str, str]:
     return _texts(**{name: value for name, value in values.items() if not name.endswith("_seconds")})
 
 
-def _uncertainty(scored: Scored, n: int) -> Json:
+def _uncertainty(scored: Scored, tasks: Sequence[Samples]) -> Json:
     shown = scored.estimate()
+    n = sum(len(samples.ids) for samples in tasks)
+    contexts = sum(len(samples.clusters) for samples in tasks)
+    drawn = "samples" if contexts == n else "contexts"
     if math.isnan(shown.low):
         return {"num_samples": n}
     return {
@@ -247,7 +249,7 @@ def _uncertainty(scored: Scored, n: int) -> Json:
             "lower": shown.low,
             "upper": shown.high,
             "confidence_level": 0.95,
-            "method": "percentile bootstrap over samples, within tasks",
+            "method": f"percentile bootstrap over {drawn}, within tasks",
         },
         "num_samples": n,
         "num_bootstrap_samples": RESAMPLES,

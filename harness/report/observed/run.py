@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.metric import Array
 from harness.observation import FOLDER, Observation, Observed, read_maps
-from harness.report.bootstrap import Estimate, Scored, resampled_means
+from harness.report.bootstrap import Estimate, Samples, Scored, resampled_means
 from harness.report.run import check_info, complete_shards, refuse_other_settings
 from harness.report.words import made_by, span
 from kvmerge.errors import UserError
@@ -142,7 +142,7 @@ class ObservedRun:
                 rows = values[self._rows(task)].reshape(len(self.tasks[task]), -1)
                 ids = tuple(each.id for each in self.tasks[task])
                 if len(ids) > 1:
-                    drawn.append(resampled_means(task, ids, rows, _nanmean))
+                    drawn.append(resampled_means(task, Samples(ids, rows)))
             is_whole = len(drawn) == len(chosen)
             replicates = _nanmean(drawn) if is_whole else np.empty((0, values[0].size))
         return self.mean(values, tasks), replicates.reshape(-1, *values.shape[1:])

@@ -132,7 +132,9 @@ def _contrast_row(run: Run, contrast: Contrast, margin: float, floor: Floor | No
         label or task_label(run, contrast.task),
         contrast.first,
         contrast.second,
-        str(contrast.n),
+        f"{contrast.n}\n({contrast.contexts} contexts)"
+        if contrast.contexts < contrast.n
+        else str(contrast.n),
         score_text(contrast.scored, "+") if contrast.task != KL else _kl_text(contrast),
         number(contrast.p, ".4f"),
         number(contrast.p_adjusted, ".4f"),
@@ -176,6 +178,7 @@ def _contrast_data(contrast: Contrast, margin: float, floor: Floor | None) -> di
         "a": contrast.first,
         "b": contrast.second,
         "n": contrast.n,
+        "contexts": contrast.contexts,
         "difference": contrast.scored.value,
         "ci_low": low,
         "ci_high": high,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.records import Record
-from harness.report.bootstrap import resampled_means
+from harness.report.bootstrap import Samples, resampled_means
 from harness.report.contrasts import AVERAGE
 from harness.report.lengths import Bounds, Lengths, lengths, lengths_by_task
 from harness.report.run import Run, load_run
@@ -52,7 +52,7 @@ def test_the_change_is_paired_by_sample(tmp_path: Path) -> None:
     assert (one.n, one.pairs, one.mean) == (2, 2, 5.5)
     assert one.change is not None
     assert one.change.value == pytest.approx((1 + 4) / 2)
-    drawn = resampled_means("t", ["0", "1"], np.array([[1.0], [4.0]]))
+    drawn = resampled_means("t", Samples(("0", "1"), np.array([[1.0], [4.0]])))
     assert one.change.interval(95) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])))
     assert of(lengths_by_task(run), FULL).change is None
 
