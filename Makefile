@@ -10,7 +10,7 @@ KVPRESS    ?= 0.5.5
 PEER_READY := $(VENV)-peer/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report test lint unit regression regression-accept bench bench-gpu docs lock clean
+.PHONY: help setup cluster reproduce report test lint unit regression regression-accept bench bench-gpu docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,13 @@ $(READY): requirements.lock requirements-model.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# What requirements.lock has already stays as it is.
+$(VENV)/.cluster: $(READY) requirements-cluster.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-cluster.lock
+	@touch $@
+
+cluster: $(VENV)/.cluster  ## add what runs on a cluster: Slurm's launcher and Ray (240 MB)
 
 reproduce: $(READY)  ## run the whole comparison on the embedded model, and show the table
 	$(BIN)/python run.py experiment=mini
@@ -47,7 +54,7 @@ $(VENV)/.triton: $(READY) requirements-kernel.lock
 	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-kernel.lock
 	@touch $@
 
-unit: $(READY) $(VENV)/.triton  ## unit, golden and contract tests
+unit: $(READY) $(VENV)/.triton $(VENV)/.cluster  ## unit, golden and contract tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 regression: $(READY)  ## a small subset end to end, compared with the committed records
@@ -76,9 +83,9 @@ $(VENV)/.docs: $(READY) requirements-docs.lock
 docs: $(VENV)/.docs  ## build the documentation site into site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-lock: $(READY)  ## compile requirements.lock and requirements-docs.lock anew
+lock: $(READY)  ## compile the lock files anew
 	$(BIN)/pip install --quiet uv
-	for name in requirements requirements-docs; do \
+	for name in requirements requirements-docs requirements-cluster; do \
 	  $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	    --no-emit-index-url --excludes requirements-exclude.txt $$name.in --output-file $$name.lock || exit; \
 	done

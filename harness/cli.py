@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
+from harness.launchers import SWEEPS, check_launcher, launcher_of, run_points, submits_jobs
 from harness.lock import only_writer
 from harness.noise import noise
 from harness.observation import Observed
@@ -37,7 +38,7 @@ from harness.runner import run
 from harness.selfcheck import selfcheck
 from harness.settings import Choices, Settings, settings_from
 from harness.sources import take_config_dirs
-from harness.sweep import Points, check_launcher, current_points, report_points, sweep
+from harness.sweep import Points, current_points, report_points, sweep
 from kvmerge.errors import UserError, first_line
 from kvmerge.files import remove_leftovers
 from kvmerge.places import config_dir, config_dirs
@@ -76,27 +77,33 @@ def _start(task: Callable[[], None]) -> None:
     words, folders = take_config_dirs(sys.argv[1:])
     with config_dirs(folders):
         sys.argv[1:] = read_overrides(words)
-        check_launcher(sys.argv[1:])
+        is_sweep = bool(MULTIRUN & set(sys.argv[1:]))
+        launcher = launcher_of(sys.argv[1:])
+        check_launcher(launcher, is_sweep)
         with told():
-            if MULTIRUN & set(sys.argv[1:]):
-                _sweep(task)
+            if is_sweep:
+                _sweep(task, launcher)
             else:
                 task()
 
 
-def _sweep(task: Callable[[], None]) -> None:
+def _sweep(task: Callable[[], None], launcher: str) -> None:
     """Run every point of a sweep, report them together, and list those that failed."""
-    with sweep() as points:
-        task()
+    with sweep(SWEEPS if submits_jobs(launcher) else None) as points:
+        lost = run_points(task, launcher)
         report_points(points, Console())
-        failed = points.failed
+        failed = [*points.failed, *lost]
     if failed:
-        listed = "\n".join(f"  {line}" for line in failed)
-        raise UserError(f"{len(failed)} of the points failed; the others are done.\n{listed}")
+        others = "the others are done"
+        if lost:
+            others = "jobs that still run go on; the same command waits for them and does what is left"
+        listed = "".join(f"\n  {line}" for line in failed)
+        raise UserError(f"{len(failed)} of the points failed; {others}.{listed}")
 
 
 def _run_point(config: DictConfig, points: Points) -> None:
     """Run one point of a sweep; what goes wrong is told now, noted for the end, and stops no other."""
+    _show_log()  # again, where the point is a process of its own
     job = HydraConfig.get().job
     try:
         points.note_done(job.num, execute(config))

@@ -6,11 +6,10 @@ Points may be processes of their own, so each leaves a file in a folder that the
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,17 @@ class Points:
 
     def note_failed(self, number: int, line: str) -> None:
         """Note that a point failed."""
-        (self.folder / f"{_FAILED}-{number:06d}").write_text(line)
+        self._leave(f"{_FAILED}-{number:06d}", line)
 
     def note_done(self, number: int, settings: Settings) -> None:
         """Note where a comparison wrote; shards leave the report to whoever joins them."""
         if settings.kind == "comparison" and not settings.dry_run:
             point = str(settings.output_dir), settings.num_shards == 1
-            (self.folder / f"{_DONE}-{number:06d}").write_text(json.dumps(point))
+            self._leave(f"{_DONE}-{number:06d}", json.dumps(point))
+
+    def _leave(self, name: str, word: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # who began the sweep has gone, and reads no more
+            (self.folder / name).write_text(word)
 
 
 def current_points() -> Points | None:
@@ -60,24 +63,21 @@ def current_points() -> Points | None:
 
 
 @contextlib.contextmanager
-def sweep() -> Iterator[Points]:
-    """Let what runs inside the block be points of one sweep."""
-    with tempfile.TemporaryDirectory(prefix="kvmerge-sweep-") as folder:
+def sweep(place: Path | None = None) -> Iterator[Points]:
+    """Let what runs inside the block be points of one sweep.
+
+    Args:
+        place: folder that every point sees, where points run on other machines.
+    """
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        place = place.absolute()
+    with tempfile.TemporaryDirectory(prefix="kvmerge-sweep-", dir=place) as folder:
         os.environ[_VARIABLE] = folder
         try:
             yield Points(Path(folder))
         finally:
             del os.environ[_VARIABLE]
-
-
-def check_launcher(words: Sequence[str]) -> None:
-    """Refuse a launcher that is not installed. Raises `UserError` saying what brings it."""
-    plugin = "hydra_plugins.hydra_joblib_launcher"
-    if "hydra/launcher=joblib" in words and importlib.util.find_spec(plugin) is None:
-        raise UserError(
-            "hydra/launcher=joblib needs a plugin of Hydra: pip install 'kvmerge[sweep]', or "
-            "hydra-joblib-launcher. Without it the points run one after the other."
-        )
 
 
 def report_points(points: Points, console: Console) -> None:

@@ -96,7 +96,7 @@ def own_folders() -> list[Path]:
 
 def _files(folder: Path) -> list[Path]:
     """Return what a folder holds that can be chosen or started from, relative to it."""
-    groups = sorted(path.name for path in config_dir().iterdir() if path.is_dir())
+    groups = sorted(path.name for path in config_dir().iterdir() if any(path.glob("*.yaml")))
     if not folder.is_dir():
         raise UserError(f"{folder}, given by --config-dir or {FOLDERS}, is not a folder.")
     found = [path for group in [*groups, "hydra/*"] for path in folder.glob(f"{group}/*.yaml")]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness import sweep as module
 from harness.report.page import assemble
 from harness.report.plots.draw import Drawn
-from harness.sweep import Points, check_launcher, current_points, report_points, sweep
-from kvmerge.errors import UserError
+from harness.sweep import Points, current_points, report_points, sweep
 from tests.synthetic_run import record, write_run
 from tests.tiny_run import compose
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +52,15 @@ def test_points_of_a_sweep_leave_word_through_the_environment() -> None:
     assert current_points() is None
     assert not points.folder.exists()
     assert not [name for name in os.environ if "SWEEP" in name]
+
+
+def test_a_point_outlives_the_command_that_began_its_sweep(tmp_path: Path) -> None:
+    with sweep(tmp_path / "shared") as points:
+        points.note_failed(0, "broken")
+        assert points.failed == ["broken"]
+        assert points.folder.is_relative_to(tmp_path / "shared")
+    points.note_failed(1, "broken too")
+    points.note_done(2, compose("model=tiny-random"))
 
 
 def test_a_point_that_answers_nothing_is_no_part_of_the_report() -> None:
@@ -118,14 +121,3 @@ def test_points_that_are_shards_are_joined_where_all_are_there(shards: int) -> N
     else:
         assert "not in the report of all points: one/shards lacks 1-of-2" in text
         assert "all points together" not in text
-
-
-def test_the_extra_of_the_wheel_brings_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_launcher(["-m", "hydra/launcher=joblib"])
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    check_launcher(["-m", "limit=1"])
-    with pytest.raises(UserError, match=re.escape("pip install 'kvmerge[sweep]'")):
-        check_launcher(["-m", "hydra/launcher=joblib"])
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (brought,) = project["optional-dependencies"]["sweep"]
-    assert brought.startswith("hydra-joblib-launcher")
