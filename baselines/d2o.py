@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from baselines.heavy_hitters import even_counts, keep
-from baselines.nearest import nearest, others, take
+from baselines.nearest import nearest, others
+from kvmerge import rows
 from kvmerge.budget import at_least_one, half
 from kvmerge.errors import unknown
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, pick
@@ -143,8 +144,9 @@ def merge_evicted(
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     evicted = others(kept, keys.shape[2])
-    kept_keys, kept_values = take(keys.to(exact), kept), take(values.to(exact), kept)
-    evicted_keys, evicted_values = take(keys.to(exact), evicted), take(values.to(exact), evicted)
+    (kept_keys, evicted_keys), (kept_values, evicted_values) = (
+        [rows.take(states.to(exact), slots) for slots in (kept, evicted)] for states in (keys, values)
+    )
     similarity, closest = nearest(evicted_keys, kept_keys)
     typical = similarity.mean(dim=(1, 2))
     threshold = typical if threshold is None else alpha * threshold + beta * typical
@@ -154,8 +156,7 @@ def merge_evicted(
     weights = (merges * similarity).unsqueeze(-1)
 
     def mean(own: Tensor, given: Tensor) -> Tensor:
-        index = closest.unsqueeze(-1).expand_as(given)
-        return own.scatter_add(2, index, weights * given) / members.unsqueeze(-1)
+        return rows.add(own, closest, weights * given) / members.unsqueeze(-1)
 
     merged_keys, merged_values = mean(kept_keys, evicted_keys), mean(kept_values, evicted_values)
     return merged_keys.to(keys.dtype), merged_values.to(values.dtype), threshold

@@ -15,13 +15,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from baselines.nearest import nearest, nearest_in_text, others, take
+from baselines.nearest import nearest_in_text, slots_of_nearest
 from baselines.refitting import Reference
 from kvmerge import merging
 from kvmerge.errors import UserError, unknown
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, keep_all, select
 from kvmerge.resolve import load_method
-from kvmerge.scores import last_rows
+from kvmerge.scores import last_rows, row_logits
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "fold": ("drop", "values", "keys_values"),
@@ -185,25 +185,32 @@ class Fold(Method):
                 f"keep={self.keep} keeps more tokens in some heads than in others, which cannot be "
                 "folded into; give a rule with as many in each."
             )
-        return kept.positions, self._routed(layer, kept.positions)
+        question = "route", self.route, self.reference, kept.positions.cpu().numpy().tobytes()
+        return kept.positions, layer.once(question, lambda: self._routed(layer, kept.positions))
 
     def _routed(self, layer: PrefillLayer, positions: Tensor) -> Tensor:
         if self.route == "position":
             return nearest_in_text(positions, layer.length)
-        features = layer.keys.float()
-        if self.route == "attention":
-            rows = last_rows(
-                layer.queries,
-                layer.keys,
-                min(self.reference, layer.length),
-                softmax=layer.softmax,
-            )
-            features = rows.unflatten(1, (layer.keys.shape[1], -1)).flatten(2, 3).transpose(2, 3)
-        gone = others(positions, layer.length)
-        _, closest = nearest(take(features, gone), take(features, positions))
-        own = torch.arange(positions.shape[-1], device=positions.device).expand_as(positions)
-        slots = torch.empty(layer.keys.shape[:3], dtype=torch.int64, device=positions.device)
-        return slots.scatter_(-1, gone, closest).scatter_(-1, positions, own)
+        if self.route == "cosine":
+            return slots_of_nearest(layer.keys.float(), positions)
+        # one KV head after the other: what attends to it is many times its keys
+        return torch.cat(
+            [
+                slots_of_nearest(self._attention(layer, head), positions[:, head : head + 1])
+                for head in range(positions.shape[1])
+            ],
+            dim=1,
+        )
+
+    def _attention(self, layer: PrefillLayer, head: int) -> Tensor:
+        """Return what a KV head's tokens get of the last queries: `(batch, 1, T, G rows)` float32."""
+        group = layer.queries.shape[1] // layer.keys.shape[1]
+        heads = slice(head * group, (head + 1) * group)
+        begin = max(0, layer.length - self.reference)
+        of_head = layer.queries[:, heads], layer.keys[:, head : head + 1]
+        logits = row_logits(*of_head, begin, layer.length, layer.softmax)
+        weights = layer.softmax.weights(logits, heads)
+        return weights.flatten(2, 3).transpose(2, 3).contiguous()
 
     def _folded(self, layer: PrefillLayer, entries: Entries, set_ids: Tensor) -> Entries:
         mass = self._mass(layer) if self._uses_mass else None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from baselines.heavy_hitters import even_counts
-from baselines.nearest import nearest, others, take
+from baselines.nearest import nearest, others
+from kvmerge import rows
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, top_positions
 from kvmerge.scores import products
@@ -114,15 +115,15 @@ def merge_by_weight(layer: PrefillLayer, kept: Tensor, weights: Tensor, threshol
     """
     keys, values = layer.keys.float(), layer.values.float()
     gone = others(kept, layer.length)
-    similarity, entry = nearest(take(keys, gone), take(keys, kept))
+    similarity, entry = nearest(rows.take(keys, gone), rows.take(keys, kept))
     merges = similarity >= threshold
     own, given = weights.gather(-1, kept), weights.gather(-1, gone) * merges
     total = own.scatter_add(-1, entry, given).unsqueeze(-1)
 
     def mean(states: Tensor) -> Tensor:
-        start = take(states, kept) * own.unsqueeze(-1)
-        added = take(states, gone) * given.unsqueeze(-1)
-        return start.scatter_add(2, entry.unsqueeze(-1).expand_as(added), added) / total
+        start = rows.take(states, kept) * own.unsqueeze(-1)
+        added = rows.take(states, gone) * given.unsqueeze(-1)
+        return rows.add(start, entry, added) / total
 
     sizes = torch.ones_like(kept).scatter_add_(-1, entry, merges.long())
     return Entries(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from baselines.d2o import SINKS
 from baselines.heavy_hitters import even_counts, keep
-from baselines.nearest import nearest, others, take
+from baselines.nearest import nearest, others
+from kvmerge import rows
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, pick
 
 
@@ -64,14 +65,13 @@ def pivot_merge(keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Ten
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     evicted = others(kept, keys.shape[2])
-    _, pivot = nearest(take(keys.to(exact), evicted), take(keys.to(exact), kept))
+    _, pivot = nearest(rows.take(keys.to(exact), evicted), rows.take(keys.to(exact), kept))
     given = torch.zeros_like(kept, dtype=exact)
     given = given.scatter_add_(-1, pivot, torch.ones_like(pivot, dtype=exact)).unsqueeze(-1)
 
     def merged(states: Tensor) -> Tensor:
-        own, rest = take(states.to(exact), kept), take(states.to(exact), evicted)
+        own, rest = (rows.take(states.to(exact), slots) for slots in (kept, evicted))
         total = own * (1 + given / 2)
-        index = pivot.unsqueeze(-1).expand_as(rest)
-        return (total.scatter_add(2, index, rest / 2) / (1 + given)).to(states.dtype)
+        return (rows.add(total, pivot, rest / 2) / (1 + given)).to(states.dtype)
 
     return merged(keys), merged(values)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 512
-"""Evicted entries compared with the kept ones at once."""
+from kvmerge.kernels import tiled
+from kvmerge.rows import take
 
-
-def take(states: Tensor, slots: Tensor) -> Tensor:
-    """Return the states `(batch, kv_heads, n, d)` at `slots` `(batch, kv_heads, k)`."""
-    return states.gather(2, slots.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+_BLOCK = 128
+"""Evicted entries compared with the kept ones at once: what they give stays in the cache."""
+_CHUNK = 64
+"""Kept entries of which the nearest is found first (`_largest`)."""
+_NO_NORM = 1e-8
+"""Least norm, so that a zero feature has a cosine."""
 
 
 def others(kept: Tensor, stored: int) -> Tensor:
@@ -31,10 +33,47 @@ def nearest(evicted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `(batch, kv_heads, m)` each.
     """
-    unit, target = (each / each.norm(dim=-1, keepdim=True).clamp_min(1e-8) for each in (evicted, kept))
-    blocks = [(block @ target.transpose(2, 3)).max(dim=-1) for block in unit.split(_BLOCK, dim=2)]
-    similarity = torch.cat([best.values for best in blocks], dim=-1)
-    return similarity, torch.cat([best.indices for best in blocks], dim=-1)
+    multiply = tiled.faster_transposed(evicted)
+    count = kept.shape[2]
+    # the last one stands for itself and for what its chunk lacks
+    columns = torch.arange(count + -count % _CHUNK, device=kept.device).clamp_max(count - 1)
+    unit = kept / kept.norm(dim=-1, keepdim=True).clamp_min(_NO_NORM)
+    by_head = zip(evicted.flatten(0, 1), unit[:, :, columns].flatten(0, 1), strict=True)
+    found = [
+        _largest(multiply(block, targets))
+        for asked, targets in by_head
+        for block in asked.split(_BLOCK)
+    ]
+    products, slots = (torch.cat(parts).view(evicted.shape[:3]) for parts in zip(*found, strict=True))
+    return products / evicted.norm(dim=-1).clamp_min(_NO_NORM), columns[slots]
+
+
+def _largest(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest of each row `(m, n)` and its column, of equal ones the lower: `(m,)` each.
+
+    First the largest of each chunk of columns, which is a fast reduction, as that with an index is not.
+    """
+    chunks = products.unflatten(-1, (-1, _CHUNK))
+    largest, chunk = chunks.amax(dim=-1).max(dim=-1)
+    own = chunks[torch.arange(len(chunk), device=chunk.device), chunk]
+    return largest, chunk * _CHUNK + own.argmax(dim=-1)
+
+
+def slots_of_nearest(features: Tensor, kept: Tensor) -> Tensor:
+    """Return the slot that each token belongs to: its own where it is kept, else the nearest one's.
+
+    Args:
+        features: `(batch, kv_heads, T, d)`.
+        kept: `(batch, kv_heads, k)` int64 positions, ascending.
+
+    Returns:
+        `(batch, kv_heads, T)` int64.
+    """
+    gone = others(kept, features.shape[2])
+    _, closest = nearest(take(features, gone), take(features, kept))
+    own = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+    slots = torch.empty(features.shape[:3], dtype=torch.int64, device=kept.device)
+    return slots.scatter_(-1, gone, closest).scatter_(-1, kept, own)
 
 
 def nearest_in_text(positions: Tensor, length: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvmerge import linkage as linkage_scan
+from kvmerge import rows
 from kvmerge.errors import unknown
 
 LINKAGES = ("adjacent", *linkage_scan.SCANS)
@@ -283,8 +284,7 @@ def pivot_distances(keys: Tensor, set_ids: Tensor, pivots: Tensor) -> Tensor:
     """
     key = keys.to(_exact_dtype(keys))
     of_token = pivots.clamp_min(0).gather(-1, set_ids.clamp_min(0))
-    centre = key.flatten(0, 2).index_select(0, _rows(of_token, key.shape[2])).view_as(key)
-    return (centre - key).norm(dim=-1).masked_fill(set_ids < 0, 0.0)
+    return (rows.take(key, of_token) - key).norm(dim=-1).masked_fill(set_ids < 0, 0.0)
 
 
 def set_widths(distance: Tensor, set_ids: Tensor, sigma: float | str) -> Tensor:
@@ -352,19 +352,9 @@ def weighted_sum(states: Tensor, set_ids: Tensor, weights: Tensor) -> Tensor:
     """Sum each set's states by weight: `(batch, kv_heads, sets, head_dim)`, dtype of `states`."""
     n_sets = int(set_ids.max()) + 1
     terms = weights.unsqueeze(-1) * states.to(_exact_dtype(states))
-    rows = _rows(torch.where(set_ids < 0, n_sets, set_ids), n_sets + 1)
-    out = terms.new_zeros(set_ids.shape[0] * set_ids.shape[1] * (n_sets + 1), states.shape[3])
-    out = out.index_add_(0, rows, terms.flatten(0, 2)).unflatten(0, (*set_ids.shape[:2], -1))
+    nothing = terms.new_zeros(*set_ids.shape[:2], n_sets + 1, states.shape[3])
+    out = rows.add(nothing, torch.where(set_ids < 0, n_sets, set_ids), terms)
     return out[:, :, :n_sets].to(states.dtype)
-
-
-def _rows(index: Tensor, length: int) -> Tensor:
-    """Return an index `(batch, kv_heads, n)` into heads of a length as one into all of their rows.
-
-    Whole rows by one index are several times faster to take and to add to than element by element.
-    """
-    heads = index.flatten(0, 1)
-    return (heads + torch.arange(len(heads), device=index.device)[:, None] * length).flatten()
 
 
 def _exact_dtype(states: Tensor) -> torch.dtype:

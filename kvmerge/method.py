@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from kvmerge import rows
 from kvmerge.rope import Rope
 from kvmerge.softmax import Softmax
 
@@ -49,8 +50,8 @@ class PrefillLayer:
     def once(self, question: Hashable, answer: Callable[[], Found]) -> Found:
         """Return what `answer` returns, called once a layer: what cells of one prompt ask alike.
 
-        It lives as long as the layer, which a method that divides the budget across layers makes
-        as long as the prefill: tensors of one row of states or less, and none that hold the layer.
+        It lives as long as the layer, which is as long as the prefill where a method divides the budget
+        across layers: something small, that does not hold the layer itself.
 
         Args:
             question: all that the answer depends on but the layer, and whose question it is.
@@ -231,14 +232,13 @@ def tail(layer: PrefillLayer, count: int) -> Entries:
 
 def pick(entries: Entries, slots: Tensor) -> Entries:
     """Keep the entries at `slots` `(batch, kv_heads, n)` int64, and what is stored beside them."""
-    wide = slots.unsqueeze(-1).expand(-1, -1, -1, entries.keys.shape[-1])
 
     def chosen(extra: Tensor | None) -> Tensor | None:
         return None if extra is None else extra.gather(-1, slots)
 
     return Entries(
-        entries.keys.gather(2, wide),
-        entries.values.gather(2, wide),
+        rows.take(entries.keys, slots),
+        rows.take(entries.values, slots),
         entries.positions.gather(-1, slots),
         chosen(entries.sizes),
         chosen(entries.bias),

@@ -7,7 +7,7 @@ window without a mask of T x T.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -113,6 +113,13 @@ def faster_products(queries: Tensor) -> str:
     if queries.shape[2] < _WORTH_A_CHOICE or not packed_linear.available(queries):
         return "torch"
     return choice.fastest(_rehearse)
+
+
+def faster_transposed(states: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what multiplies `(n, d)` by the transpose of `(m, d)` faster for a prompt's states."""
+    if faster_products(states) == "onednn":
+        return packed_linear.times_transposed
+    return lambda left, right: left @ right.T
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 
 from baselines import refitting
 from baselines.fold import Fold
-from baselines.nearest import nearest, nearest_in_text
+from baselines.nearest import nearest, nearest_in_text, slots_of_nearest
 from baselines.refitting import LEAST, Reference, nonnegative_fit, ridge_fit
 from kvmerge.cells import parse_cell
 from kvmerge.errors import UserError
@@ -110,6 +110,40 @@ def test_a_token_goes_to_the_kept_one_with_the_nearest_key():
     )
     assert slot.tolist() == [[[1, 0]]]
     assert similarity[0, 0].tolist() == pytest.approx([2 / math.hypot(2, 0.1), 0])
+
+
+@pytest.mark.parametrize("products", ["torch", "onednn"])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
+def test_the_nearest_in_blocks_and_chunks_is_that_of_all(count, products, monkeypatch):
+    monkeypatch.setenv("KVMERGE_CPU_PRODUCTS", products)
+    evicted, kept = normal(2, 2, 600, 8), normal(2, 2, count, 8, seed=1)
+    similarity, slot = nearest(evicted, kept)
+    cosines = torch.cosine_similarity(evicted.unsqueeze(3), kept.unsqueeze(2), dim=-1)
+    torch.testing.assert_close(similarity, cosines.amax(-1))
+    torch.testing.assert_close(cosines.gather(-1, slot.unsqueeze(-1)).squeeze(-1), similarity)
+
+
+def test_of_kept_tokens_that_are_equally_near_the_first_is_taken():
+    kept = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(100, 1)
+    _, slot = nearest(torch.ones(1, 1, 3, 2), kept[None, None])
+    assert slot.tolist() == [[[0, 0, 0]]]
+
+
+def test_cells_that_keep_the_same_tokens_are_routed_once(monkeypatch):
+    before, asked = layer(100), []
+
+    def route(*of):
+        asked.append(of)
+        return slots_of_nearest(*of)
+
+    monkeypatch.setattr("baselines.fold.slots_of_nearest", route)
+    for what in ("values", "keys_values"):
+        Fold(fold=what, route="cosine").compress(before, allowance())
+    assert len(asked) == 1
+    Fold(route="cosine").compress(before, Allowance(20, 0.2))
+    assert len(asked) == 2
+    Fold(route="attention").compress(before, allowance())
+    assert len(asked) == 4  # one KV head after the other
 
 
 def slow_fold(before, positions, slots, weight, scores, fold, bias):
