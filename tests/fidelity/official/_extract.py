@@ -90,6 +90,21 @@ def hidden(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.cat([states.transpose(1, 2).flatten(2) for states in (queries, keys, values)], dim=-1)
 
 
+class SlicedCache:
+    """What the caches of AsymKV and KVSlimmer need of their base class, StreamingLLM's."""
+
+    k_seq_dim = v_seq_dim = 2
+
+    def __init__(self, start_size: int, cache_size: int) -> None:
+        self.start_size, self.cache_size = start_size, cache_size
+
+    def k_slice(self, states: Tensor, begin: int, end: int) -> Tensor:
+        """Some tokens of `(1, heads, n, head_dim)`."""
+        return states[:, :, begin:end]
+
+    v_slice = k_slice
+
+
 def positions_in(kept: Tensor, states: Tensor) -> list[list[int]]:
     """Where each of the kept states `(1, heads, k, head_dim)` stands in `(1, heads, n, head_dim)`.
 
