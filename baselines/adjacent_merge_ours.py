@@ -68,7 +68,7 @@ class AdjacentMerge(Method):
         return merged(layer, set_ids, weights)
 
     def held(self, n_keep: int) -> tuple[int, int]:
-        """Return how many sinks and how many last tokens stay; one entry at least is left to merge to."""
+        """Return how many sinks and how many last tokens stay; an entry is left for the others."""
         n_window = min(self.window, n_keep // 2)
         return min(self.sinks, (n_keep - n_window) // 2), n_window
 
@@ -90,7 +90,8 @@ def received(layer: PrefillLayer, rows: Tensor) -> Tensor:
     """
     tokens = torch.arange(layer.length, device=layer.keys.device)
     sums = torch.zeros(layer.keys.shape[:3], device=layer.keys.device)
-    for block in rows.to(tokens.device).split(max(16, _BLOCK_ELEMENTS // (layer.queries.shape[1] * layer.length))):
+    at_once = max(16, _BLOCK_ELEMENTS // (layer.queries.shape[1] * layer.length))
+    for block in rows.to(tokens.device).split(at_once):
         logits = products(layer.queries[:, :, block], layer.keys, layer.softmax)
         logits.masked_fill_(tokens > block.unsqueeze(-1), -torch.inf)
         sums += layer.softmax.weights(logits).sum(dim=3).mean(dim=2)
@@ -200,7 +201,7 @@ def key_parts(importance: Tensor, attention: Tensor, pairs: Tensor) -> Tensor:
     spread = (importance / (attention * (1 - 2 * attention))).nan_to_num(0.0)
     joint = attention[..., :-1] * attention[..., 1:] * (spread[..., :-1] + spread[..., 1:])
     one, other = importance[..., :-1] - joint, importance[..., 1:] - joint
-    # Where one has most of all attention these are no weights, and where none has any they are undefined.
+    # Where few tokens have most attention these may lie outside of 0 to 1; where none has any, 0 / 0.
     first = (one / (one + other)).nan_to_num(0.5).clamp(0, 1)
     alone = torch.ones_like(importance[..., :1])
     as_first = torch.cat([torch.where(pairs, first, 1.0), alone], dim=-1)

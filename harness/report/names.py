@@ -32,6 +32,7 @@ _PRINTED = {
     "keepkv": ("KeepKV", ""),
     "attention_matching": ("Attention matching", ""),
     "zsmerge": ("ZSMerge", ""),
+    "adjacent_merge_ours": ("Adjacent merging", "ours"),
     "fold": ("Fold", ""),
     "key_norm": ("Key norm", ""),
     "keydiff": ("KeyDiff", ""),

@@ -30,6 +30,7 @@ _CELLS = (
     "look_m@0.35",
     "keepkv@0.35",
     "zsmerge@0.35",
+    "adjacent_merge_ours@0.35",
     "attention_matching@0.35",
     "fold:keep=snapkv@0.35",
     "fold:keep=snapkv,route=cosine@0.35",

@@ -105,6 +105,7 @@ def test_all_methods_in_one_batch_answer_as_alone(kv_heads: int, policy: str) ->
 KVMERGER_ENDS = (0, 4)
 ENDS = {
     "ada_snapkv": (0, 10),
+    "adjacent_merge_ours": (5, 10),
     "h2o": (0, 10),
     "cam": (11, 10),
     "cam_generate": (11, 10),
