@@ -24,6 +24,7 @@ from harness.report.contrasts import (
     without_kl,
 )
 from harness.report.gates import gates, outside
+from harness.report.memory import beside_notes
 from harness.report.missed import missed_budgets
 from harness.report.names import budget_label, method_label
 from harness.report.noise import find_floor
@@ -301,7 +302,7 @@ def _open(
     lacking = without_kl(run)
     if lacking:
         lines.append(Line(Tone.UNKNOWN, f"KL to the full cache is not recorded for {_few(lacking)}."))
-    lines += [Line(Tone.UNKNOWN, text) for text in gaps(run)]
+    lines += [Line(Tone.UNKNOWN, text) for text in (*gaps(run), *beside_notes(run))]
     tokens = [r.prompt_tokens for records in run.records.values() for r in records]
     if tokens:
         lines.append(

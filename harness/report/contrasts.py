@@ -27,6 +27,7 @@ from benchmarks.metric import Array, Metric
 from harness.records import Record
 from harness.report.bootstrap import SEED, Samples, Scored, average, gather
 from harness.report.divergence import KL, divergence
+from harness.report.memory import is_unequal, stored
 from harness.report.run import Run
 from kvmerge.cells import parse_name
 
@@ -76,6 +77,8 @@ class Contrast:
     higher_is_better: bool
     in_points: bool
     """Whether the score is one of 0 to 100, which is what the margin is for."""
+    bytes_ratio: float
+    """Bytes that A stores, by those of B: keys, values, sizes and biases; NaN where not recorded."""
     p: float = math.nan
     """Two-sided; NaN where a task has fewer than two contexts."""
     p_adjusted: float = math.nan
@@ -90,6 +93,12 @@ class Contrast:
     def narrow(self) -> tuple[float, float]:
         """The 90% interval: inside the margin, both one-sided tests of equivalence reject at 5%."""
         return self.scored.interval(90)
+
+    @property
+    def is_unequal(self) -> bool:
+        """Whether A and B, at one budget, do not store as many bytes."""
+        alike = parse_name(self.first).budget == parse_name(self.second).budget
+        return alike and is_unequal(self.bytes_ratio)
 
     def verdict(self, margin: float) -> Verdict | None:
         """Judge the contrast; None where nothing can be said, as with one sample.
@@ -169,6 +178,8 @@ class Term:
     scored: tuple[Scored, Scored]
     by_seed: tuple[Array, Array] = (np.empty(0), np.empty(0))
     """Scores of either cell by seed, `(seeds,)`."""
+    stored: tuple[float, float] = (math.nan, math.nan)
+    """Bytes that either cell stores of a sample, the mean."""
 
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
@@ -228,7 +239,8 @@ def _terms(run: Run, tasks: Sequence[str], first: str, second: str) -> tuple[Ter
             for cell in (first, second)
         ]
         both = a.only(common), b.only(common)
-        terms.append(Term(task, metric, *both, scored, (seeds[0], seeds[1])))
+        weights = stored(run, task, first, common), stored(run, task, second, common)
+        terms.append(Term(task, metric, *both, scored, (seeds[0], seeds[1]), weights))
     return tuple(terms)
 
 
@@ -264,6 +276,7 @@ def compared(lines: Sequence[Line], exchanges: int | None = None) -> list[Contra
 def _contrast(line: Line) -> Contrast:
     metric = line.terms[0].metric
     better = [_better(term) for term in line.terms]
+    of_first, of_second = np.mean([term.stored for term in line.terms], axis=0).tolist()
     return Contrast(
         task=line.task,
         first=line.first,
@@ -277,6 +290,7 @@ def _contrast(line: Line) -> Contrast:
         spreads=(_spread(line.terms, 0), _spread(line.terms, 1)),
         higher_is_better=metric.higher_is_better,
         in_points=metric.averaged,
+        bytes_ratio=math.nan if not of_second else of_first / of_second,
     )
 
 

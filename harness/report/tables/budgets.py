@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from harness.report.columns import COLUMNS, TABLE, Column
+from harness.report.memory import beside_notes
 from harness.report.run import Run
 from harness.report.tables.table import Table, tidy
 from harness.report.words import gaps, setting, subject
@@ -36,11 +37,15 @@ def budget_table(run: Run) -> Table:
         caption=f"What each cell kept: {setting(run)}. Means over samples, then tasks; in brackets "
         "the smallest and largest sample. Entries are per layer and KV head, after prefill; merged are "
         "the prompt tokens that share another's entry, evicted those that none stands for (told by "
-        "methods that keep sizes). KV counts K and V alone, size vectors stand apart. KL(full || cell) "
-        "in nats and top-1 agreement along the full cache's own answer.",
+        "methods that keep sizes). KV counts K and V alone, without set sizes and logit biases. "
+        "KL(full || cell) in nats and top-1 agreement along the full cache's own answer.",
         header=("cell", "tasks", *(column.header for column in shown)),
         rows=tuple(rows),
-        notes=(*gaps(run), *([f"Not recorded: {', '.join(lacking)}."] if lacking else [])),
+        notes=(
+            *gaps(run),
+            *beside_notes(run),
+            *([f"Not recorded: {', '.join(lacking)}."] if lacking else []),
+        ),
         data=tidy(run, data, ["method", "budget", "tasks", *(column.name for column in COLUMNS)]),
         subject=subject(run),
         naming=(0,),

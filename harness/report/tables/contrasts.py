@@ -17,6 +17,7 @@ from harness.report.contrasts import (
     without_kl,
 )
 from harness.report.divergence import KL
+from harness.report.memory import TOLERANCE, beside_notes, unequal_text
 from harness.report.noise import Floor, Found
 from harness.report.run import Run
 from harness.report.tables.table import Table, number, score_text, tidy
@@ -74,6 +75,7 @@ _CONTRAST_HEADER = (
     "adjusted p",
     "win/tie/loss",
     "SD over seeds A, B",
+    "bytes A/B",
     "verdict",
 )
 
@@ -92,7 +94,7 @@ def _contrast_table(
     if not found:
         return None
     family = sum(not np.isnan(contrast.p) for contrast in found)
-    notes = [*gaps(run), *notes, *([noise.note] if noise.note else [])]
+    notes = [*gaps(run), *beside_notes(run), *notes, *([noise.note] if noise.note else [])]
     floor = noise.floor
     exchanges = exchanges_of(len(found))
     least = min(1.0, 2 * family / (exchanges + 1))
@@ -110,7 +112,8 @@ def _contrast_table(
         f"{LEVEL:g}. Equivalent: 90% interval within {margin:g} points of 0. Unresolved: neither; in "
         "brackets the samples that would narrow the interval to the margin, if further ones scatter "
         "as these do (its width falls with the root of their number). Win: a sample on which A is "
-        f"better. {about}."
+        "better. Bytes: those of keys, values, sizes and biases; where they differ by more than "
+        f"{TOLERANCE:.0%} at one budget, the verdict says so. {about}."
         + (f" {WITHIN_NOISE}: within noise, no larger than the noise beside it." if floor else ""),
         header=(*_CONTRAST_HEADER[:-1], *(["noise"] if floor else []), _CONTRAST_HEADER[-1]),
         rows=tuple(_contrast_row(run, contrast, margin, floor) for contrast in found),
@@ -140,6 +143,7 @@ def _contrast_row(run: Run, contrast: Contrast, margin: float, floor: Floor | No
         number(contrast.p_adjusted, ".4f"),
         f"{contrast.wins}/{contrast.ties}/{contrast.losses}",
         "" if all(np.isnan(contrast.spreads)) else spreads,
+        number(contrast.bytes_ratio, ".3f"),
         *(
             [number(floor.noise(contrast.task), ".4f" if contrast.task == KL else ".2f")]
             if floor
@@ -156,7 +160,8 @@ def _kl_text(contrast: Contrast) -> str:
 
 
 def verdict_text(contrast: Contrast, margin: float, floor: Floor | None = None) -> str:
-    """Return a verdict in words, marked within noise, with the samples that would resolve it.
+    """Return a verdict in words, marked within noise, with the samples that would resolve it and, where
+    the cells of one budget do not store as many bytes, by how much.
 
     Empty where there is none.
     """
@@ -165,7 +170,9 @@ def verdict_text(contrast: Contrast, margin: float, floor: Floor | None = None) 
         return ""
     needed = contrast.needed(margin)
     mark = f" {WITHIN_NOISE}" if floor and floor.covers(contrast) else ""
-    return f"{verdict}{mark}" + (f"\n[{needed:,} samples]" if needed else "")
+    remarks = [f"{needed:,} samples"] if needed else []
+    remarks += [unequal_text(contrast.bytes_ratio)] if contrast.is_unequal else []
+    return f"{verdict}{mark}" + (f"\n[{'; '.join(remarks)}]" if remarks else "")
 
 
 def _contrast_data(contrast: Contrast, margin: float, floor: Floor | None) -> dict[str, Any]:
@@ -191,6 +198,7 @@ def _contrast_data(contrast: Contrast, margin: float, floor: Floor | None) -> di
         "losses": contrast.losses,
         "seed_sd_a": contrast.spreads[0],
         "seed_sd_b": contrast.spreads[1],
+        "bytes_ratio": contrast.bytes_ratio,
         "margin": margin if contrast.in_points else np.nan,
         "verdict": str(verdict or ""),
         "samples_needed": contrast.needed(margin),

@@ -222,7 +222,7 @@ def test_one_sample_says_nothing(tmp_path: Path) -> None:
     assert one.needed(1) is None
     table = contrast_by_task_table(run, 1)
     assert table is not None
-    assert table.rows[0][4:] == ("+100.00", "", "", "1/0/0", "", "")
+    assert table.rows[0][4:] == ("+100.00", "", "", "1/0/0", "", "", "")
 
 
 def test_kl_is_compared_between_methods_lower_being_better(tmp_path: Path) -> None:

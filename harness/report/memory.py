@@ -1,0 +1,63 @@
+"""What cells store in bytes: at one budget as many entries, but not always as many bytes.
+
+Set sizes and logit biases stand beside keys and values, a few bytes an entry: 8 of 512 are 1.6%.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from harness.report.run import Run
+
+TOLERANCE = 0.01
+"""Share by which the bytes of two cells may differ and still count as equal."""
+
+
+def stored(run: Run, task: str, cell: str, ids: Iterable[str]) -> float:
+    """Return the bytes that a cell stores of a sample, K, V and what stands beside, the mean over some.
+
+    NaN where an earlier version did not record what stands beside.
+    """
+    by_id = _by_sample(run, task, cell)
+    return float(np.mean([by_id[name] for name in ids]))
+
+
+def _by_sample(run: Run, task: str, cell: str) -> Mapping[str, float]:
+    """Return the bytes of each sample, averaged over seeds."""
+    name = f"stored {task} {cell}"
+    if name not in run.memo:
+        found: dict[str, list[float]] = defaultdict(list)
+        for record in run.records[task, cell]:
+            beside = np.nan if record.size_bytes is None else record.size_bytes
+            found[record.id].append(record.kv_bytes + beside)
+        run.memo[name] = {each: float(np.mean(values)) for each, values in found.items()}
+    by_id: Mapping[str, float] = run.memo[name]
+    return by_id
+
+
+def is_unequal(ratio: float) -> bool:
+    """Return whether a ratio of bytes is known and not about 1."""
+    return abs(ratio - 1) > TOLERANCE
+
+
+def unequal_text(ratio: float) -> str:
+    """Say how the bytes of A are to those of B, e.g. `A uses 1.6% more bytes`."""
+    return f"A uses {100 * abs(ratio - 1):.1f}% {'more' if ratio > 1 else 'fewer'} bytes"
+
+
+def beside_notes(run: Run) -> list[str]:
+    """Name the cells whose sizes and biases are more than `TOLERANCE` of their keys and values."""
+    by_share: dict[str, list[str]] = {}
+    for cell in run.cells:
+        records = [record for task in run.tasks for record in run.of(task, cell)]
+        beside = sum(record.size_bytes or 0 for record in records)
+        share = beside / max(1, sum(record.kv_bytes for record in records))
+        if share > TOLERANCE:
+            by_share.setdefault(f"{100 * share:.1f}%", []).append(cell)
+    if not by_share:
+        return []
+    listed = "; ".join(f"{share} in {', '.join(cells)}" for share, cells in by_share.items())
+    return [f"Budgets count entries. Sizes and biases beside them take further bytes: {listed}."]
