@@ -19,10 +19,9 @@ from baselines.nearest import nearest, others
 from kvmerge import rows
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, top_positions
-from kvmerge.scores import products
+from kvmerge.scores import logit_blocks
+from kvmerge.softmax import normalised
 
-_BLOCK_ELEMENTS = 2**21
-"""Logits alive at once."""
 _SMALLEST = 1e-30
 """Least estimate, so that an entry that nobody attended to still has a mean."""
 
@@ -82,23 +81,23 @@ def recent_strength(
         `(batch, kv_heads)`, the largest of the logits.
     """
     batch, kv_heads, length, _ = layer.keys.shape
-    heads = layer.queries.shape[1]
-    sums = torch.zeros(2, batch, kv_heads, length, device=layer.keys.device)
+    sums = torch.zeros(batch, kv_heads, 2, length, device=layer.keys.device)
     shift = torch.full((batch, kv_heads), -torch.inf, device=layer.keys.device)
     growth = torch.linspace(1.0, distance_weight, recent, device=layer.keys.device)
-    tokens = torch.arange(length, device=layer.keys.device)
-    rows = tokens[length - recent :].split(max(16, _BLOCK_ELEMENTS // (heads * length)))
-    for block in rows:
-        logits = products(layer.queries[:, :, block], layer.keys, layer.softmax)
-        logits = logits.masked_fill_(tokens > block.unsqueeze(-1), -torch.inf)
+    begin = length - recent
+    for first, logits in logit_blocks(layer.queries, layer.keys, begin, layer.softmax):
+        weights, totals = normalised(logits)
         largest = torch.maximum(shift, logits.amax(dim=(2, 3, 4)))
-        seen = logits.sub_(largest[..., None, None, None]).exp_().mean(dim=2)
-        sums *= (shift - largest).exp().unsqueeze(-1)
-        sums[0] += seen.sum(dim=2)
-        sums[1] += growth[block - (length - recent)] @ seen
+        # a softmax is faster than exponentials alone: exp(logit - shift) = weight * exp(total - shift)
+        share = (totals.squeeze(-1) - largest[..., None, None]).exp() / totals.shape[2]
+        weighted = share * growth[first - begin :][: share.shape[3]]
+        by_row = torch.stack([share, weighted], dim=2).flatten(3, 4)
+        sums *= (shift - largest).exp()[..., None, None]
+        sums[..., : logits.shape[-1]] += by_row @ weights.flatten(2, 3)
         shift = largest
-    visible = (length - tokens).clamp_max(recent)
-    return sums[0] / visible, sums[1], shift
+    strength, weighted = sums.unbind(dim=2)
+    visible = (length - torch.arange(length, device=sums.device)).clamp_max(recent)
+    return strength / visible, weighted, shift
 
 
 def merge_by_weight(layer: PrefillLayer, kept: Tensor, weights: Tensor, threshold: float) -> Entries:

@@ -88,9 +88,12 @@ def faded_sums(
     """
     batch, heads, length, _ = queries.shape
     rows = length if shrink == 1 else min(length, math.ceil(math.log(_LEAST, shrink)))
-    sums = torch.zeros(batch, heads, length, device=queries.device)
+    kv_heads = keys.shape[1]
+    sums = torch.zeros(batch, kv_heads, length, device=queries.device)
     for first, weights in attention_blocks(queries, keys, begin=length - rows, softmax=softmax):
         age = length - 1 - torch.arange(first, first + weights.shape[2], device=queries.device)
-        worth = torch.tensor(shrink, device=queries.device).pow(age)
-        sums[..., : weights.shape[-1]] += worth @ weights
-    return sums.unflatten(1, (keys.shape[1], -1)).sum(dim=2)
+        # one row times the rows of a group: sums over rows and heads in one product
+        worth = torch.tensor(shrink, device=queries.device).pow(age).repeat(heads // kv_heads)
+        of_group = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        sums[..., : weights.shape[-1]] += (worth.expand(batch, kv_heads, 1, -1) @ of_group).squeeze(2)
+    return sums

@@ -147,6 +147,13 @@ def test_keepkv_keeps_sinks_and_the_recent_tokens(n_keep, recent):
         assert head[:sinks] == list(range(sinks))
 
 
+def test_recent_strength_in_blocks_of_rows_is_the_same(monkeypatch):
+    whole = recent_strength(layer(40), 33, 1.5)
+    monkeypatch.setattr("kvmerge.scores._BLOCK_ELEMENTS", 1)  # 16 rows a block
+    for found, wanted in zip(recent_strength(layer(40), 33, 1.5), whole, strict=True):
+        close(found, wanted)
+
+
 # --- ZSMerge
 
 
