@@ -1,13 +1,17 @@
 """Cells: what a comparison is made of, a method with its settings at a budget.
 
 A cell is written `<method>[:option=value,...]@<budget>`, e.g. `kvmerger:sigma=mean_distance@0.35`; the
-same name stands in configurations, results files and tables.
+same name stands in configurations, results files and tables. A list of cells may be shortened by
+alternatives: `{h2o|kvmerger}@{0.5|0.35}` lists four.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from operator import add
 from typing import Any
 
 import yaml
@@ -19,6 +23,7 @@ from kvmerge.files import check_name
 from kvmerge.method import Method
 from kvmerge.resolve import load_method, method_settings
 
+_ALTERNATIVES = re.compile(r"\{([^{}]*)\}")
 _FORM = "A cell is <method>[:option=value,...]@<budget>, e.g. kvmerger@0.35."
 
 
@@ -137,16 +142,38 @@ def read_options(parts: Iterable[str], of: str, form: str = "") -> dict[str, Any
 
 
 def parse_cells(texts: Iterable[object]) -> list[Cell]:
-    """Read the cells of a comparison, refusing one that is listed twice."""
+    """Read the cells of a comparison, alternatives among them, refusing one that is listed twice."""
     cells: list[Cell] = []
+    known: set[str] = set()
     for text in texts:
-        cell = parse_cell(text)
-        if cell.name in {other.name for other in cells}:
-            raise UserError(f"the cell {cell.name} is listed twice.")
-        cells.append(cell)
+        for each in spelled_out(text) if isinstance(text, str) else [text]:
+            cell = parse_cell(each)
+            if cell.name in known:
+                raise UserError(f"the cell {cell.name} is listed twice.")
+            known.add(cell.name)
+            cells.append(cell)
     if not cells:
         raise UserError("cells=[] lists nothing to run, e.g. cells=[full@1,kvmerger@0.35].")
     return cells
+
+
+def spelled_out(text: str) -> list[str]:
+    """Return every text that alternatives stand for: `{a|b}@{1|2}` for `a@1`, `a@2`, `b@1` and `b@2`.
+
+    Raises:
+        UserError: for a brace without its other one, or inside another pair.
+    """
+    parts = _ALTERNATIVES.split(text)
+    fixed, varied = parts[::2], [part.split("|") for part in parts[1::2]]
+    if any(brace in part for part in fixed for brace in "{}"):
+        raise UserError(
+            f"cannot read the cells {text!r}: a brace stands alone or inside others. Alternatives are "
+            "written {h2o|kvmerger}@{0.5|0.35}."
+        )
+    return [
+        fixed[0] + "".join(map(add, chosen, fixed[1:]))  # in turn what varies, and what is fixed
+        for chosen in product(*varied)
+    ]
 
 
 def _text(value: Any) -> str:

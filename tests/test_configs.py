@@ -15,7 +15,7 @@ from harness.given import Observe, Vary
 from harness.settings import GROUPS, Settings
 from harness.variants import UNPACKED
 from kvmerge import resolve
-from kvmerge.cells import parse_cells
+from kvmerge.cells import parse_cell, parse_cells
 from kvmerge.errors import UserError
 from kvmerge.kernels.forced import KERNELS
 from kvmerge.method import Method
@@ -112,7 +112,9 @@ def test_an_experiment_has_cells_that_parse_and_its_own_output_dir(name: str) ->
     config = composed(f"experiment={name}")
     cells = parse_cells(config.cells)
     assert cells[0].is_full, "figures compare with the full cache"
-    assert [cell.name for cell in cells] == list(config.cells), "written as results name them"
+    for text in config.cells:
+        if "{" not in text:
+            assert parse_cell(text).name == text, "written as results name it"
     run: Settings = settings(f"experiment={name}")
     assert run.fidelity
     assert run.output_dir.parts[:3] == ("results", "runs", name)

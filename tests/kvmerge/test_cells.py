@@ -144,6 +144,28 @@ def test_a_cell_listed_twice_is_refused_however_it_is_written(again: str) -> Non
         parse_cells(["full@1", "h2o@0.5", again])
 
 
+def test_alternatives_stand_for_every_cell_in_the_order_of_their_writing() -> None:
+    listed = parse_cells(["full@1", "fold:{fold=drop|route=cosine},keep={h2o|tova}@{0.5|0.35}"])
+    assert [cell.name for cell in listed] == [
+        "full@1",
+        *("fold:fold=drop@0.5", "fold:fold=drop@0.35"),
+        *("fold:fold=drop,keep=tova@0.5", "fold:fold=drop,keep=tova@0.35"),
+        *("fold:route=cosine@0.5", "fold:route=cosine@0.35"),
+        *("fold:keep=tova,route=cosine@0.5", "fold:keep=tova,route=cosine@0.35"),
+    ]
+
+
+def test_alternatives_that_meet_are_listed_twice() -> None:
+    with pytest.raises(UserError, match=r"h2o@0\.5 is listed twice"):
+        parse_cells(["{h2o|snapkv}@0.5", "h2o@{0.5|0.2}"])
+
+
+@pytest.mark.parametrize("text", ["{h2o@0.5", "h2o}@0.5", "{h2o|{snapkv|tova}}@0.5"])
+def test_a_brace_without_its_other_one_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"brace stands alone .* written \{h2o"):
+        parse_cells([text])
+
+
 def test_an_empty_comparison_is_refused() -> None:
     with pytest.raises(UserError, match="lists nothing"):
         parse_cells([])
