@@ -45,6 +45,12 @@ class Metric:
     continuation: bool = False
     """Whether it weighs a continuation that is given, and not an answer."""
 
+    def __reduce__(self) -> tuple[Callable[[str], Metric], tuple[str]]:
+        """Pickle it as its name, by which it is found again: its functions may be closures."""
+        from benchmarks.metrics import find_metric  # which lists this module's
+
+        return find_metric, (self.name,)
+
     def check_answers(
         self, answers: Sequence[str], all_classes: Sequence[str] | None, place: str
     ) -> None:

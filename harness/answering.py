@@ -46,6 +46,8 @@ class Job:
     missing: tuple[tuple[Cell, int], ...]
     recorded: str | None = None
     """Hash of the prompt that its finished lines were made with; None if there are none."""
+    unit: int = 0
+    """Number of the unit of work that it belongs to, among those of its task."""
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,13 @@ def together(jobs: Sequence[Job]) -> list[Job]:
     """Return jobs with those of one context beside each other, in the order of their first ones."""
     by_context: dict[str, list[Job]] = {}
     for job in jobs:
-        by_context.setdefault(job.sample.context or job.sample.prompt, []).append(job)
+        by_context.setdefault(shared_context(job), []).append(job)
     return [job for of_context in by_context.values() for job in of_context]
+
+
+def shared_context(job: Job) -> str:
+    """Return the text that a sample shares with others under `question=after`."""
+    return job.sample.context or job.sample.prompt
 
 
 def stop_rule(

@@ -34,7 +34,7 @@ class BatchSize:
             rows: rows that each sample brings.
         """
         self.auto = wanted == "auto"
-        self.most = max(1, _MOST_ROWS // rows) if self.auto else int(wanted)
+        self.most = most_samples(wanted, rows)
         """Samples that may run together."""
         self._device = model.device
         self._entry = entry_bytes(model)
@@ -68,6 +68,11 @@ class BatchSize:
         logger.warning("out of memory with %d samples at once; going on with %d", used, self.most)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def most_samples(wanted: int | str, rows: int) -> int:
+    """Return how many samples of so many rows each may run together, whatever memory allows."""
+    return max(1, _MOST_ROWS // rows) if wanted == "auto" else int(wanted)
 
 
 def entry_bytes(model: PreTrainedModel) -> int:

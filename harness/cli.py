@@ -1,20 +1,19 @@
 """The command line: compose the configuration, run it, show the table.
 
-A user error prints one message and exits with status 2; everything else keeps its traceback. Ctrl-C and
-the signals that schedulers send (SIGTERM, SIGHUP) end a run alike, with 128 and the signal's number. Of
-a sweep every point runs; those that failed are listed at the end.
+A user error prints one message and exits with status 2; everything else keeps its traceback. Where some
+samples fail the others are done, those are listed at the end, and the exit status is 3. Ctrl-C and the
+signals that schedulers send (SIGTERM, SIGHUP) end a run alike, with 128 and the signal's number. Of a
+sweep every point runs; those that failed are listed at the end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
+from harness.failures import SamplesFailed
 from harness.launchers import SWEEPS, check_launcher, launcher_of, run_points, submits_jobs
 from harness.lock import only_writer
 from harness.noise import noise
@@ -38,23 +38,14 @@ from harness.runner import run
 from harness.selfcheck import selfcheck
 from harness.settings import Choices, Settings, settings_from
 from harness.sources import take_config_dirs
+from harness.stopping import Stopped, stopped_by_signals
 from harness.sweep import Points, current_points, report_points, sweep
-from kvmerge.errors import UserError, first_line
+from kvmerge.errors import UserError, first_line, is_of_storage
 from kvmerge.files import remove_leftovers
 from kvmerge.places import config_dir, config_dirs
 
 USER_ERROR = 2
-_STOPS = (signal.SIGTERM, signal.SIGHUP)
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of the disk that only its owner can mend."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the run, as Ctrl-C does."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
+SAMPLES_FAILED = 3
 
 
 def main() -> None:
@@ -67,9 +58,9 @@ def main() -> None:
         if points := current_points():
             _run_point(config, points)
         else:
-            _guarded(lambda: execute(config))
+            _guarded(lambda: execute(settings_from(config, Choices.of(HydraConfig.get()))))
 
-    with _stopped_by_signals():
+    with stopped_by_signals():
         _guarded(lambda: _start(task))
 
 
@@ -106,26 +97,31 @@ def _run_point(config: DictConfig, points: Points) -> None:
     _show_log()  # again, where the point is a process of its own
     job = HydraConfig.get().job
     try:
-        points.note_done(job.num, execute(config))
+        settings = settings_from(config, Choices.of(HydraConfig.get()))
+        try:
+            execute(settings)
+        except SamplesFailed:
+            points.note_done(job.num, settings)
+            raise
+        points.note_done(job.num, settings)
     except Exception as error:
-        if not isinstance(error, UserError) and not _is_storage(error):
+        if not isinstance(error, UserError | SamplesFailed) and not is_of_storage(error):
             traceback.print_exc()
         line = f"{job.override_dirname}: {first_line(error)}"
         print(f"error: {line}", file=sys.stderr)
         points.note_failed(job.num, line)
 
 
-def execute(config: DictConfig) -> Settings:
-    """Run one composed configuration, and return what it was."""
-    settings = settings_from(config, Choices.of(HydraConfig.get()))
+def execute(settings: Settings) -> None:
+    """Do what the settings are for."""
     _KINDS[settings.kind](settings, Console())
-    return settings
 
 
 def compare(settings: Settings, console: Console) -> None:
     """Run a comparison and report it."""
     results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
     report(settings, results, console)
+    results.failures.check()
 
 
 def observe(settings: Settings, console: Console) -> None:
@@ -210,33 +206,17 @@ def _show_log() -> None:
         logging.getLogger(package).setLevel(logging.INFO)
 
 
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Take the signals of schedulers as Ctrl-C inside the block."""
-
-    def stop(number: int, frame: object) -> None:
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in _STOPS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _is_storage(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in _STORAGE
-
-
 def _guarded(action: Callable[[], object]) -> None:
     try:
         action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except SamplesFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(SAMPLES_FAILED)
     except OSError as error:
-        if not _is_storage(error):
+        if not is_of_storage(error):
             raise
         where = f": {error.filename}" if error.filename else ""
         print(

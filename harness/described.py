@@ -17,7 +17,7 @@ from kvmerge.places import config_dir, files
 
 _SETTING = re.compile(r"(?P<key>\w+):(?=\s|$)(?P<rest>.*)")
 _COMMENT = re.compile(r"(?:^|\s)#\s*(.*)")
-_GROUPS = ("model", "benchmark", "method")
+_GROUPS = ("model", "benchmark", "method", "executor")
 _COLUMN = 34
 """Where comments begin, unless a value is longer."""
 
@@ -34,9 +34,11 @@ def described(config: DictConfig, chosen: Mapping[str, Any]) -> str:
     lines = list(_lines(run, comments(config_dir() / "config.yaml")))
     for group in _GROUPS:
         name = str(chosen[group])
+        own = {key: value for key, value in plain[group].items() if not key.startswith("_")}
+        if not own:
+            continue
         lines += ["", f"{group}.*, of {group}={name}:"]
         said = {key: text for path in files(group, name) for key, text in comments(path).items()}
-        own = {key: value for key, value in plain[group].items() if not key.startswith("_")}
         lines += _lines(own, said)
     return "\n".join(lines)
 

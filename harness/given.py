@@ -26,6 +26,8 @@ class Given:
     model: Mapping[str, Any]
     benchmark: Mapping[str, Any]
     method: Mapping[str, Any]
+    executor: Mapping[str, Any]
+    """Where samples are answered (`harness.executors`)."""
     budget: Any
     """What `Budget.parse` takes."""
     baseline: Literal["full", "none"]

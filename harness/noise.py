@@ -222,7 +222,9 @@ def _run(variant: Variant, weights: _Weights) -> Results:
     settings = variant.settings
     remove_leftovers(settings.results_dir)
     is_left = left(settings, weights.known).jobs
-    return run(settings, loaded=weights.of(settings) if is_left else None)
+    results = run(settings, loaded=weights.of(settings) if is_left else None)
+    results.failures.check()
+    return results
 
 
 class _Weights:

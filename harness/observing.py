@@ -6,27 +6,31 @@ goes on with those that have no line.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.task import Task
 from harness.answering import Job, encode, prompt_hash
 from harness.given import Observe
 from harness.maps import chosen_maps
 from harness.observation import Observation, Observed, read_maps
-from harness.ready import Pending
+from harness.ready import Pending, Ready
 from harness.runner import COMPARED, Begun, carry_out
 from harness.settings import Settings
 from kvmerge.errors import UserError, is_out_of_memory, unknown
 from kvmerge.families import local_windows
 from kvmerge.files import write_atomically
+from kvmerge.models import load
 from kvmerge.observations import Maps, has_fixed_rotation, map_block, observe
+
+logger = logging.getLogger(__name__)
 
 
 def observe_all(settings: Settings) -> Observed:
@@ -38,15 +42,20 @@ def observe_all(settings: Settings) -> Observed:
     """
     results = Observed(settings.results_dir)
 
-    def begin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Begun:
+    @contextlib.contextmanager
+    def begin(found: Ready) -> Iterator[Begun]:
+        logger.info("loading %s", settings.model.name)
+        model, tokenizer = load(settings.model, found.model)
         observer = _Observer(settings, results, model, tokenizer)
 
-        def work(task: Task, jobs: Sequence[Job]) -> Iterator[None]:
-            for job in jobs:
+        def work(is_stopping: Callable[[], bool]) -> Iterator[str]:
+            for job in found.jobs:
+                if is_stopping():
+                    return
                 observer.observe(job)
-                yield
+                yield job.task.name
 
-        return Begun(work, _unobserved(model))
+        yield Begun(work, _unobserved(model))
 
     carry_out(settings, results, lambda: pending_observations(settings, results), begin)
     return results
@@ -65,12 +74,12 @@ def pending_observations(settings: Settings, results: Observed) -> Pending:
     wanted = settings.observe.map_sample
     jobs: list[Job] = []
     compared: list[Job] = []
-    counts = {}
+    ids = {}
     names = []
     for task in settings.benchmark.tasks:
         recorded = {each.id: each.prompt_hash for each in results.observations(task.name)}
         samples = settings.benchmark.samples(task)
-        counts[task.name] = len(samples)
+        ids[task.name] = [sample.id for sample in samples]
         of_task = [Job(task, sample, (), recorded.get(sample.id)) for sample in settings.take(samples)]
         names += [_name(job) for job in of_task]
         for job in of_task:
@@ -80,7 +89,7 @@ def pending_observations(settings: Settings, results: Observed) -> Pending:
         compared += [job for job in of_task if job.recorded and job not in jobs][:COMPARED]
     if wanted is not None and wanted not in names and settings.num_shards == 1:
         raise unknown("observe.map_sample", wanted, names[:20])
-    return Pending(jobs, compared if jobs else [], counts, len(names))
+    return Pending(jobs, compared if jobs else [], ids, len(names))
 
 
 def _name(job: Job) -> str:

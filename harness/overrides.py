@@ -24,7 +24,7 @@ from kvmerge.errors import UserError, causes, first_line, unknown
 from kvmerge.places import OF_CLASSES, find, is_dotted
 from kvmerge.resolve import settings_of
 
-GROUPS = ("model", "method", "benchmark", "experiment")
+GROUPS = ("model", "method", "benchmark", "executor", "experiment")
 _SECTIONS = {"selfcheck": "selfcheck", "observe": "observations", "vary": "noise"}
 """Options that one kind of run has, and the experiment that sets it."""
 MULTIRUN = frozenset({"-m", "--multirun"})

@@ -60,8 +60,10 @@ class Progress:
         else:
             self._tell()
 
-    def step(self) -> None:
-        """Count one more sample."""
+    def step(self, task: str) -> None:
+        """Count one more sample of a task."""
+        if task != self._task:
+            self.begin(task)
         self.done += 1
         if self._bar is not None:
             self._bar.update()

@@ -43,10 +43,15 @@ class Pending:
     jobs: list[Job]
     finished: list[Job]
     """A few finished samples of the same tasks, to compare their prompts."""
-    counts: dict[str, int]
-    """Samples that each task has in all, whatever this run takes of them."""
+    ids: Mapping[str, Sequence[str]]
+    """Each task's samples in the benchmark's order: all, whatever this run takes of them."""
     taken: int
     """Samples that this run takes, finished or not."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples that each task has in all."""
+        return {task: len(ids) for task, ids in self.ids.items()}
 
 
 @dataclass(frozen=True)

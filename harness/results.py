@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
+from harness.failures import Failures
+from harness.ordering import put_in_order
 from harness.prompts import Prompt, Prompts, prompt_path, read_prompts
 from harness.records import Record, append_record, prediction_path, read_records
 from harness.typed import Count, parse_object, shape_of
@@ -109,6 +112,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.failures = Failures(folder)
         self._records: dict[tuple[str, str], list[Record]] = {}
         self._left_out: set[str] = set()
         self._prompts: dict[str, Prompts] = {}
@@ -178,6 +182,27 @@ class Results:
             append_record(prompt_path(self.folder, task), prompt)
             prompts[key] = prompt
 
+    def put_in_order(self, task: str, cell_names: Sequence[str], ids: Sequence[str]) -> None:
+        """Put the lines of a task in the order of its samples, and of seeds, where they are not.
+
+        Args:
+            task: the task.
+            cell_names: whose records are looked at.
+            ids: its samples in the benchmark's order; those of other ones come last.
+        """
+        places = {sample: number for number, sample in enumerate(ids)}
+
+        def place(line: Record | Prompt) -> tuple[int, int]:
+            return places.get(line.id, len(places)), getattr(line, "seed", 0)
+
+        # prompts first: where a kill comes between, the records say that there is more to do
+        astray = [name for name in cell_names if not _is_sorted(self.records(task, name), place)]
+        if astray or not _is_sorted(self._prompts.get(task, {}).values(), place):
+            put_in_order(prompt_path(self.folder, task), Prompt, place)
+        for name in astray:
+            put_in_order(self._path(task, name), Record, place)
+            self.records(task, name).sort(key=place)
+
     def has_predictions(self) -> bool:
         """Return whether there is any prediction file."""
         return any(self.folder.glob("predictions/*/*.jsonl"))
@@ -203,3 +228,9 @@ class Results:
 
     def _path(self, task: str, cell_name: str) -> Path:
         return prediction_path(self.folder, task, cell_name)
+
+
+def _is_sorted(
+    lines: Iterable[Record] | Iterable[Prompt], place: Callable[[Any], tuple[int, int]]
+) -> bool:
+    return all(before <= after for before, after in pairwise(map(place, lines)))

@@ -1,45 +1,50 @@
 """The loop of a run: one prefill a sample for all cells, a line for each as it finishes.
 
-A killed run loses at most the batch of samples it was at. Running again skips every (cell, seed,
+Who answers is an executor (`harness.executors`); what it sends back is written here, one way, whoever
+it is. A killed run loses at most the units that were at work. Running again skips every (cell, seed,
 sample) that has its line; when nothing is left to do, the model is not even loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TypeAlias
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from benchmarks.task import Task
-from harness.answering import Answerer, Job
+from harness.answering import Job
+from harness.executors.executor import Loaded
+from harness.executors.units import Outcome, numbered, units
+from harness.failures import Failure
 from harness.progress import Progress
 from harness.provenance import run_info
 from harness.ready import Pending, Ready, get_ready
 from harness.results import Results
 from harness.settings import Settings
+from harness.stopping import finishing
 from kvmerge.cells import Cell
 from kvmerge.errors import UserError
-from kvmerge.families import local_windows
-from kvmerge.models import Outline, load
+from kvmerge.models import Outline
 
 logger = logging.getLogger(__name__)
 
-Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 COMPARED = 3
 """Finished samples of a task whose prompts are made again before others are added to them."""
+
+AfterTask = Callable[[Results, str], None]
 
 
 def run(
     settings: Settings,
-    after_task: Callable[[Results, str], None] = lambda results, task: None,
+    after_task: AfterTask = lambda results, task: None,
     loaded: Loaded | None = None,
 ) -> Results:
     """Run everything that has no line yet and return what lies in `settings.results_dir` then.
+
+    Samples that could not be answered are in `failures` of what is returned; the others are done.
 
     Args:
         settings: the run.
@@ -50,24 +55,61 @@ def run(
     Raises:
         UserError: if data, weights or settings cannot be used, or the folder holds results made
             with other settings. What is finished stays.
+        Stopped: if a signal ended the run; what was at work is finished and written then, unless
+            another followed.
     """
     results = Results(settings.results_dir)
 
-    def begin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Begun:
-        answerer = Answerer(settings, model, tokenizer)
+    @contextlib.contextmanager
+    def begin(found: Ready) -> Iterator[Begun]:
+        with settings.executor.start(settings, found.model, loaded) as workers:
 
-        def work(task: Task, jobs: Sequence[Job]) -> Iterator[None]:
-            for prompt, lines in answerer.answer(jobs):
-                results.add_prompt(task.name, prompt)
-                for cell, record in lines:
-                    results.add(task.name, cell.name, record)
-                yield
-            after_task(results, task.name)
+            def work(is_stopping: Callable[[], bool]) -> Iterator[str]:
+                left = Counter(job.task.name for job in found.jobs)
+                for outcome in workers.answer(list(units(found.jobs)), is_stopping):
+                    write(results, outcome)
+                    yield outcome.task
+                    left[outcome.task] -= 1
+                    if not left[outcome.task]:
+                        _put_in_order(settings, results, found, outcome.task)
+                        after_task(results, outcome.task)
 
-        return Begun(work, counted_layers(model.config))
+            yield Begun(work, workers.notes)
 
-    carry_out(settings, results, lambda: pending(settings, results), begin, loaded)
+    known = None if loaded is None else Outline(*loaded)
+    found = carry_out(settings, results, lambda: pending(settings, results), begin, known)
+    _drop_answered(results, found)
+    for task in found.ids:  # a killed run may have finished one without
+        _put_in_order(settings, results, found, task)
     return results
+
+
+def write(results: Results, outcome: Outcome) -> None:
+    """Write down what became of a sample. Raises `UserError` where the disk is full."""
+    if isinstance(outcome, Failure):
+        results.failures.add(outcome)
+        return
+    results.add_prompt(outcome.task, outcome.prompt)
+    for cell, record in outcome.lines:
+        results.add(outcome.task, cell, record)
+    results.failures.drop(lambda each: (each.task, each.id) == (outcome.task, outcome.id))
+
+
+def _drop_answered(results: Results, found: Pending) -> None:
+    """Take out failures of samples that have their lines: a run was killed between the two."""
+    left = {(job.task.name, job.sample.id) for job in found.jobs}
+
+    def is_over(failure: Failure) -> bool:
+        if (failure.task, failure.id) in left:
+            return False
+        lines = (results.records(failure.task, cell) for cell in failure.cells)
+        return all(any(record.id == failure.id for record in of_cell) for of_cell in lines)
+
+    results.failures.drop(is_over)
+
+
+def _put_in_order(settings: Settings, results: Results, found: Pending, task: str) -> None:
+    results.put_in_order(task, [cell.name for cell in settings.cells], found.ids[task])
 
 
 def left(settings: Settings, known: Outline | None = None, *, downloads: bool = False) -> Ready:
@@ -89,8 +131,9 @@ def left(settings: Settings, known: Outline | None = None, *, downloads: bool = 
 class Begun:
     """What a run does with its samples, once the model is there."""
 
-    work: Callable[[Task, Sequence[Job]], Iterator[None]]
-    """Does the jobs of one task, and yields as each is on the disk."""
+    work: Callable[[Callable[[], bool]], Iterator[str]]
+    """Does what is left, and yields the task of each sample as it is on the disk; begins nothing more
+    once what it is given says that the run is to end."""
     notes: Sequence[str]
     """What a reader of the results must know of the model."""
 
@@ -99,47 +142,42 @@ def carry_out(
     settings: Settings,
     results: Results,
     find: Callable[[], Pending],
-    begin: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Begun],
-    loaded: Loaded | None = None,
-) -> None:
-    """Do what is left of a run, and describe it in run.json before and after.
+    begin: Callable[[Ready], AbstractContextManager[Begun]],
+    known: Outline | None = None,
+) -> Ready:
+    """Do what is left of a run, describe it in run.json before and after, and return what was left.
 
     Args:
         settings: the run.
         results: where it writes.
         find: returns what is left.
-        begin: called with the loaded model, where anything is left.
-        loaded: the model and its tokenizer, where they are loaded already.
+        begin: called with that, where it is anything.
+        known: the model's outline, where that was looked at already.
 
     Raises:
-        UserError: as `run` does.
+        UserError, Stopped: as `run` does.
     """
     started = time.perf_counter()
-    known = None if loaded is None else Outline(*loaded)
     found = get_ready(settings, results, find, known)
     for cell, why in found.stale.items():
         logger.warning("%s is answered anew: %s", cell, why)
         results.set_aside(cell)
-    jobs, counts, prints = found.jobs, found.counts, found.prints
+    counts, prints = found.counts, found.prints
     notes = [*settings.benchmark.notes(), *_question_note(settings)]
-    if not jobs:
+    if not found.jobs:
         # a shard that got no samples of a task still shares its run's tasks and cells
         if results.info.get("fingerprint") != prints:
             results.write_info(run_info(settings, results, prints, counts, notes, seconds=0.0))
-        return
+        return found
     results.write_info(run_info(settings, results, prints, counts, notes))
-    if loaded is None:
-        logger.info("loading %s", settings.model.name)
-    model, tokenizer = loaded or load(settings.model, found.model)
-    begun = begin(model, tokenizer)
-    notes += begun.notes
-    with Progress(found.taken - len(jobs), found.taken) as progress:
-        for task, task_jobs in groupby(jobs, key=lambda job: job.task):
-            progress.begin(task.name)
-            for _ in begun.work(task, list(task_jobs)):
-                progress.step()
+    with begin(found) as begun:
+        notes += begun.notes
+        with Progress(found.taken - len(found.jobs), found.taken) as progress, finishing() as stop:
+            for task in begun.work(stop.is_asked):
+                progress.step(task)
     seconds = round(time.perf_counter() - started, 1)
     results.write_info(run_info(settings, results, prints, counts, notes, seconds))
+    return found
 
 
 def _question_note(settings: Settings) -> list[str]:
@@ -152,23 +190,11 @@ def _question_note(settings: Settings) -> list[str]:
     ]
 
 
-def counted_layers(config: PretrainedConfig) -> list[str]:
-    """Return a note on which layers a budget counts, where it does not count all."""
-    windows = local_windows(config)
-    local = [window for window in windows if window is not None]
-    if not local:
-        return []
-    return [
-        f"Budgets and kept entries count {len(windows) - len(local)} of {len(windows)} layers; the "
-        f"others keep a window of {max(local)} tokens in every cell."
-    ]
-
-
 def pending(settings: Settings, results: Results) -> Pending:
     """Find the samples with lines missing, task by task in the benchmark's order."""
     jobs: list[Job] = []
     compared: list[Job] = []
-    counts = {}
+    ids = {}
     taken = 0
     for task in settings.benchmark.tasks:
         recorded = _recorded_prompts(settings, results, task.name)
@@ -177,20 +203,19 @@ def pending(settings: Settings, results: Results) -> Pending:
             records = results.records(task.name, cell.name)
             done |= {(cell.name, record.seed, record.id) for record in records}
         samples = settings.benchmark.samples(task)
-        counts[task.name] = len(samples)
+        ids[task.name] = [sample.id for sample in samples]
         of_task = [
-            Job(task, sample, missing, recorded.get(sample.id))
+            Job(task, sample, _missing(settings, sample.id, done), recorded.get(sample.id))
             for sample in settings.take(samples)
-            for missing in [_missing(settings, sample.id, done)]
         ]
         taken += len(of_task)
-        left = [job for job in of_task if job.missing]
+        left = [job for job in numbered(settings, of_task) if job.missing]
         jobs += left
         if left:
             finished = [job for job in of_task if job.recorded and not job.missing]
             compared += finished[:COMPARED]
     check_questions(settings, jobs)
-    return Pending(jobs, compared, counts, taken)
+    return Pending(jobs, compared, ids, taken)
 
 
 def check_questions(settings: Settings, jobs: Sequence[Job]) -> None:

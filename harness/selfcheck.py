@@ -107,6 +107,7 @@ def selfcheck(settings: Settings, console: Console) -> None:
         try:
             checks += _checks_on_prompts(settings, model, tokenizer)
             results = run(settings, loaded=(model, tokenizer))
+            results.failures.check()
         except UnprovenError as error:
             checks.append(unproven(settings, error))
         else:

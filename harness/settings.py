@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -28,6 +28,9 @@ from kvmerge.places import OF_CLASSES, choices, config_dir, find
 from kvmerge.resolve import build, method_settings
 from kvmerge.schema import construct
 from kvmerge.session import Policy, Row
+
+if TYPE_CHECKING:
+    from harness.executors.executor import Executor
 
 Options = TypeVar("Options")
 _OF_BENCHMARKS = [
@@ -119,6 +122,8 @@ class Settings:
     """What answers; empty where the run observes."""
     model: ModelSpec
     benchmark: Benchmark
+    executor: Executor
+    """Where the samples are answered."""
     output_dir: Path
     seed: int
     num_seeds: int
@@ -213,6 +218,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         cells=cells,
         model=model,
         benchmark=benchmark,
+        executor=_executor(given, choices),
         output_dir=_output_dir(given, resolved, choices, benchmark.name, model.name),
         seed=given.seed,
         num_seeds=given.num_seeds,
@@ -231,6 +237,17 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         vary=_uncompared(given, choices, "noise", "vary", Vary),
         resolved=resolved,
     )
+
+
+def _executor(given: Given, choices: Choices) -> Executor:
+    name = choices.by_group["executor"]
+    if given.kind != "comparison" and name != "local":
+        raise UserError(
+            f"executor={name}: kind={given.kind} runs in one process. Leave executor out, or say "
+            "executor=local."
+        )
+    executor: Executor = build(given.executor, "executor")
+    return executor
 
 
 def _check_kind(group: str, chosen: Mapping[str, Any], is_one: bool, kind: str) -> None:

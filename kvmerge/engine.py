@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvmerge.errors import UserError
+from kvmerge.errors import NotFinite, UserError
 from kvmerge.hook import forward, hooked
 from kvmerge.limits import check_fits, is_past_the_switch
 from kvmerge.method import Entries, PrefillLayer
@@ -259,6 +259,7 @@ class Decoder:
             if step < stop.min_new_tokens:
                 logits = logits.index_fill(-1, stop_ids, -math.inf)
             tokens = logits.argmax(dim=-1)
+            self._check_finite(logits, tokens)
             for (index, row), token in zip(self._active(), tokens.tolist(), strict=True):
                 answers[index][row].append(token)
                 if token in stop.token_ids:
@@ -269,6 +270,19 @@ class Decoder:
             fed = torch.tensor([[answers[index][row][-1]] for index, row in active], device=device)
             logits = self.feed(fed, step)[:, -1]
         return answers
+
+    def _check_finite(self, logits: Tensor, tokens: Tensor) -> None:
+        """Refuse logits `(slots, vocabulary)` that are not finite, by those of the chosen tokens.
+
+        Nothing exceeds NaN or infinity, so they are chosen wherever they are.
+
+        Raises:
+            NotFinite: naming the first row.
+        """
+        chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        if not bool(chosen.isfinite().all()):
+            index, row = self._active()[int(chosen.isfinite().logical_not().nonzero()[0])]
+            raise _not_finite(self.comparisons[index], row)
 
     @torch.inference_mode()
     def replay(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
@@ -631,6 +645,11 @@ class _Sample:
         """What each row keeps."""
         return [stats for comparison in self.comparisons for stats in comparison.stats]
 
+    @property
+    def places(self) -> list[tuple[Comparison, int]]:
+        """Where each row is: its comparison, and its index there."""
+        return [(each, row) for each in self.comparisons for row in range(len(each.rows))]
+
     def tally(self, text: Sequence[int]) -> Tally:
         """Begin a tally of a text for all rows."""
         first = [logits for each in self.comparisons for logits in each.first_logits]
@@ -674,9 +693,20 @@ def _tally(samples: Sequence[_Sample], texts: Sequence[Sequence[int]]) -> list[T
             if len(rows[0]):
                 tally.add(rows)
     for sample, tally in zip(samples, tallies, strict=True):
+        for place, nll in zip(sample.places, tally.nll, strict=True):
+            if not math.isfinite(nll):  # as a finite row of logits gives every token a probability
+                raise _not_finite(*place)
         if sample.reference is not None and tally.compared:
             check_logits(sample, tally)
     return tallies
+
+
+def _not_finite(comparison: Comparison, row: int) -> NotFinite:
+    return NotFinite(
+        f"{comparison.session.proof.names[row]}: its logits are not finite, so they choose no token; "
+        "the model overflows in this dtype, or its weights are damaged. Try model.dtype=float32 or "
+        "bfloat16."
+    )
 
 
 def check_logits(sample: _Sample, tally: Tally) -> None:
@@ -690,7 +720,7 @@ def check_logits(sample: _Sample, tally: Tally) -> None:
         UnprovenError: if a row that read less than the prompt has the logits of the full cache at every
             token, or one whose budget holds the prompt has others at any.
     """
-    places = [(each, row) for each in sample.comparisons for row in range(len(each.rows))]
+    places = sample.places
     reference = places[sample.reference or 0]
     if not reference[0].session.is_full(reference[1]):
         return  # figures are taken against something else

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
@@ -18,9 +21,19 @@ class Infeasible(UserError):
     """What was asked for is sound, but memory ran out here, or numbers overflow in this dtype."""
 
 
+class NotFinite(Infeasible):
+    """Keys, values, scores or logits of a prompt are not finite: nothing follows from them."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its name where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def summary(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
 def causes(error: BaseException) -> list[BaseException]:
@@ -36,6 +49,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Return whether an error is one of the disk, which only its owner can mend."""
+    return isinstance(error, OSError) and error.errno in _STORAGE
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvmerge.budget import Budget, at_least_one
 from kvmerge.cache import Hold, LayerCache, SteppedRow
-from kvmerge.errors import Infeasible, UserError, unknown
+from kvmerge.errors import NotFinite, UserError, unknown
 from kvmerge.families import local_windows
 from kvmerge.kernels.attention import attention_and_scores, masked_attention, prompt_kernel
 from kvmerge.method import Allowance, DecodeStep, Entries, Method, PrefillLayer, keep_all, tail
@@ -593,13 +593,13 @@ def seeded_generator(
 
 
 def check_finite(layer: PrefillLayer) -> None:
-    """Raise `Infeasible` for keys, values or scores that are not finite, naming layer and KV head."""
+    """Raise `NotFinite` for keys, values or scores that are not finite, naming layer and KV head."""
     for name, tensor in (("keys", layer.keys), ("values", layer.values), ("scores", layer.scores)):
         if tensor is None or bool(tensor.sum().isfinite()):
             continue
         bad = ~tensor.isfinite().flatten(2).all(dim=-1)[0]
         if bool(bad.any()):
-            raise Infeasible(
+            raise NotFinite(
                 f"{name} of layer {layer.layer_idx}, KV head {int(bad.nonzero()[0])} are not finite; "
                 "the model overflows in this dtype. Try model.dtype=float32 or bfloat16."
             )

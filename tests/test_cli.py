@@ -16,6 +16,7 @@ import pytest
 
 import harness.answering
 from harness import overrides
+from harness.executors import worker
 from harness.given import Given
 from harness.lock import only_writer
 from kvmerge.errors import UserError
@@ -160,7 +161,7 @@ def test_help_names_the_commands_the_choices_and_the_settings(command: Command) 
 def test_help_says_of_each_setting_what_it_may_hold(command: Command) -> None:
     out = command("model=llama2-7b-chat", "method=kvmerger_log", "benchmark=needle", "--help").out
     for name, kind in get_type_hints(Given).items():
-        if name not in ("model", "benchmark", "method"):
+        if name not in ("model", "benchmark", "method", "executor"):
             (line,) = re.findall(rf"^  {name}:.*", out, re.MULTILINE)
             assert [word for word in get_args(kind) if isinstance(word, str) and word not in line] == []
     assert "model.*, of model=llama2-7b-chat:" in out
@@ -277,7 +278,7 @@ def test_choices_that_exist_pass() -> None:
 def test_a_dry_run_prints_the_plan_and_touches_nothing(
     command: Command, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness.runner, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(worker, "load", lambda *_: pytest.fail("the model was loaded"))
     before = sorted(tmp_path.rglob("*"))
     output = command(*given, "dry_run=true", "cells=[full@1,h2o@0.5]")
     assert output.status == 0
@@ -315,25 +316,39 @@ def test_an_interrupt_is_no_error_and_keeps_what_is_finished(
     assert "Traceback" not in output.err
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_schedulers_signal_ends_a_run_as_an_interrupt_does(
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "status"), STOPS)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_lets_the_samples_at_hand_finish_and_a_second_ends_the_run_at_once(
     command: Command,
     given: list[str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     number: signal.Signals,
     status: int,
+    times: int,
 ) -> None:
     before = signal.getsignal(number)
+    honest = harness.answering.run_samples
 
-    def signalled(*_: Any, **__: Any) -> Any:
-        signal.raise_signal(number)
+    def signalled(model: Any, requests: Any, stop: Any) -> Any:
+        for _ in range(times):
+            signal.raise_signal(number)
+        return honest(model, requests, stop)
 
     monkeypatch.setattr(harness.answering, "run_samples", signalled)
-    output = command(*given, "method=h2o", "num_shards=2")
+    more = [text for text in given if text != "limit=1"]
+    output = command(*more, "cells=[full@1,h2o@0.5]", "batch_size=2")
     assert output.status == status
+    assert f"{number.name}: finishing the samples at hand; once more ends it at once" in caplog.messages
     assert "the same command resumes" in output.err
     assert "Traceback" not in output.err
     assert signal.getsignal(number) == before
+    finished = {key[3] for key in read_lines(tmp_path / "out")}
+    assert finished == ({"trec-0", "trec-1"} if times == 1 else set())
 
 
 def test_a_run_into_a_folder_that_another_writes_is_refused(
@@ -400,6 +415,6 @@ def test_a_fault_of_the_program_keeps_its_traceback(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(harness.answering, "run_samples", broken)
+    monkeypatch.setattr(worker, "load", broken)
     with pytest.raises(RuntimeError, match="a fault"):  # Python prints it, and leaves with 1
         command(*given, "method=h2o", "num_shards=2")

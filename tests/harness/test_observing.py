@@ -272,7 +272,7 @@ def test_a_missing_shard_is_named(observing: Observing, tmp_path: Path, capsys: 
 def test_a_plan_loads_and_writes_nothing(
     command: Callable[..., Output], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.runner.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("harness.observing.load", lambda *_: pytest.fail("the model was loaded"))
     done = command("experiment=observations", "limit=2", "dry_run=true")
     assert done.status == 0, done.err
     assert "prefill: one per sample, " in done.out

@@ -120,7 +120,7 @@ def test_a_plan_leaves_out_what_is_done(tiny: Tiny) -> None:
 def test_a_plan_writes_nothing_and_loads_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.runner.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("harness.executors.worker.load", lambda *_: pytest.fail("the model was loaded"))
     settings = tiny("num_shards=2")
     before = sorted(tmp_path.rglob("*"))
     plan(settings)

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+import harness.runner
 import kvmerge.engine
 from benchmarks.task import Sample
 from harness.answering import context_hash, prompt_hash
+from harness.executors.units import Outcome
+from harness.results import Results
 from harness.runner import left, run
+from harness.runner import write as write_down
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from tests.tiny_run import compose, read_lines, row, tiny_settings, write_rows
@@ -114,15 +118,26 @@ def test_questions_of_one_context_share_a_prefill_of_the_context_alone(
     assert sorted(prefills) == sorted(lengths.values())[::2]
 
 
-def test_samples_are_answered_in_order_where_nothing_is_shared(tiny: Tiny) -> None:
-    orders = {}
+def test_samples_are_answered_in_order_where_nothing_is_shared(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: dict[str, list[str]] = {}
     for question in ("inside", "after"):
         settings = tiny(f"question={question}", "cells=[full@1]", folder=question)
-        run(settings)
+        noted = answered.setdefault(question, [])
+
+        def write(results: Results, outcome: Outcome, noted: list[str] = noted) -> None:
+            noted.append(outcome.id)
+            write_down(results, outcome)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(harness.runner, "write", write)
+            run(settings)
         path = settings.output_dir / "predictions" / "qasper" / "full@1.jsonl"
-        orders[question] = [json.loads(line)["id"] for line in path.read_text().splitlines()]
-    assert orders["inside"] == [f"qasper-{number}" for number in range(4)]
-    assert orders["after"] == [f"qasper-{number}" for number in (0, 2, 1, 3)]
+        written = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+        assert written == [f"qasper-{number}" for number in range(4)], "in the benchmark's order"
+    assert answered["inside"] == [f"qasper-{number}" for number in range(4)]
+    assert answered["after"] == [f"qasper-{number}" for number in (0, 2, 1, 3)]
 
 
 def test_which_questions_come_together_changes_no_line(tiny: Tiny) -> None:

@@ -28,12 +28,14 @@ from benchmarks.task import PromptFormat
 from harness import code
 from harness.answering import prompt_hash, stop_rule
 from harness.batching import BatchSize
+from harness.executors import worker
+from harness.executors.worker import counted_layers
 from harness.provenance import changed_beside
 from harness.records import KL_DECIMALS, prediction_path
 from harness.report.run import load_run
 from harness.report.summary import write_summary
 from harness.results import Results
-from harness.runner import counted_layers, left, run
+from harness.runner import left, run
 from harness.settings import Settings
 from kvmerge.errors import UserError
 from kvmerge.models import load, loading
@@ -315,7 +317,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             model.lm_head.register_forward_hook(lift)
             return model, tokenizer
 
-        monkeypatch.setattr(harness.runner, "load", loaded)
+        monkeypatch.setattr(worker, "load", loaded)
 
     return prefer
 
@@ -423,7 +425,7 @@ def test_only_what_misses_its_line_runs_again_and_gives_the_same(
 def test_a_finished_run_loads_no_model_and_changes_no_file(
     tiny: Tiny, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness.runner, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(worker, "load", lambda *_: pytest.fail("the model was loaded"))
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     run(tiny())
     run(tiny("limit=1", "cells=[h2o@0.5]", "benchmark.tasks=[trec]"))
@@ -673,28 +675,6 @@ def test_memory_that_cannot_do_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPat
 
 
 # what goes wrong in the middle
-
-
-def test_a_failing_sample_loses_nothing_that_is_finished(
-    tiny: Tiny, finished: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = tiny("batch_size=1")
-    counted = harness.answering.run_samples
-
-    def failing(*arguments: Any) -> Any:
-        if len(calls.samples) == 4:
-            raise RuntimeError("a fault")
-        return counted(*arguments)
-
-    monkeypatch.setattr(harness.answering, "run_samples", failing)
-    with pytest.raises(RuntimeError, match="a fault"):
-        run(settings)
-    done = read_lines(settings.output_dir)
-    assert {key[3] for key in done} == {"qasper-0", "qasper-1", "qasper-2", "trec-0"}
-    monkeypatch.setattr(harness.answering, "run_samples", counted)
-    run(settings)
-    assert len(calls.samples) == len(set(calls.samples)) == 12
-    assert_same_lines(read_lines(settings.output_dir), read_lines(finished))
 
 
 def test_a_killed_process_loses_at_most_the_sample_it_was_at(

@@ -1,0 +1,142 @@
+"""Samples that could not be answered: one line each in failed.jsonl, until they are."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, get_type_hints
+
+from harness.records import append_record, scan_lines
+from harness.typed import parse_fields, shape_of
+from kvmerge.errors import summary
+from kvmerge.files import write_atomically
+
+if TYPE_CHECKING:
+    from harness.answering import Job
+
+logger = logging.getLogger(__name__)
+
+FILE = "failed.jsonl"
+_LISTED = 20
+"""Failures that the end of a run lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One sample that could not be answered; each field is a key of the JSON line."""
+
+    task: str
+    id: str
+    cells: list[str]
+    """Those that it was to be answered with."""
+    error: str
+    """The kind of the error, and the first line of what it says."""
+    traceback: str
+    time: str
+    """When, in UTC."""
+
+    @classmethod
+    def of(cls, job: Job, error: BaseException) -> Self:
+        """Note with what a sample failed."""
+        return cls(
+            task=job.task.name,
+            id=job.sample.id,
+            cells=list(dict.fromkeys(cell.name for cell, _ in job.missing)),
+            error=summary(error),
+            traceback="".join(traceback.format_exception(error)),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def to_json(self) -> str:
+        """Return the failure as one line of JSON, without newline."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Self:
+        """Read one line back. Raises `ValueError` where it is none, `Misfit` naming what is wrong."""
+        return cls(**parse_fields(line, _SHAPES))
+
+
+_SHAPES = {name: shape_of(hint) for name, hint in get_type_hints(Failure).items()}
+
+
+class SamplesFailed(RuntimeError):
+    """A run went to its end, and some of its samples could not be answered."""
+
+    def __init__(self, path: Path, failures: Sequence[Failure]) -> None:
+        """List them, and say where they are told in full.
+
+        Args:
+            path: of failed.jsonl.
+            failures: those of this run, at least one.
+        """
+        listed = [f"  {each.task}/{each.id}: {each.error}" for each in failures[:_LISTED]]
+        if len(failures) > _LISTED:
+            listed.append(f"  and {len(failures) - _LISTED} more")
+        count = "1 sample" if len(failures) == 1 else f"{len(failures)} samples"
+        super().__init__(
+            "\n".join(
+                [
+                    f"{count} failed; the others are done.",
+                    *listed,
+                    f"{path} has their tracebacks. The same command tries them again.",
+                ]
+            )
+        )
+        self.failures = failures
+
+
+class Failures:
+    """The failures of one results folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self.new: list[Failure] = []
+        """Those of this process."""
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, str], Failure]:
+        found, read = scan_lines(self.path, Failure)
+        if problems := [*found.faults(), *found.remarks()]:
+            logger.warning("%s; nothing depends on that line", problems[0])
+        return {(each.task, each.id): each for each in read.values()}
+
+    def __iter__(self) -> Iterator[Failure]:
+        return iter(list(self._known.values()))
+
+    def add(self, failure: Failure) -> None:
+        """Note a failure, on the disk too, instead of an earlier one of the same sample."""
+        key = failure.task, failure.id
+        is_known = key in self._known
+        self._known[key] = failure
+        self.new.append(failure)
+        if is_known:
+            self._write()
+        else:
+            append_record(self.path, failure)
+
+    def drop(self, is_over: Callable[[Failure], bool]) -> None:
+        """Take out those that are over."""
+        kept = {key: each for key, each in self._known.items() if not is_over(each)}
+        if len(kept) < len(self._known):
+            self._known.clear()
+            self._known.update(kept)
+            self._write()
+
+    def check(self) -> None:
+        """Raise `SamplesFailed` if there are failures of this process."""
+        if self.new:
+            raise SamplesFailed(self.path, self.new)
+
+    def _write(self) -> None:
+        if not self._known:
+            self.path.unlink()
+        else:
+            lines = [each.to_json() + "\n" for each in self._known.values()]
+            write_atomically(self.path, "".join(lines))
