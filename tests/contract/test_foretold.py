@@ -37,7 +37,7 @@ def test_what_a_method_refuses_is_foretold_in_the_same_words(
     name: str, settings: dict[str, object]
 ) -> None:
     model, policy, method = shared_model(), Policy(), load_method(name, settings)
-    for length, given in itertools.product((1, 2, 3, 12), (1, 0.5, 0.1, 2, 5, 7, 1000)):
+    for length, given in itertools.product((1, 2, 3, 12), (1, 0.5, 0.2, 0.05, 2, 5, 7, 1000)):
         row = Row(method, Budget.parse(1 if name == "full" else given))
 
         def foretell(row: Row = row, length: int = length) -> object:

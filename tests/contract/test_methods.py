@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kvmerge.budget import Budget
 from kvmerge.check import RULES, Rule
 from kvmerge.check.rules import KV_HEADS
 from kvmerge.engine import Stop, run_sample
+from kvmerge.errors import UserError
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Entries, Method, PrefillLayer
 from kvmerge.places import choices
@@ -97,6 +99,25 @@ def test_all_methods_in_one_batch_answer_as_alone(kv_heads: int, policy: str) ->
         assert result.token_ids == alone.token_ids
         assert result.stats == alone.stats
         assert result.fidelity.kl == pytest.approx(alone.fidelity.kl, abs=1e-4)
+
+
+BUDGETS = (0.5, 0.35, 0.2, 0.1, 0.05)
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_every_budget_is_met_or_refused_for_want_of_a_second_entry(name: str) -> None:
+    """Of short prompts too: 9 tokens at 5% are one entry, which merging methods cannot do with."""
+    method = load_method(name)
+    for length, budget in product((9, 60), BUDGETS):
+        row = Row(method, Budget.parse(budget))
+        entries = row.budget.entries(length)
+        if name in MERGING and entries < 2:
+            with pytest.raises(UserError, match=r"at least .* of 9 prompt tokens"):
+                run_sample(shared_model(), prompt(length), [row], Stop(1, frozenset()))
+            continue
+        (result,) = run_sample(shared_model(), prompt(length), [row], Stop(1, frozenset()))[0]
+        stored = length if method.simulates else entries
+        assert not method.meets_budget or result.stats.kept_entries == stored, (length, budget)
 
 
 # protected tokens survive
