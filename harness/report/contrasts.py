@@ -147,9 +147,14 @@ def contrasts(run: Run) -> list[Contrast]:
     and cannot be less, so that flipping signs says nothing.
     """
     if "contrasts" not in run.memo:
-        run.memo["contrasts"] = compared([*_on_average(run), *_on_kl(run)])
+        run.memo["contrasts"] = planned(run, pairs(run))
     found: list[Contrast] = run.memo["contrasts"]
     return found
+
+
+def planned(run: Run, chosen: Sequence[tuple[str, str]]) -> list[Contrast]:
+    """Compare some pairs of cells on the average over tasks and on KL, adjusted together."""
+    return compared([*_on_average(run, chosen), *_on_kl(run, chosen)])
 
 
 def contrasts_by_task(run: Run) -> list[Contrast]:
@@ -197,20 +202,20 @@ class Line:
     terms: tuple[Term, ...]
 
 
-def _on_average(run: Run) -> list[Line]:
+def _on_average(run: Run, chosen: Sequence[tuple[str, str]]) -> list[Line]:
     tasks = run.averaged_tasks
     return [
         Line(AVERAGE, first, second, terms)
-        for first, second in pairs(run)
+        for first, second in chosen
         if (terms := _terms(run, tasks, first, second))
     ]
 
 
-def _on_kl(run: Run) -> list[Line]:
+def _on_kl(run: Run, chosen: Sequence[tuple[str, str]]) -> list[Line]:
     seen = divergence(run)
     return [
         Line(KL, first, second, terms)
-        for first, second in pairs(run)
+        for first, second in chosen
         if (terms := _terms(seen, tuple(seen.tasks), first, second))
     ]
 

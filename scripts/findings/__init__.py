@@ -1,0 +1,1 @@
+"""Does merging beat evicting? The runs of docs/findings.md, and what they say."""

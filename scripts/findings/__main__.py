@@ -1,0 +1,103 @@
+"""Run what docs/findings.md stands on, and write its tables and figures.
+
+    python -m scripts.findings run                       # every run, hours; again: what is left
+    python -m scripts.findings run --longbench DIR       # LongBench's rows from a folder, not the hub
+    python -m scripts.findings report                    # results/findings/ from the runs' folders
+
+A run's folder is `results/runs/findings/<experiment>/<benchmark>-<question>`. `--limit N` takes N
+samples of each task, whatever the committed results have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from harness.report.run import Run, load_run
+from kvmerge.errors import UserError
+from scripts.findings.effects import Effect, of_folding, of_methods
+from scripts.findings.figures import draw
+from scripts.findings.runs import EXPERIMENTS, SETTINGS
+from scripts.findings.tables import write_cells, write_effects
+
+_RUNS = Path("results/runs/findings")
+_RESULTS = Path("results/findings")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.findings",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="make every run that is not finished")
+    run.add_argument("--longbench", metavar="DIR", help="folder with LongBench's <task>.jsonl")
+    run.add_argument("--limit", type=int, help="samples of each task; default: as committed")
+    report = commands.add_parser("report", help="write tables and figures of the runs")
+    report.add_argument("--out", type=Path, default=_RESULTS)
+    for command in (run, report):
+        command.add_argument("--runs", type=Path, default=_RUNS, help="folder of the runs")
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "report":
+            write(options.runs, options.out)
+            return 0
+        return make(options.runs, options.longbench, options.limit)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def make(runs: Path, longbench: str | None, limit: int | None) -> int:
+    """Make every run by the command that a user would give; return the first failure's status."""
+    for setting in SETTINGS:
+        for experiment in EXPERIMENTS:
+            words = [
+                *setting.words(experiment),
+                f"limit={limit or setting.limit}",
+                f"output_dir={runs / experiment / setting.name}",
+            ]
+            if longbench and setting.benchmark == "longbench":
+                words.append(f"benchmark.data_dir={longbench}")
+            print(f"{experiment} on {setting.name}", flush=True)
+            status = subprocess.run([sys.executable, "run.py", *words], check=False).returncode
+            if status:
+                return status
+    return 0
+
+
+def write(runs: Path, out: Path) -> None:
+    """Write what the runs say into a folder.
+
+    Raises:
+        UserError: where there is no run.
+    """
+    found = dict(_finished(runs))
+    if not found:
+        raise UserError(f"{runs} holds no run. Make them first: python -m scripts.findings run.")
+    out.mkdir(parents=True, exist_ok=True)
+    effects: dict[tuple[str, str], list[Effect]] = {}
+    for (experiment, name), run in found.items():
+        made = of_folding if experiment == "merging" else of_methods
+        effects[experiment, name] = made(run, run.judgement.margin)
+    write_cells(found, out)
+    write_effects(effects, out)
+    draw(effects, out)
+    print(f"{len(found)} runs: {out}")
+
+
+def _finished(runs: Path) -> Iterator[tuple[tuple[str, str], Run]]:
+    for experiment in EXPERIMENTS:
+        for setting in SETTINGS:
+            folder = runs / experiment / setting.name
+            if (folder / "run.json").is_file():
+                yield (experiment, setting.name), load_run(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

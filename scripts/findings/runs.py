@@ -1,0 +1,67 @@
+"""Which runs the findings stand on, in the order of what they tell for their time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from harness.settings import compose
+
+EXPERIMENTS = ("merging", "field")
+_BUDGETS = (0.35, 0.2)
+"""Of all settings but the first, which has every budget of its experiment."""
+_ASKING = "benchmark.tasks=[passkey,key_value,passage_retrieval,passage_qa,classification,quotation]"
+"""The tasks of mini that say where their context ends."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One benchmark in one mode."""
+
+    benchmark: str
+    question: str
+    limit: int
+    """Samples of each task that the committed results have."""
+    options: tuple[str, ...] = ()
+    every_budget: bool = False
+
+    @property
+    def name(self) -> str:
+        """The folder's name, e.g. `needle-after`."""
+        return f"{self.benchmark}-{self.question}"
+
+    def words(self, experiment: str) -> Iterator[str]:
+        """Yield the words of the command line that runs an experiment here, but for its folder."""
+        yield f"experiment={experiment}"
+        yield f"benchmark={self.benchmark}"
+        yield f"question={self.question}"
+        yield "num_seeds=1"
+        yield from self.options
+        if not self.every_budget:
+            cells = compose([f"experiment={experiment}"]).cells
+            chosen = [cell.name for cell in cells if cell.is_full or cell.budget.value in _BUDGETS]
+            yield "cells=[" + ",".join(f"'{name}'" for name in chosen) + "]"
+
+
+SETTINGS = (
+    Setting("mini", "after", 3, (_ASKING,), every_budget=True),
+    # nothing is asked: what follows the prompt is scored
+    Setting("perplexity", "inside", 6, ("benchmark.scored_tokens=128",)),
+    Setting(
+        "needle",
+        "after",
+        10,
+        ("benchmark.lengths=[1024]", "benchmark.depths=[0,25,50,75,100]", "benchmark.repeats=2"),
+    ),
+    Setting("mini", "inside", 2),
+    Setting("mini_long", "after", 1, (_ASKING,)),
+    Setting(
+        "longbench",
+        "after",
+        1,
+        (
+            "benchmark.tasks=[qasper,multifieldqa_en,hotpotqa,2wikimqa,trec,triviaqa,samsum,"
+            "passage_retrieval_en]",
+        ),
+    ),
+)

@@ -1,0 +1,154 @@
+"""The planned contrasts of the findings: which cells are compared, by how much, and what is written."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness.records import Record
+from harness.report.run import Run, load_run
+from harness.settings import compose
+from scripts.findings.__main__ import main
+from scripts.findings.effects import ALL, INSTEAD, OWN_SETS, Effect, of_folding, of_methods
+from scripts.findings.runs import EXPERIMENTS, SETTINGS
+from tests.synthetic_run import record, write_run
+
+KL = {
+    "full@1": 0.0,
+    "fold:fold=drop@0.2": 1.0,
+    "fold@0.2": 1.1,
+    "fold:route=cosine@0.2": 1.2,
+    "fold:fold=keys_values,route=cosine@0.2": 1.5,
+    "fold:fold=drop,keep=keydiff@0.2": 0.6,
+    "fold:keep=keydiff,route=cosine@0.2": 0.9,
+    "kvmerger@0.2": 2.0,
+    "pivot_only@0.2": 1.75,
+    "kvmerger@0.35": 1.0,
+}
+
+
+def lines(kl: float) -> list[Record]:
+    """Six samples around a KL."""
+    return [
+        record(str(number), 0.5, kl_to_full=kl + 0.01 * (number % 3), size_bytes=0)
+        for number in range(6)
+    ]
+
+
+def a_run(folder: Path, kl: dict[str, float]) -> Path:
+    return write_run(folder, {"t": "qa_f1"}, {cell: {"t": lines(value)} for cell, value in kl.items()})
+
+
+def loaded(folder: Path, kl: dict[str, float] = KL) -> Run:
+    return load_run(a_run(folder, kl))
+
+
+def by_place(effects: list[Effect]) -> dict[tuple[str, str, str], float]:
+    return {
+        tuple(effect.place): pytest.approx(effect.scored.value)
+        for effect in effects
+        if effect.measure == "kl"
+    }
+
+
+def test_every_step_is_taken_from_the_cell_that_lacks_it_alone(tmp_path: Path) -> None:
+    assert by_place(of_folding(loaded(tmp_path / "run"), 1.0)) == {
+        ("values, by position", "h2o", "0.2"): 0.1,
+        ("values, by key", "h2o", "0.2"): 0.2,
+        ("values, by key", "keydiff", "0.2"): 0.3,
+        ("values, by key", ALL, "0.2"): 0.25,
+        ("keys and values", "h2o", "0.2"): 0.5,
+        ("keys besides values", "h2o", "0.2"): 0.3,
+        ("values, by position", ALL, "0.2"): 0.1,
+        ("keys and values", ALL, "0.2"): 0.5,
+        ("keys besides values", ALL, "0.2"): 0.3,
+        (INSTEAD, "keydiff", "0.2"): -0.4,
+        (OWN_SETS, "kvmerger", "0.2"): 0.25,
+    }
+
+
+def test_every_method_is_compared_with_h2o_at_its_own_budget(tmp_path: Path) -> None:
+    kl = {
+        "full@1": 0.0,
+        "h2o@0.5": 1.0,
+        "tova@0.5": 0.5,
+        "h2o@0.2": 2.0,
+        "tova@0.2": 2.5,
+        "tova@0.1": 3.0,
+    }
+    assert by_place(of_methods(loaded(tmp_path / "run", {"full@1": 0.0} | kl), 1.0)) == {
+        (INSTEAD, "tova", "0.5"): -0.5,
+        (INSTEAD, "tova", "0.2"): 0.5,
+    }
+
+
+def test_a_mean_over_selections_pairs_what_they_share(tmp_path: Path) -> None:
+    """Each selection's effect goes up and down with the sample; the mean's does not."""
+    up = [record(str(n), 0.5, kl_to_full=1 + 0.1 * n, size_bytes=0) for n in range(6)]
+    down = [record(str(n), 0.5, kl_to_full=1 - 0.1 * n, size_bytes=0) for n in range(6)]
+    cells = {
+        "full@1": lines(0.0),
+        "fold:fold=drop@0.2": lines(0.0),
+        "fold:route=cosine@0.2": up,
+        "fold:fold=drop,keep=keydiff@0.2": lines(0.0),
+        "fold:keep=keydiff,route=cosine@0.2": down,
+    }
+    folder = write_run(tmp_path, {"t": "qa_f1"}, {cell: {"t": found} for cell, found in cells.items()})
+    found = {e.place.keep: e for e in of_folding(load_run(folder), 1.0) if e.measure == "kl"}
+    assert np.ptp(found["h2o"].scored.interval(95)) > 10 * np.ptp(found[ALL].scored.interval(95))
+
+
+def test_a_report_writes_its_tables_and_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_run(tmp_path / "runs" / "merging" / "mini-after", KL)
+    a_run(
+        tmp_path / "runs" / "field" / "needle-after", {"full@1": 0.0, "h2o@0.2": 1.0, "tova@0.2": 0.5}
+    )
+    out = tmp_path / "out"
+    assert main(["report", "--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "cells.csv",
+        "effects.csv",
+        "effects.md",
+        "folding.png",
+    }
+    cells = pd.read_csv(out / "cells.csv").set_index(["setting", "method", "budget"])
+    assert cells.loc[("needle-after", "tova", 0.2), "kl"] == pytest.approx(0.51)
+    effects = pd.read_csv(out / "effects.csv")
+    assert len(effects) == 2 * 11 + 2, "KL and score of each"
+    assert "| keys besides values | h2o | +0.30 [0.30, 0.30] |" in (out / "effects.md").read_text()
+    assert "2 runs" in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--runs", str(tmp_path)]) == 2
+    assert "holds no run. Make them first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_planned_run_can_be_composed(experiment: str) -> None:
+    for setting in SETTINGS:
+        settings = compose(list(setting.words(experiment)))
+        budgets = {cell.budget.value for cell in settings.cells}
+        assert budgets == (
+            {1.0, 0.5, 0.35, 0.2, 0.1, 0.05} if setting.every_budget else {1.0, 0.35, 0.2}
+        )
+
+
+def test_a_run_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def failing(words: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        seen.append(words[2:])
+        return subprocess.CompletedProcess(words, 0 if len(seen) < 2 else 3)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    assert main(["run", "--runs", str(tmp_path), "--limit", "1"]) == 3
+    assert [words[0] for words in seen] == ["experiment=merging", "experiment=field"]
+    assert f"output_dir={tmp_path / 'merging' / 'mini-after'}" in seen[0]
+    assert "limit=1" in seen[0]
