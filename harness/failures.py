@@ -41,6 +41,11 @@ class Failure:
     time: str
     """When, in UTC."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that came of it."""
+        return 0
+
     @classmethod
     def of(cls, job: Job, error: BaseException) -> Self:
         """Note with what a sample failed."""

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from harness.executors.executor import Loaded
 from harness.lock import check_writer, only_writer
 from harness.plan import print_plan, told_of_downloads
 from harness.results import Results
-from harness.runner import Loaded, left, run
+from harness.runner import left, run
 from harness.settings import Settings
 from harness.start import usable_processors
 from harness.variants import BASE, FILE, FOLDER, UNPACKED, Listed, Variants

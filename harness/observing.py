@@ -21,6 +21,7 @@ from harness.answering import Job, encode, prompt_hash
 from harness.given import Observe
 from harness.maps import chosen_maps
 from harness.observation import Observation, Observed, read_maps
+from harness.progress import Step
 from harness.ready import Pending, Ready
 from harness.runner import COMPARED, Begun, carry_out
 from harness.settings import Settings
@@ -48,12 +49,12 @@ def observe_all(settings: Settings) -> Observed:
         model, tokenizer = load(settings.model, found.model)
         observer = _Observer(settings, results, model, tokenizer)
 
-        def work(is_stopping: Callable[[], bool]) -> Iterator[str]:
+        def work(is_stopping: Callable[[], bool]) -> Iterator[Step]:
             for job in found.jobs:
                 if is_stopping():
                     return
                 observer.observe(job)
-                yield job.task.name
+                yield Step(job.task.name)
 
         yield Begun(work, _unobserved(model))
 

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from rich.console import RenderableType
+
 from harness.answering import Job
 from harness.executors.executor import Loaded
 from harness.executors.units import Outcome, numbered, units
 from harness.failures import Failure
-from harness.progress import Progress
+from harness.live import LiveScores
+from harness.progress import Progress, Step
 from harness.provenance import run_info
 from harness.ready import Pending, Ready, get_ready
 from harness.results import Results
@@ -59,22 +62,24 @@ def run(
             another followed.
     """
     results = Results(settings.results_dir)
+    scores = LiveScores(results, settings.benchmark.tasks, settings.cells)
 
     @contextlib.contextmanager
     def begin(found: Ready) -> Iterator[Begun]:
         with settings.executor.start(settings, found.model, loaded) as workers:
 
-            def work(is_stopping: Callable[[], bool]) -> Iterator[str]:
+            def work(is_stopping: Callable[[], bool]) -> Iterator[Step]:
                 left = Counter(job.task.name for job in found.jobs)
                 for outcome in workers.answer(list(units(found.jobs)), is_stopping):
                     write(results, outcome)
-                    yield outcome.task
+                    scores.note(outcome.task)
+                    yield Step(outcome.task, outcome.tokens)
                     left[outcome.task] -= 1
                     if not left[outcome.task]:
                         _put_in_order(settings, results, found, outcome.task)
                         after_task(results, outcome.task)
 
-            yield Begun(work, workers.notes)
+            yield Begun(work, workers.notes, workers.count, scores.table)
 
     known = None if loaded is None else Outline(*loaded)
     found = carry_out(settings, results, lambda: pending(settings, results), begin, known)
@@ -131,11 +136,14 @@ def left(settings: Settings, known: Outline | None = None, *, downloads: bool = 
 class Begun:
     """What a run does with its samples, once the model is there."""
 
-    work: Callable[[Callable[[], bool]], Iterator[str]]
-    """Does what is left, and yields the task of each sample as it is on the disk; begins nothing more
-    once what it is given says that the run is to end."""
+    work: Callable[[Callable[[], bool]], Iterator[Step]]
+    """Does what is left, and yields as each sample is on the disk; begins nothing more once what it is
+    given says that the run is to end."""
     notes: Sequence[str]
     """What a reader of the results must know of the model."""
+    workers: int = 1
+    scores: Callable[[], RenderableType] | None = None
+    """Returns what is shown of the results so far."""
 
 
 def carry_out(
@@ -172,9 +180,10 @@ def carry_out(
     results.write_info(run_info(settings, results, prints, counts, notes))
     with begin(found) as begun:
         notes += begun.notes
-        with Progress(found.taken - len(found.jobs), found.taken) as progress, finishing() as stop:
-            for task in begun.work(stop.is_asked):
-                progress.step(task)
+        shown = Progress(found.taken - len(found.jobs), found.taken, begun.workers, begun.scores)
+        with shown as progress, finishing() as stop:
+            for step in begun.work(stop.is_asked):
+                progress.step(step)
     seconds = round(time.perf_counter() - started, 1)
     results.write_info(run_info(settings, results, prints, counts, notes, seconds))
     return found

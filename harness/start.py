@@ -44,11 +44,17 @@ def see_working_directory() -> None:
         sys.path.append(str(Path.cwd()))
 
 
-def settle_threads() -> None:
+def settle_threads(cores: int | None = None) -> None:
     """Ask for a thread for each processor that this process may use, and for short waits.
 
-    What the user says otherwise, by OpenMP's own variables, stays.
+    To be called before torch is imported. What the user says otherwise, by OpenMP's own variables,
+    stays, but where a worker is given cores: as many threads then.
+
+    Args:
+        cores: that a worker was given; None: all that the process may use.
     """
+    if cores is not None:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores))
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_processors()))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

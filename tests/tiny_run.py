@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from harness import settings
-from harness.records import CIRCUMSTANCES
+from harness.records import CIRCUMSTANCES, KL_DECIMALS
 from harness.settings import Settings
 from tests.tiny import new_model
 
@@ -117,3 +118,16 @@ def read_lines(output_dir: Path) -> dict[Key, dict[str, Any]]:
             assert key not in found, f"{key} is there twice"
             found[key] = {name: value for name, value in line.items() if name not in CIRCUMSTANCES}
     return found
+
+
+def assert_same_lines(found: dict[Key, dict[str, Any]], wanted: dict[Key, dict[str, Any]]) -> None:
+    """Equal lines; `kl_to_full` to its last digit, since a batch of other rows rounds otherwise."""
+    unit = 10.0**-KL_DECIMALS
+    assert found.keys() == wanted.keys()
+    for key, line in wanted.items():
+        assert found[key] == {
+            name: pytest.approx(value, rel=0, abs=1.001 * unit)
+            if name == "kl_to_full" and value
+            else value
+            for name, value in line.items()
+        }

@@ -53,6 +53,11 @@ class Answered:
         """The sample."""
         return self.prompt.id
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of its prompt, and those that were generated for its cells."""
+        return self.prompt.prompt_tokens + sum(record.generated_tokens for _, record in self.lines)
+
 
 Outcome: TypeAlias = Answered | Failure
 """What became of one sample."""

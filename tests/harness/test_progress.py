@@ -8,7 +8,7 @@ import re
 import pytest
 
 from harness import progress
-from harness.progress import Progress
+from harness.progress import Progress, Step
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def test_lines_count_the_samples_of_the_whole_run_and_foretell_by_this_one(
         shown.begin("trec")
         for _ in range(28):
             clock[0] += 5
-            shown.step()
+            shown.step(Step("trec"))
         shown.begin("lcc")
         for _ in range(28):
             clock[0] += 1
-            shown.step()
+            shown.step(Step("lcc"))
     assert told.messages == [
         "84 of 140 samples are done already; 56 are left",
         "trec: 84 of 140 samples, 0:00 elapsed",
@@ -60,19 +60,25 @@ def test_a_run_that_ends_in_an_error_claims_no_end(told: pytest.LogCaptureFixtur
     assert len(told.messages) == 1
 
 
-def test_a_terminal_gets_a_bar_with_the_same_count(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], told: pytest.LogCaptureFixture
+def test_a_terminal_gets_a_bar_with_the_same_count_the_workers_the_pace_and_the_scores(
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    told: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
-    with Progress(3, 5) as shown:
-        shown.begin("trec")
-        shown.step()
-        shown.step()
-    drawn = capsys.readouterr().err
-    assert re.search(r"trec: 100%.* 5/5 ", drawn)
-    assert told.messages == ["3 of 5 samples are done already; 2 are left"]
+    with Progress(3, 6, workers=2, scores=lambda: "h2o@0.5 81.0") as shown:
+        for _ in range(2):
+            clock[0] += 10
+            shown.step(Step("trec", tokens=500))
+    drawn = re.sub(r"\x1b\[[?\d;]*\w", "", capsys.readouterr().err)
+    assert "h2o@0.5 81.0" in drawn
+    words = "5 of 6 samples, 2 workers, 50 tokens/s, 0:20 elapsed, about 0:10 left"
+    assert re.search(rf"trec .* {words}", drawn)
+    assert told.messages == ["3 of 6 samples are done already; 3 are left"]
 
 
 def test_long_times_have_hours() -> None:
-    assert progress._clock(59.6) == "1:00"
-    assert progress._clock(3661) == "1:01:01"
+    assert progress.clock(59.6) == "1:00"
+    assert progress.clock(3661) == "1:01:01"

@@ -42,7 +42,7 @@ from kvmerge.models import load, loading
 from kvmerge.models.tokenizer import load_tokenizer
 from scripts.records import repair
 from tests.tiny import HEAD_DIM, LAYERS
-from tests.tiny_run import Key, read_lines, row, tiny_settings, write_rows
+from tests.tiny_run import assert_same_lines, read_lines, row, tiny_settings, write_rows
 
 Tiny = Callable[..., Settings]
 
@@ -104,19 +104,6 @@ def finished(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFact
 def copy(finished: Path, tmp_path: Path) -> Path:
     """The whole run again, where `tiny` settings write, to be damaged and resumed."""
     return Path(shutil.copytree(finished, tmp_path / "out"))
-
-
-def assert_same_lines(found: dict[Key, dict[str, Any]], wanted: dict[Key, dict[str, Any]]) -> None:
-    """Equal lines; `kl_to_full` to its last digit, since a batch of other rows rounds otherwise."""
-    unit = 10.0**-KL_DECIMALS
-    assert found.keys() == wanted.keys()
-    for key, line in wanted.items():
-        assert found[key] == {
-            name: pytest.approx(value, rel=0, abs=1.001 * unit)
-            if name == "kl_to_full" and value
-            else value
-            for name, value in line.items()
-        }
 
 
 def summary(folder: Path) -> pd.DataFrame:

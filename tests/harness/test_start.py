@@ -27,6 +27,13 @@ def test_there_is_a_thread_for_each_usable_processor_unless_the_user_says_otherw
     assert os.environ["OMP_NUM_THREADS"] == str(usable_processors())
 
 
+def test_a_worker_has_a_thread_for_each_core_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    for cores, threads in ((7, "7"), (0, "1"), (None, "1")):
+        settle_threads(cores)
+        assert os.environ["OMP_NUM_THREADS"] == threads
+
+
 @pytest.mark.parametrize(
     ("quota", "usable"),
     [("max 100000", 4), ("200000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("?", 4)],
