@@ -120,7 +120,8 @@ def execute(settings: Settings) -> None:
 def compare(settings: Settings, console: Console) -> None:
     """Run a comparison and report it."""
     results = run(settings, after_task=partial(log_gate, settings.benchmark.name))
-    report(settings, results, console)
+    if results.has_predictions():
+        report(settings, results, console)
     results.failures.check()
 
 

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from harness.executors.executor import Loaded
+from harness.failures import SamplesFailed
 from harness.lock import check_writer, only_writer
 from harness.plan import print_plan, told_of_downloads
 from harness.results import Results
@@ -24,7 +25,7 @@ from harness.runner import left, run
 from harness.settings import Settings
 from harness.start import usable_processors
 from harness.variants import BASE, FILE, FOLDER, UNPACKED, Listed, Variants
-from kvmerge.errors import Infeasible, UserError
+from kvmerge.errors import Infeasible, NotFinite, UserError
 from kvmerge.files import remove_leftovers, write_atomically
 from kvmerge.kernels.choice import products_by
 from kvmerge.kernels.forced import forced, obstacle
@@ -211,7 +212,7 @@ def _run_all(variants: Sequence[Variant], known: Outline | None, console: Consol
         except (RuntimeError, Infeasible) as error:
             if variant.name == BASE or not _is_not_for_here(error):
                 raise
-            variant = replace(variant, obstacle=str(error))
+            variant = replace(variant, obstacle=_said(error)[0])
             console.print(f"{what}: given up, {variant.obstacle}", **_PLAIN)
         else:
             products = products or _products(results)
@@ -246,8 +247,17 @@ class _Weights:
 
 def _is_not_for_here(error: Exception) -> bool:
     """Return whether an error says that this device cannot compute so, and not that a run is broken."""
-    said = str(error)
-    return isinstance(error, Infeasible) or "not implemented" in said or "No available kernel" in said
+    return isinstance(error, Infeasible) or all(
+        any(sign in text for sign in _NOT_FOR_HERE) for text in _said(error)
+    )
+
+
+def _said(error: Exception) -> list[str]:
+    """Return what an error says: of samples that failed, each for itself."""
+    return [each.error for each in error.failures] if isinstance(error, SamplesFailed) else [str(error)]
+
+
+_NOT_FOR_HERE = ("not implemented", "No available kernel", NotFinite.__name__)
 
 
 def _products(results: Results) -> str:

@@ -19,7 +19,7 @@ from rich.console import RenderableType
 
 from harness.answering import Job
 from harness.executors.executor import Loaded
-from harness.executors.units import Outcome, numbered, units
+from harness.executors.units import Answered, Outcome, numbered, units
 from harness.failures import Failure
 from harness.live import LiveScores
 from harness.progress import Progress, Step
@@ -70,12 +70,15 @@ def run(
 
             def work(is_stopping: Callable[[], bool]) -> Iterator[Step]:
                 left = Counter(job.task.name for job in found.jobs)
+                gained: set[str] = set()
                 for outcome in workers.answer(list(units(found.jobs)), is_stopping):
                     write(results, outcome)
                     scores.note(outcome.task)
                     yield Step(outcome.task, outcome.tokens)
                     left[outcome.task] -= 1
-                    if not left[outcome.task]:
+                    if isinstance(outcome, Answered):
+                        gained.add(outcome.task)
+                    if not left[outcome.task] and outcome.task in gained:
                         _put_in_order(settings, results, found, outcome.task)
                         after_task(results, outcome.task)
 

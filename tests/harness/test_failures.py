@@ -155,3 +155,21 @@ def test_a_command_reports_the_others_lists_those_that_failed_and_exits_with_3(
     assert (folder / "summary.csv").exists()
     fault()
     assert command(*given).status == 0
+
+
+def test_where_every_sample_fails_they_are_listed_all_the_same(
+    command: Callable[..., Output],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("x")
+
+    monkeypatch.setattr(harness.answering, "run_samples", broken)
+    given = [f"model.path={checkpoint}", "benchmark=longbench", f"benchmark.data_dir={data}"]
+    output = command(*given, "benchmark.tasks=[trec]", "method=h2o", f"output_dir={tmp_path / 'out'}")
+    assert output.status == 3
+    assert "error: 3 samples failed; the others are done." in output.err
+    assert output.err.count("KeyError: 'x'") == 3

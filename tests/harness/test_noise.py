@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 import harness.noise as module
+from harness.failures import Failure, SamplesFailed
 from harness.lock import FILE as LOCK
 from harness.lock import only_writer
 from harness.noise import noise, planned
@@ -310,3 +311,21 @@ def test_a_comparison_is_told_of_a_wrong_floor_before_it_runs(
     assert done.status == 2
     assert "was measured with model a, and this run has tiny-random" in done.err
     assert not Path("out/predictions").exists()
+
+
+@pytest.mark.parametrize(
+    ("errors", "given_up"),
+    [
+        (["NotFinite: task trec, sample 'a' (9 prompt tokens): keys are not finite"], True),
+        (["RuntimeError: \"addmm\" not implemented for 'Half'", "NotFinite: of another"], True),
+        (["NotFinite: of one", "KeyError: of another"], False),
+    ],
+)
+def test_a_variant_is_given_up_only_where_all_its_samples_failed_by_the_device(
+    tmp_path: Path, errors: list[str], given_up: bool
+) -> None:
+    failures = [
+        Failure(task="trec", id=str(number), cells=[], error=error, traceback="", time="")
+        for number, error in enumerate(errors)
+    ]
+    assert module._is_not_for_here(SamplesFailed(tmp_path, failures)) is given_up
