@@ -10,7 +10,7 @@ KVPRESS    ?= 0.5.5
 PEER_READY := $(VENV)-peer/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster reproduce report test lint unit regression regression-accept bench bench-gpu docs lock clean
+.PHONY: help setup cluster reproduce report test lint unit regression regression-accept bench bench-gpu calibrate-speed docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ $(PEER_READY):
 
 bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
 	GOMP_SPINCOUNT=10000 $(BIN)/python -m scripts.bench gpu
+
+calibrate-speed: $(READY)  ## measure this machine with a model, about a minute, for dry_run=true: [ARGS="model=..."]
+	GOMP_SPINCOUNT=10000 $(BIN)/python -m scripts.calibrate_speed $(ARGS)
 
 $(VENV)/.docs: $(READY) requirements-docs.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-docs.lock

@@ -48,9 +48,7 @@ class BatchSize:
         most = min(self.most, len(entries))
         if not self.auto:
             return most
-        free = _SHARE * free_bytes(self._device)
-        fitting = (n for n in range(most, 1, -1) if sum(entries[:n]) * self._entry <= free)
-        return next(fitting, 1)
+        return samples_that_fit(entries[:most], self._entry, free_bytes(self._device))
 
     def shrink(self, used: int) -> None:
         """Lower the size after a batch of `used` samples ran out of memory, and say so.
@@ -73,6 +71,18 @@ class BatchSize:
 def most_samples(wanted: int | str, rows: int) -> int:
     """Return how many samples of so many rows each may run together, whatever memory allows."""
     return max(1, _MOST_ROWS // rows) if wanted == "auto" else int(wanted)
+
+
+def samples_that_fit(entries: Sequence[int], entry: int, free: float) -> int:
+    """Return how many of some samples `auto` runs together, at least one.
+
+    Args:
+        entries: entries that each sample's rows may hold in the end, per KV head and layer.
+        entry: bytes of one, over all layers and KV heads.
+        free: bytes of memory that are free.
+    """
+    fitting = (n for n in range(len(entries), 1, -1) if sum(entries[:n]) * entry <= _SHARE * free)
+    return next(fitting, 1)
 
 
 def entry_bytes(model: PreTrainedModel) -> int:

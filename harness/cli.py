@@ -29,7 +29,7 @@ from harness.noise import noise
 from harness.observation import Observed
 from harness.observing import observe_all
 from harness.overrides import MULTIRUN, read_overrides, told
-from harness.plan import print_plan
+from harness.plan.show import print_plan
 from harness.provenance import changed_beside
 from harness.report.gates import log_gate
 from harness.report.run import load_run

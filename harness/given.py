@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from harness.plan.cards import CARDS
 from harness.variants import UNPACKED
-from kvmerge.errors import unknown
+from kvmerge.errors import UserError, unknown
 from kvmerge.kernels.forced import KERNELS
 from kvmerge.models.spec import DTYPES
 from kvmerge.observations import Measures
@@ -55,12 +57,35 @@ class Given:
     output_dir: str | None
     stale: Literal["refuse", "rerun"]
     dry_run: bool
+    plan: Mapping[str, Any]
+    """Of `PlanOptions`."""
     selfcheck: Mapping[str, Any] | None
     """Of `SelfcheckOptions`, for `kind=selfcheck`."""
     observe: Mapping[str, Any] | None
     """Of `Observe`, for `kind=observations`."""
     vary: Mapping[str, Any] | None
     """Of `Vary`, for `kind=noise`."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is made for.
+
+    Raises `UserError` for a card whose figures are not known, and a price that is none.
+    """
+
+    device: str | None
+    """Of `harness.plan.cards.CARDS`; None: this machine."""
+    price: float | None
+    """Of a worker's hour, in any currency; None: cost is not told."""
+
+    def __post_init__(self) -> None:
+        if self.device is not None and self.device not in CARDS:
+            raise unknown("plan.device", self.device, CARDS)
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise UserError(
+                f"plan.price={self.price:g} must be a number of 0 or more: what a worker costs an hour."
+            )
 
 
 @dataclass(frozen=True)

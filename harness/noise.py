@@ -19,7 +19,7 @@ from rich.console import Console
 from harness.executors.executor import Loaded
 from harness.failures import SamplesFailed
 from harness.lock import check_writer, only_writer
-from harness.plan import print_plan, told_of_downloads
+from harness.plan.show import print_plan, told_of_downloads
 from harness.results import Results
 from harness.runner import left, run
 from harness.settings import Settings

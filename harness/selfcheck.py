@@ -36,7 +36,7 @@ from harness.checks import (
     unproven,
 )
 from harness.lock import only_writer
-from harness.plan import print_plan
+from harness.plan.show import print_plan
 from harness.report.export.markdown import markdown_table
 from harness.report.gates import sampled_gates
 from harness.report.published import load_references

@@ -16,7 +16,15 @@ from benchmarks.metrics import check_found
 from benchmarks.task import Benchmark, PromptFormat, Sample, Task
 from harness.described import described
 from harness.folders import cells_folder, named_folder
-from harness.given import JUDGED, OF_CELLS, Given, Observe, SelfcheckOptions, Vary
+from harness.given import (
+    JUDGED,
+    OF_CELLS,
+    Given,
+    Observe,
+    PlanOptions,
+    SelfcheckOptions,
+    Vary,
+)
 from harness.judgement import Judgement, judgement_from
 from harness.overrides import GROUPS, read_overrides, told
 from harness.sources import register
@@ -141,6 +149,8 @@ class Settings:
     stale: str
     """`rerun` answers cells anew whose lines another version of their method made."""
     dry_run: bool
+    plan: PlanOptions
+    """What `dry_run` is asked for."""
     selfcheck: SelfcheckOptions | None
     """Where `kind` is `selfcheck`."""
     observe: Observe | None
@@ -232,6 +242,7 @@ def settings_from(config: DictConfig, choices: Choices) -> Settings:
         judgement=judgement_from(resolved),
         stale=given.stale,
         dry_run=given.dry_run,
+        plan=_plan(given, choices),
         selfcheck=_uncompared(given, choices, "selfcheck", "selfcheck", SelfcheckOptions),
         observe=observe,
         vary=_uncompared(given, choices, "noise", "vary", Vary),
@@ -279,6 +290,14 @@ def _uncompared(
             "Leave it out, or give it to the run that comes after."
         )
     return found
+
+
+def _plan(given: Given, choices: Choices) -> PlanOptions:
+    options = construct(PlanOptions, given.plan, "plan")
+    idle = _given_of(("plan",), choices)
+    if idle and not given.dry_run:
+        raise UserError(f"{' and '.join(idle)} belongs to a plan. Give dry_run=true as well.")
+    return options
 
 
 def _observe(given: Given, choices: Choices) -> Observe | None:

@@ -42,7 +42,7 @@ from kvmerge.session import (
 )
 from kvmerge.softmax import Softmax
 
-_REPLAY_TOKENS = 512
+REPLAY_TOKENS = 512
 """Tokens fed at once when a text is replayed, over all rows: bounds the logits that are alive."""
 
 
@@ -168,7 +168,7 @@ class Comparison:
         decoder = Decoder([self])
         begin = -self.question.shape[1]
         fed = torch.tensor([[*self.question[0].tolist(), *text[:-1]]], device=self.model.device)
-        for piece in fed.split(_REPLAY_TOKENS, dim=1):
+        for piece in fed.split(REPLAY_TOKENS, dim=1):
             yield decoder.feed(piece, begin)[0].cpu()
             begin += piece.shape[1]
 
@@ -198,7 +198,7 @@ class Comparison:
         self.question = question
         decoder = Decoder([self])
         begin = -question.shape[1]
-        for piece in question.split(max(1, _REPLAY_TOKENS // len(self.rows)), dim=1):
+        for piece in question.split(max(1, REPLAY_TOKENS // len(self.rows)), dim=1):
             logits = decoder.feed(piece.expand(len(self.rows), -1), begin, logits_to_keep=1)
             begin += piece.shape[1]
         self.first_logits = logits[:, -1].float()
@@ -299,7 +299,7 @@ class Decoder:
             comparison.session.rewind(comparison.question.shape[1])
         lengths = [len(text) - 1 for text in texts]
         rows = [index for index, each in enumerate(self.comparisons) for _ in each.rows]
-        chunk = max(1, _REPLAY_TOKENS // len(rows))
+        chunk = max(1, REPLAY_TOKENS // len(rows))
         for begin in range(0, max(lengths), chunk):
             width = min(chunk, max(lengths) - begin)
             fed = torch.zeros(len(rows), width, dtype=torch.long)  # what follows a text is not read

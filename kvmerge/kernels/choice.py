@@ -67,16 +67,16 @@ def fastest(run: Callable[[str], None]) -> str:
         if given not in WAYS:
             raise unknown(VARIABLE, given, WAYS)
         return given
-    machine = _machine()
-    if machine not in _taken:
-        _taken[machine] = _kept(machine) or _measured(machine, run)
-    return _taken[machine]
+    here = machine()
+    if here not in _taken:
+        _taken[here] = _kept(here) or _measured(here, run)
+    return _taken[here]
 
 
 def chosen() -> str | None:
     """Return the way that `fastest` gives on this machine, None where it has not been measured yet."""
-    machine = _machine()
-    return _named.get() or os.environ.get(VARIABLE) or _taken.get(machine) or _kept(machine)
+    here = machine()
+    return _named.get() or os.environ.get(VARIABLE) or _taken.get(here) or _kept(here)
 
 
 @functools.cache
@@ -89,7 +89,8 @@ def processor() -> str:
     return platform.processor() or "unknown"
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Return what a measurement holds for: processor, instructions, threads and torch's version."""
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return f"{processor()}, {capability}, {threads} threads, torch {torch.__version__}"
 

@@ -27,6 +27,10 @@ class Shape:
     layers: int
     kv_heads: int
     head_dim: int
+    heads: int | None = None
+    """Query heads; None: as many as KV heads."""
+    vocabulary: int | None = None
+    """Tokens that an answer chooses from; None: not stated."""
 
 
 def attention_sizes(config: PretrainedConfig) -> tuple[int, int, int]:

@@ -103,7 +103,7 @@ def test_a_batch_decodes_each_row_as_alone(kv_heads, rows, policy):
 @COMPARISONS
 def test_replay_gives_the_logits_of_each_row_alone(monkeypatch, rows, policy, chunk):
     """After rows have left and the caches are rewound, in chunks of several tokens."""
-    monkeypatch.setattr(engine, "_REPLAY_TOKENS", chunk * len(rows))
+    monkeypatch.setattr(engine, "REPLAY_TOKENS", chunk * len(rows))
     model, input_ids = shared_model(), prompt(43)
     answer = naive_engine.greedy(model, input_ids, rows[0], 8, "s", policy)
     comparison = Comparison(model, rows, "s", policy=policy)
@@ -245,7 +245,7 @@ def test_logits_of_a_batch_are_those_of_each_sample_alone(monkeypatch):
             replayed(each, text) if len(text) > 1 else None
             for each, text in zip(comparisons(), texts, strict=True)
         ]
-        monkeypatch.setattr(engine, "_REPLAY_TOKENS", 5 * sum(len(rows) for _, rows, _ in BATCH))
+        monkeypatch.setattr(engine, "REPLAY_TOKENS", 5 * sum(len(rows) for _, rows, _ in BATCH))
         parts = list(Decoder(comparisons()).replay(texts))
     for index, logits in enumerate(wanted):
         found = torch.cat([part[index] for part in parts], dim=1)
@@ -280,7 +280,7 @@ def test_only_samples_with_a_reference_are_compared():
 @COMPARISONS
 @pytest.mark.parametrize("reference", [None, 0])
 def test_a_continuation_is_weighed_by_each_row_alone(monkeypatch, rows, policy, reference):
-    monkeypatch.setattr(engine, "_REPLAY_TOKENS", 4 * len(rows))
+    monkeypatch.setattr(engine, "REPLAY_TOKENS", 4 * len(rows))
     model, input_ids, text = shared_model(), prompt(43), prompt(12, seed=5)[0]
     request = Request(input_ids, rows, "s", reference, policy=policy)
     ((results, _),) = score_continuations(model, [request], [text.tolist()])

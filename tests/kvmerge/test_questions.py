@@ -206,7 +206,7 @@ def test_a_given_continuation_is_scored_after_the_question():
 
 def test_long_questions_are_fed_in_pieces(monkeypatch):
     wanted = as_one(answers([request(QUESTIONS[0], "h2o")])[0])
-    monkeypatch.setattr(kvmerge.engine, "_REPLAY_TOKENS", 4)  # two tokens of two rows
+    monkeypatch.setattr(kvmerge.engine, "REPLAY_TOKENS", 4)  # two tokens of two rows
     found = as_one(answers([request(QUESTIONS[0], "h2o")])[0])
     assert [each[:2] for each in found] == [each[:2] for each in wanted]
     assert found[1][2].kl == pytest.approx(wanted[1][2].kl, abs=1e-5)

@@ -102,7 +102,7 @@ def test_the_first_of_two_processes_that_measure_at_once_decides_for_both(clock,
 
     def meanwhile(way):
         steady(way)
-        (fresh / choice.FILE).write_text(json.dumps({choice._machine(): "onednn", "other": "torch"}))
+        (fresh / choice.FILE).write_text(json.dumps({choice.machine(): "onednn", "other": "torch"}))
 
     assert choice.fastest(meanwhile) == "onednn"
     assert json.loads((fresh / choice.FILE).read_text())["other"] == "torch"
