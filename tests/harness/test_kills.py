@@ -1,0 +1,89 @@
+"""A run that is killed at any line of the harness, and resumed, leaves what a whole run does.
+
+`KVMERGE_KILLS=30 python -m pytest tests/harness/test_kills.py` tries more points than the suite does.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from harness.runner import run
+from harness.settings import Settings
+from tests.tiny_run import assert_same_lines, read_lines
+
+Tiny = Callable[..., Settings]
+POINTS = int(os.environ.get("KVMERGE_KILLS", "3"))
+SMALL = ("benchmark.tasks=[trec,lcc]", "cells=[full@1,cam@0.5]", "batch_size=2")
+WATCHED = (
+    *("/harness/runner.py", "/harness/results.py", "/harness/records.py", "/harness/ordering.py"),
+    *("/harness/failures.py", "/harness/prompts.py", "/kvmerge/files.py"),
+)
+"""Modules that decide what lies on the disk: between any two of their lines a run may be killed."""
+
+
+def in_child(settings: Settings, last: int | None, counted: Path) -> int:
+    """Run in a process of its own, killed at the line of this number; return how it ended.
+
+    Lines are counted from 0, and their number is written to a file at the end.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    lines = 0
+
+    def on_line(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal lines
+        if event == "line":
+            if lines == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            lines += 1
+        return on_line
+
+    def on_call(frame: FrameType, event: str, _: Any) -> Any:
+        return on_line if frame.f_code.co_filename.endswith(WATCHED) else None
+
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        sys.settrace(on_call)
+        run(settings)
+        sys.settrace(None)
+        counted.write_text(str(lines))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.fixture
+def whole(tiny: Tiny, tmp_path: Path) -> tuple[Path, int]:
+    """A run that nothing befell, and the lines that it passed."""
+    settings = tiny(*SMALL, folder=tmp_path / "whole")
+    assert in_child(settings, None, tmp_path / "lines") == 0
+    return settings.output_dir, int((tmp_path / "lines").read_text())
+
+
+def test_a_run_killed_at_random_lines_and_resumed_leaves_the_files_of_a_whole_one(
+    tiny: Tiny, tmp_path: Path, whole: tuple[Path, int]
+) -> None:
+    folder, lines = whole
+    draw = random.Random(0)
+    for point in (draw.randrange(lines) for _ in range(POINTS)):
+        settings = tiny(*SMALL, folder=tmp_path / f"killed at {point} of {lines}")
+        assert in_child(settings, point, tmp_path / "lines") == -signal.SIGKILL
+        assert in_child(settings, None, tmp_path / "lines") == 0
+        found, wanted = read_lines(settings.output_dir), read_lines(folder)
+        assert_same_lines(found, wanted)
+        assert list(found) == list(wanted), "in the benchmark's order"
+        for path in (folder / "prompts").iterdir():
+            assert (settings.output_dir / "prompts" / path.name).read_bytes() == path.read_bytes()
