@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from baselines.competition import whole, won
 from baselines.snapkv import SnapKV
 from kvmerge.errors import UserError
 from kvmerge.method import Allowance, Entries, PrefillLayer, ragged
@@ -68,15 +69,7 @@ def head_counts(scores: Tensor, mean: int, *, floor: float, exact: bool) -> Tens
     Returns:
         `(batch, kv_heads)` int64, at most `n` each.
     """
-    batch, heads, _ = scores.shape
-    by_rank = scores.sort(dim=-1, descending=True).values.transpose(1, 2).flatten(1)
-    best = by_rank.sort(dim=-1, descending=True, stable=True).indices[:, : heads * mean]
-    won = torch.zeros(batch, heads, device=scores.device)
-    won.scatter_add_(-1, best % heads, torch.ones_like(best, dtype=won.dtype))
+    best = won(scores, mean)
     if not exact:
-        return (won * (1 - floor) + int(mean * floor)).round().long()
-    shares = won.double() * (1 - floor) + mean * floor
-    whole = (shares + 1e-9).floor()
-    missing = heads * mean - whole.sum(dim=-1, keepdim=True)
-    order = (shares - whole).sort(dim=-1, descending=True, stable=True).indices
-    return (whole + (order.argsort(dim=-1) < missing)).long()
+        return (best * (1 - floor) + int(mean * floor)).round().long()
+    return whole(best.double() * (1 - floor) + mean * floor, scores.shape[1] * mean)

@@ -39,6 +39,7 @@ _PRINTED = {
     "lagkv": ("LagKV", ""),
     "chunkkv": ("ChunkKV", ""),
     "expected_attention": ("Expected attention", ""),
+    "replay": ("Replay", "ours"),
     "random": ("Random", ""),
     "random_all": ("Random", "all"),
     "meanpool_sets": ("Mean pooling", "sets"),

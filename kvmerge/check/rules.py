@@ -258,14 +258,14 @@ def _check_counts(
     method: Method, counts: Sequence[Sequence[int]], kv_heads: int, n_keep: int, of_prompt: str
 ) -> None:
     """Hold entries by layer and KV head against the allowance, divided as the method declares."""
-    if method.allocates:
-        alike = all(len(set(of_layer)) == 1 for of_layer in counts)
-        demand(f"as many entries in every KV head of a layer {of_prompt}", alike, _shown(counts))
-        total = sum(of_layer[0] for of_layer in counts)
-        expect(f"entries of all layers {of_prompt}", total, LAYERS * n_keep)
-    elif method.allocates_heads:
-        wanted = [kv_heads * n_keep] * LAYERS
-        expect(f"entries of each layer {of_prompt}", [sum(of_layer) for of_layer in counts], wanted)
+    sums = [sum(of_layer) for of_layer in counts]
+    if method.allocates or method.allocates_heads:
+        if not method.allocates_heads:
+            alike = all(len(set(of_layer)) == 1 for of_layer in counts)
+            demand(f"as many entries in every KV head of a layer {of_prompt}", alike, _shown(counts))
+        if not method.allocates:
+            expect(f"entries of each layer {of_prompt}", sums, [kv_heads * n_keep] * LAYERS)
+        expect(f"entries of all layers {of_prompt}", sum(sums), LAYERS * kv_heads * n_keep)
     else:
         wanted_all = [[n_keep] * kv_heads] * LAYERS
         expect(f"entries by layer and KV head {of_prompt}", [[*each] for each in counts], wanted_all)

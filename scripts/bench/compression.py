@@ -27,6 +27,7 @@ _CELLS = (
     "lagkv@0.35",
     "chunkkv@0.35",
     "expected_attention@0.35",
+    "replay@0.35",
     "look_m@0.35",
     "keepkv@0.35",
     "zsmerge@0.35",
