@@ -10,7 +10,7 @@ KVPRESS    ?= 0.5.5
 PEER_READY := $(VENV)-peer/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster reproduce report test lint unit regression regression-accept bench bench-gpu calibrate-speed docs lock clean
+.PHONY: help setup cluster reproduce findings report test lint unit regression regression-accept bench bench-gpu calibrate-speed docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

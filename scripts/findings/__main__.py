@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from harness.report.joined import join
 from harness.report.run import Run, load_run
 from kvmerge.errors import UserError
 from scripts.findings.effects import Effect, of_folding, of_methods
@@ -92,11 +93,13 @@ def write(runs: Path, out: Path) -> None:
 
 
 def _finished(runs: Path) -> Iterator[tuple[tuple[str, str], Run]]:
-    for experiment in EXPERIMENTS:
+    """Yield the runs that there are: the factorial by itself, the methods and ours as one."""
+    for name, experiments in (("merging", ["merging"]), ("methods", ["field", "ours"])):
         for setting in SETTINGS:
-            folder = runs / experiment / setting.name
-            if (folder / "run.json").is_file():
-                yield (experiment, setting.name), load_run(folder)
+            folders = [runs / experiment / setting.name for experiment in experiments]
+            parts = [load_run(folder) for folder in folders if (folder / "run.json").is_file()]
+            if parts:
+                yield (name, setting.name), join(parts) if len(parts) > 1 else parts[0]
 
 
 if __name__ == "__main__":

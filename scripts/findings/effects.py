@@ -34,6 +34,11 @@ STEPS: Mapping[str, tuple[str, str]] = {
     "mass besides values": ("bias=log_mass,route=cosine", _VALUES),
 }
 """What becomes of tokens that are not kept, and what that is compared with, as options of `fold`."""
+OURS = {"0.35": "replay@0.341", "0.2": "replay@0.195"}
+"""Our own method at budgets where it stores no more bytes than a method without any beside its keys and
+values does at 0.35 and 0.2; how heads of different lengths are told apart counts."""
+INSTEAD_OF_OURS = "instead of replay, which stores no more"
+"""The step from our own method to another."""
 INSTEAD = "instead of h2o"
 """The step from H2O's selection to another, or to another method."""
 OWN_SETS = "merged, of its own sets"
@@ -85,18 +90,16 @@ def of_folding(run: Run, margin: float) -> list[Effect]:
     return found + [_mean(effects) for effects in alike.values()]
 
 
-def of_methods(run: Run, margin: float, yardstick: str = _YARDSTICK) -> list[Effect]:
-    """Return what each method changes that stands in the place of another, H2O, at its budget."""
+def of_methods(run: Run, margin: float) -> list[Effect]:
+    """Return what each method changes that stands in the place of H2O at its budget, or of ours."""
     cells = [cell for cell in map(parse_cell, run.cells) if not cell.is_full]
-    by_budget = {str(cell.budget): cell.name for cell in cells if _variant(cell) == yardstick}
-    pairs = {
-        (cell.name, by_budget[str(cell.budget)]): Place(
-            f"instead of {yardstick}", _variant(cell), str(cell.budget)
-        )
-        for cell in cells
-        if str(cell.budget) in by_budget and _variant(cell) != yardstick
-    }
-    return _effects(run, pairs, margin)
+    places: dict[tuple[str, str], Place] = {}
+    for cell in cells:
+        budget, method = str(cell.budget), _variant(cell)
+        for other, step in ((f"{_YARDSTICK}@{budget}", INSTEAD), (OURS.get(budget), INSTEAD_OF_OURS)):
+            if other in run.cells and other.partition("@")[0] != method:
+                places[cell.name, other] = Place(step, method, budget)
+    return _effects(run, places, margin)
 
 
 def _steps(cells: Sequence[Cell]) -> Iterator[tuple[tuple[str, str], Place]]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from harness.settings import compose
 
-EXPERIMENTS = ("merging", "field")
-_BUDGETS = (0.35, 0.2)
-"""Of all settings but the first, which has every budget of its experiment."""
+EXPERIMENTS = ("merging", "field", "ours")
+_LEFT_OUT = (0.5, 0.1, 0.05)
+"""Budgets that only the first setting has."""
 _ASKING = "benchmark.tasks=[passkey,key_value,passage_retrieval,passage_qa,classification,quotation]"
 """The tasks of mini that say where their context ends."""
 
@@ -39,7 +39,7 @@ class Setting:
         yield from self.options
         if not self.every_budget:
             cells = compose([f"experiment={experiment}"]).cells
-            chosen = [cell.name for cell in cells if cell.is_full or cell.budget.value in _BUDGETS]
+            chosen = [cell.name for cell in cells if cell.budget.value not in _LEFT_OUT]
             yield "cells=[" + ",".join(f"'{name}'" for name in chosen) + "]"
 
 
