@@ -36,11 +36,11 @@ class Replay(Method):
 
     rows: int | None = None
     """Queries that are asked again, spread evenly over the prompt; None: all."""
-    ahead: int = 64
+    ahead: int = 1
     """Positions after the prompt's end to which they are turned."""
-    floor: float = 0.2
+    floor: float = 0.05
     """Part of an equal share that every head of a layer has for certain; 1: all heads keep the same."""
-    layer_floor: float = 0.3
+    layer_floor: float = 0.05
     """The same of every layer."""
     sinks: int = 4
     """First tokens, which stay."""

@@ -113,7 +113,7 @@ def test_cells_of_one_prompt_share_their_marks(monkeypatch: pytest.MonkeyPatch) 
     for n_keep in (5, 9):
         Replay().compress(one, Allowance(n_keep, n_keep / 30))
     assert len(calls) == 1
-    Replay(ahead=1).compress(one, Allowance(5, 0.2))
+    Replay(ahead=9).compress(one, Allowance(5, 0.2))
     assert len(calls) == 2
 
 
