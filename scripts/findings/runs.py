@@ -24,6 +24,8 @@ class Setting:
     """Samples of each task that the committed results have."""
     options: tuple[str, ...] = ()
     every_budget: bool = False
+    factorial: str = "merging_short"
+    """The experiment that stands for `merging` here."""
 
     @property
     def name(self) -> str:
@@ -32,28 +34,29 @@ class Setting:
 
     def words(self, experiment: str) -> Iterator[str]:
         """Yield the words of the command line that runs an experiment here, but for its folder."""
-        yield f"experiment={experiment}"
+        chosen = self.factorial if experiment == "merging" else experiment
+        yield f"experiment={chosen}"
         yield f"benchmark={self.benchmark}"
         yield f"question={self.question}"
         yield "num_seeds=1"
         yield from self.options
         if not self.every_budget:
-            cells = compose([f"experiment={experiment}"]).cells
-            chosen = [cell.name for cell in cells if cell.budget.value not in _LEFT_OUT]
-            yield "cells=[" + ",".join(f"'{name}'" for name in chosen) + "]"
+            cells = compose([f"experiment={chosen}"]).cells
+            names = [f"'{cell.name}'" for cell in cells if cell.budget.value not in _LEFT_OUT]
+            yield f"cells=[{','.join(names)}]"
 
 
 SETTINGS = (
-    Setting("mini", "after", 3, (_ASKING,), every_budget=True),
+    Setting("mini", "after", 3, (_ASKING,), every_budget=True, factorial="merging"),
     # nothing is asked: what follows the prompt is scored
-    Setting("perplexity", "inside", 6, ("benchmark.scored_tokens=128",)),
+    Setting("perplexity", "inside", 6, ("benchmark.scored_tokens=128",), factorial="merging"),
     Setting(
         "needle",
         "after",
         10,
         ("benchmark.lengths=[1024]", "benchmark.depths=[0,25,50,75,100]", "benchmark.repeats=2"),
     ),
-    Setting("mini", "inside", 2),
+    Setting("mini", "inside", 1),
     Setting("mini_long", "after", 1, (_ASKING,)),
     Setting(
         "longbench",
