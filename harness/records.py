@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
@@ -146,13 +146,13 @@ class Record:
         `Misfit`, which names every field whose value is not what its annotation says.
         """
         row = parse_object(line)
-        missing = [name for name in _REQUIRED if name not in row]
+        missing = [name for name in REQUIRED if name not in row]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
         wrong = [
             why
             for name, value in row.items()
-            if not (shape := _SHAPES.get(name, _PART)).fits(value)
+            if not (shape := SHAPES.get(name, PART)).fits(value)
             for why in shape.misfits(name, value)
         ]
         if wrong:
@@ -164,16 +164,16 @@ class Record:
 
 
 _FIELDS = frozenset(f.name for f in fields(Record)) - {"extra"}
-_REQUIRED = tuple(
+REQUIRED = tuple(
     f.name for f in fields(Record) if f.default is MISSING and f.default_factory is MISSING
 )
-_SHAPES = {
+SHAPES = {
     name: shape_of(hint)
     for name, hint in get_type_hints(Record, include_extras=True).items()
     if name != "extra"
 } | {"score": shape_of(float | None), "groups": shape_of(Mapping[str, str | int])}
 """What each key of a line must be; a score that is not a number is written as null."""
-_PART = shape_of(float | None)
+PART = shape_of(float | None)
 """What any other key must be: a part of the metric."""
 
 
@@ -363,9 +363,14 @@ def _outcome(record: Record) -> dict[str, Any]:
     return parse_object(outcome.to_json())  # as JSON, where not a number equals itself
 
 
-def scan_folder(folder: Path) -> list[Scan]:
-    """Look at every prediction file of a results folder."""
-    return [scan(path) for path in sorted(folder.glob("predictions/*/*.jsonl"))]
+def prediction_files(folder: Path) -> list[Path]:
+    """Return every prediction file of a results folder, in order."""
+    return sorted(folder.glob("predictions/*/*.jsonl"))
+
+
+def scan_folder(folder: Path) -> Iterator[Scan]:
+    """Look at every prediction file of a results folder, one at a time."""
+    return map(scan, prediction_files(folder))
 
 
 def read_records(path: Path) -> list[Record]:
@@ -385,20 +390,21 @@ def read_records(path: Path) -> list[Record]:
     if faults:
         folder = path.parents[2]
         others = (other for other in scan_folder(folder) if other.path != path)
-        raise UserError(_refusal(folder, [*faults, *(f for other in others for f in other.faults())]))
+        faults += (fault for other in others for fault in other.faults())
+        mends = (
+            "takes lines like these out and keeps each file as it was beside; their samples run again."
+        )
+        raise UserError(listed(folder, faults, mends))
     return found.counted
 
 
-def _refusal(folder: Path, faults: list[str]) -> str:
-    listed = faults[:_MOST_FAULTS]
+def listed(folder: Path, faults: Sequence[str], mends: str) -> str:
+    """List the first faults of a results folder, and say what the command does that mends them."""
+    shown = list(faults[:_MOST_FAULTS])
     command = f"python -m scripts.records %s {shlex.quote(str(folder))}"
-    if len(faults) > len(listed):
-        listed.append(f"and {len(faults) - len(listed)} more: `{command % 'check'}` lists all")
-    listed.append(
-        f"`{command % 'repair'}` takes lines like these out and keeps each file as it was beside; "
-        "their samples run again."
-    )
-    return "\n".join(listed)
+    if len(faults) > len(shown):
+        shown.append(f"and {len(faults) - len(shown)} more: `{command % 'check'}` lists all")
+    return "\n".join([*shown, f"`{command % 'repair'}` {mends}"])
 
 
 def _sound_end(file: FileIO, kind: type[Line]) -> int:
@@ -452,7 +458,7 @@ def features(output_dir: Path) -> Features:
         )
         types[name] = List(value) if re.match("tuple|list", text) else value
     del types["extra"]
-    for path in sorted(output_dir.glob("predictions/*/*.jsonl")):
+    for path in prediction_files(output_dir):
         for record in read_records(path)[:1]:
             for name, value in record.extra.items():
                 types[name] = typed(value)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
+from harness.columnar import Records, read_columns
 from harness.failures import Failures
 from harness.ordering import put_in_order
 from harness.prompts import Prompt, Prompts, prompt_path, read_prompts
-from harness.records import Record, append_record, prediction_path, read_records
+from harness.records import Record, append_record, prediction_path
 from harness.typed import Count, parse_object, shape_of
 from kvmerge.cells import file_name
 from kvmerge.errors import UserError
@@ -113,7 +114,8 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.failures = Failures(folder)
-        self._records: dict[tuple[str, str], list[Record]] = {}
+        self._records: dict[tuple[str, str], Records] = {}
+        self._alike: dict[str, Records] = {}
         self._left_out: set[str] = set()
         self._prompts: dict[str, Prompts] = {}
 
@@ -150,16 +152,17 @@ class Results:
         write_atomically(self.run_file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         self.info = content
 
-    def records(self, task: str, cell_name: str) -> list[Record]:
-        """Return the records of a task and cell in the order of their file; [] if there is none.
+    def records(self, task: str, cell_name: str) -> Records:
+        """Return the records of a task and cell in the order of their file; none if there is no file.
 
         Raises `UserError` as `read_records` does.
         """
         key = task, cell_name
         if cell_name in self._left_out:
-            return []
+            return Records()
         if key not in self._records:
-            self._records[key] = read_records(self._path(*key))
+            read = read_columns(self._path(*key), self._alike.get(task))
+            self._records[key] = self._alike[task] = read
         return self._records[key]
 
     def add(self, task: str, cell_name: str, record: Record) -> None:
@@ -195,9 +198,15 @@ class Results:
         def place(line: Record | Prompt) -> tuple[int, int]:
             return places.get(line.id, len(places)), getattr(line, "seed", 0)
 
+        def is_astray(cell_name: str) -> bool:
+            columns = map(self.records(task, cell_name).values, ("id", "seed"))
+            return not _is_sorted(
+                (places.get(name, len(places)), seed) for name, seed in zip(*columns, strict=True)
+            )
+
         # prompts first: where a kill comes between, the records say that there is more to do
-        astray = [name for name in cell_names if not _is_sorted(self.records(task, name), place)]
-        if astray or not _is_sorted(self._prompts.get(task, {}).values(), place):
+        astray = list(filter(is_astray, cell_names))
+        if astray or not _is_sorted(map(place, self._prompts.get(task, {}).values())):
             put_in_order(prompt_path(self.folder, task), Prompt, place)
         for name in astray:
             put_in_order(self._path(task, name), Record, place)
@@ -230,7 +239,5 @@ class Results:
         return prediction_path(self.folder, task, cell_name)
 
 
-def _is_sorted(
-    lines: Iterable[Record] | Iterable[Prompt], place: Callable[[Any], tuple[int, int]]
-) -> bool:
-    return all(before <= after for before, after in pairwise(map(place, lines)))
+def _is_sorted(places: Iterable[tuple[int, int]]) -> bool:
+    return all(before <= after for before, after in pairwise(places))

@@ -20,9 +20,9 @@ from harness.report.contrasts import (
     Verdict,
     contrasts,
     contrasts_by_task,
-    exchanges_of,
     without_kl,
 )
+from harness.report.exchanges import exchanges_of
 from harness.report.gates import gates, outside
 from harness.report.memory import beside_notes
 from harness.report.missed import missed_budgets
@@ -303,7 +303,7 @@ def _open(
     if lacking:
         lines.append(Line(Tone.UNKNOWN, f"KL to the full cache is not recorded for {_few(lacking)}."))
     lines += [Line(Tone.UNKNOWN, text) for text in (*gaps(run), *beside_notes(run))]
-    tokens = [r.prompt_tokens for records in run.records.values() for r in records]
+    tokens = run.values("prompt_tokens")
     if tokens:
         lines.append(
             Line(
@@ -364,7 +364,7 @@ def _difference(seen: Seen) -> str:
     digits = 1 if contrast.in_points else 3
     ends = sorted(sign * end for end in contrast.interval)
     interval = "" if isnan(ends[0]) else f" [{_signed(ends[0], digits)}, {_signed(ends[1], digits)}]"
-    return f"{_signed(sign * contrast.scored.value, digits)}{unit}{interval}"
+    return f"{_signed(sign * contrast.value, digits)}{unit}{interval}"
 
 
 def _signed(value: float, digits: int) -> str:

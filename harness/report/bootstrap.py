@@ -12,12 +12,13 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.metric import Array, Metric
+from harness.columnar import Records
 from harness.records import Record
 
 RESAMPLES = 10_000
@@ -47,6 +48,8 @@ class Samples:
     def only(self, ids: Iterable[str]) -> Samples:
         """Keep the samples with these ids."""
         wanted = set(ids)
+        if wanted.issuperset(self.ids):
+            return self
         rows = [row for row, name in enumerate(self.ids) if name in wanted]
         names, contexts = (
             tuple(of[row] for row in rows) if of else () for of in (self.ids, self.contexts)
@@ -67,21 +70,37 @@ def gather(
     Raises `ValueError` naming the sample and key where a part is missing, not a finite number, or
     beyond 0 to 1 where scores are shares.
     """
+    of = Records.of(records)
+    columns = [of.numbers(part) for part in metric.parts]
+    for part, values in zip(metric.parts, columns, strict=True):
+        _check_part(part, values, of, metric)
     by_id: dict[str, list[list[float]]] = defaultdict(list)
-    for record in records:
-        values = []
-        for part in metric.parts:
-            value = record.score if part == "score" else record.extra.get(part)
-            if not isinstance(value, int | float) or not np.isfinite(value):
-                raise ValueError(f"sample {record.id!r} has no finite {part!r}, but {value!r}")
-            if metric.averaged and not -1e-6 <= value <= 1 + 1e-6:
-                raise ValueError(f"sample {record.id!r} has {part!r} = {value}, not 0 to 1")
-            values.append(float(value))
-        by_id[record.id].append(values)
+    marks = np.stack(columns, axis=1) if columns else np.empty((len(of), 0))
+    for sample, values in zip(of.values("id"), marks.tolist(), strict=True):
+        by_id[sample].append(values)
+    return averaged(by_id, contexts)
+
+
+def _check_part(part: str, values: Array, records: Records, metric: Metric) -> None:
+    wrong = ~np.isfinite(values)
+    if metric.averaged:
+        wrong |= ~((values >= -1e-6) & (values <= 1 + 1e-6))
+    if wrong.any():
+        sample, value = (records.values(name)[int(wrong.argmax())] for name in ("id", part))
+        if value is None or not np.isfinite(value):
+            raise ValueError(f"sample {sample!r} has no finite {part!r}, but {value!r}")
+        raise ValueError(f"sample {sample!r} has {part!r} = {value}, not 0 to 1")
+
+
+def averaged(
+    by_id: Mapping[str, Sequence[Sequence[float]]], contexts: Mapping[str, str] | None = None
+) -> Samples:
+    """Return the numbers of each sample, averaged over its seeds: some rows of as many numbers each."""
     ids = tuple(sorted(by_id))
-    parts = np.array([np.mean(by_id[name], axis=0) for name in ids], dtype=np.float64)
+    rows = (by_id[name] for name in ids)
+    parts = [of[0] if len(of) == 1 else np.mean(of, axis=0) for of in rows]
     shared = tuple(contexts[name] for name in ids) if contexts else ()
-    return Samples(ids, parts.reshape(len(ids), len(metric.parts)), shared)
+    return Samples(ids, np.array(parts, dtype=np.float64) if parts else np.empty((0, 0)), shared)
 
 
 def resampled_scores(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Array:
@@ -101,30 +120,35 @@ def resampled_means(task: str, samples: Samples, resamples: int = RESAMPLES) -> 
         samples: of two or more contexts.
         resamples: how many there are.
     """
-    key = "\n".join((task, *samples.ids)).encode()
+    drawn = _drawn(task, samples.ids, samples.contexts, resamples)
+    values = samples.parts
+    if any((rows == len(values)).any() for rows in drawn):
+        values = np.append(values, np.full_like(values[:1], np.nan), axis=0)
+    mean = np.nanmean if np.isnan(values).any() else np.mean
+    return np.concatenate([mean(values[rows], axis=1) for rows in drawn])
+
+
+@lru_cache(maxsize=1)
+def _drawn(
+    task: str, ids: tuple[str, ...], contexts: tuple[str, ...], resamples: int
+) -> list[NDArray[np.unsignedinteger]]:
+    """Return the rows that resamples take, `(up to _CHUNK, samples)` each: the same for all cells.
+
+    The last draw is kept, since the cells of a task follow each other. A context with fewer samples
+    than another is filled up with the row after the last, which is NaN.
+    """
+    clusters = Samples(ids, np.empty(0), contexts).clusters
+    most, fill = max(map(len, clusters)), len(ids)
+    members = np.array([rows + [fill] * (most - len(rows)) for rows in clusters])
+    members = members.astype(np.min_scalar_type(fill))
+    key = "\n".join((task, *ids)).encode()
     digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
     generator = np.random.default_rng([SEED, digest])
-    members, values = _members(samples)
-    mean = np.nanmean if np.isnan(values).any() else np.mean
-    chunks = []
-    for start in range(0, resamples, _CHUNK):
-        count = min(_CHUNK, resamples - start)
-        drawn = generator.integers(0, len(members), size=(count, len(members)))
-        chunks.append(mean(values[members[drawn].reshape(count, -1)], axis=1))
-    return np.concatenate(chunks)
-
-
-def _members(samples: Samples) -> tuple[NDArray[np.intp], Array]:
-    """Return the rows of each context, `(contexts, most samples of one)`, and the values they are of.
-
-    A context with fewer samples than another ends in the row after the last, which is NaN.
-    """
-    most = max(map(len, samples.clusters))
-    fill = len(samples.ids)
-    members = np.array([rows + [fill] * (most - len(rows)) for rows in samples.clusters])
-    if not (members == fill).any():
-        return members, samples.parts
-    return members, np.append(samples.parts, np.full_like(samples.parts[:1], np.nan), axis=0)
+    counts = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
+    return [
+        members[generator.integers(0, len(members), size=(count, len(members)))].reshape(count, -1)
+        for count in counts
+    ]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.columnar import Records
 from harness.records import Record
 
 
@@ -27,23 +28,24 @@ class Reduction:
 
 def _mean(records: Iterable[Record], field: str) -> float:
     """Return the mean over the seeds of each sample, then over the samples."""
+    of = Records.of(records)
     by_id: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        value = getattr(record, field)
-        if value is not None:
-            by_id[record.id].append(value)
-    return float(np.mean([np.mean(values) for values in by_id.values()])) if by_id else np.nan
+    for sample, value in zip(of.values("id"), of.numbers(field).tolist(), strict=True):
+        if value == value:
+            by_id[sample].append(value)
+    means = [values[0] if len(values) == 1 else float(np.mean(values)) for values in by_id.values()]
+    return float(np.mean(means)) if means else np.nan
 
 
 def _values(records: Iterable[Record], field: str) -> list[float]:
-    return [value for record in records if (value := getattr(record, field)) is not None]
+    return [value for value in Records.of(records).values(field) if value is not None]
 
 
 MEAN = Reduction(_mean, lambda values: float(np.mean(values)))
 SMALLEST = Reduction(lambda records, field: min(_values(records, field), default=np.nan), min)
 LARGEST = Reduction(lambda records, field: max(_values(records, field), default=np.nan), max)
 SAMPLES = Reduction(
-    lambda records, field: len({r.id for r in records if getattr(r, field) is not None}), sum
+    lambda records, field: len(set(Records.of(records).having(field).values("id"))), sum
 )
 """How many samples have the field."""
 

@@ -10,36 +10,29 @@ of one context are flipped together.
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import permutation_test
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks.metric import Array, Metric
-from harness.records import Record
-from harness.report.bootstrap import SEED, Samples, Scored, average, gather
+from harness.columnar import Records
+from harness.report.bootstrap import Scored, average, gather
 from harness.report.divergence import KL, divergence
+from harness.report.exchanges import Term, exchanged
 from harness.report.memory import is_unequal, stored
 from harness.report.run import Run
 from kvmerge.cells import parse_name
 
 LEVEL = 0.05
 """Family-wise error rate of the verdicts."""
-EXCHANGES = 9_999
-"""Random exchanges of a family of up to 200 contrasts; all 2^n where those are fewer."""
-MOST_EXCHANGES = 49_999
-"""Beyond `EXCHANGES` a family gets 50 a contrast, as Holm's first step divides by their number."""
 AVERAGE = "average"
 
-_BATCH = 500  # exchanges held at once: bounds memory; the draw does not depend on it
 _DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
 
 
@@ -70,8 +63,8 @@ class Contrast:
     """Samples on which A is better."""
     ties: int
     losses: int
-    scored: Scored
-    """Score of A minus score of B, with its bootstrap replicates."""
+    scores: tuple[tuple[Scored, Scored], ...]
+    """Of A and of B, by task."""
     spreads: tuple[float, float]
     """Standard deviation of A's and B's score over seeds; NaN for a cell with one."""
     higher_is_better: bool
@@ -83,6 +76,19 @@ class Contrast:
     """Two-sided; NaN where a task has fewer than two contexts."""
     p_adjusted: float = math.nan
     """By Holm's method over the contrasts that were compared together."""
+
+    @property
+    def scored(self) -> Scored:
+        """Score of A minus score of B, with its bootstrap replicates.
+
+        Made anew each time: of thousands of contrasts, replicates would be gigabytes.
+        """
+        return average([first.minus(second) for first, second in self.scores])
+
+    @cached_property
+    def value(self) -> float:
+        """The difference of scores alone."""
+        return float(np.mean([first.value - second.value for first, second in self.scores]))
 
     @cached_property
     def interval(self) -> tuple[float, float]:
@@ -108,7 +114,7 @@ class Contrast:
         if math.isnan(self.p_adjusted):
             return None
         if self.p_adjusted < LEVEL:
-            return Verdict.FIRST if (self.scored.value > 0) == self.higher_is_better else Verdict.SECOND
+            return Verdict.FIRST if (self.value > 0) == self.higher_is_better else Verdict.SECOND
         low, high = self.narrow
         within = self.in_points and -margin < low and high < margin
         return Verdict.EQUIVALENT if within else Verdict.UNRESOLVED
@@ -173,26 +179,6 @@ def contrasts_by_task(run: Run) -> list[Contrast]:
 
 
 @dataclass(frozen=True)
-class Term:
-    """Two cells on one task: rows of `first` and `second` are the same samples."""
-
-    task: str
-    metric: Metric
-    first: Samples
-    second: Samples
-    scored: tuple[Scored, Scored]
-    by_seed: tuple[Array, Array] = (np.empty(0), np.empty(0))
-    """Scores of either cell by seed, `(seeds,)`."""
-    stored: tuple[float, float] = (math.nan, math.nan)
-    """Bytes that either cell stores of a sample, the mean."""
-
-    @property
-    def key(self) -> tuple[str, tuple[str, ...]]:
-        """What exchanges depend on."""
-        return self.task, self.first.ids
-
-
-@dataclass(frozen=True)
 class Line:
     """What one contrast is made of: the mean over one or more tasks."""
 
@@ -240,7 +226,9 @@ def _terms(run: Run, tasks: Sequence[str], first: str, second: str) -> tuple[Ter
         metric = run.metrics[task]
         scored = run.score_of(task, first, common), run.score_of(task, second, common)
         seeds = [
-            _by_seed([r for r in run.records[task, cell] if r.id in common], metric)
+            _by_seed(Records.of(run.records[task, cell]).only(common), metric)
+            if len(run.seeds[task, cell]) > 1
+            else np.empty(0)
             for cell in (first, second)
         ]
         both = a.only(common), b.only(common)
@@ -249,14 +237,12 @@ def _terms(run: Run, tasks: Sequence[str], first: str, second: str) -> tuple[Ter
     return tuple(terms)
 
 
-def _by_seed(records: Iterable[Record], metric: Metric) -> Array:
+def _by_seed(records: Records, metric: Metric) -> Array:
     """Return the score of each seed over the samples that all seeds have, `(seeds,)`."""
-    by_seed: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        by_seed[record.seed].append(record)
-    if len(by_seed) < 2:
+    seeds = sorted(set(records.values("seed")))
+    if len(seeds) < 2:
         return np.empty(0)
-    samples = [gather(by_seed[seed], metric) for seed in sorted(by_seed)]
+    samples = [gather(records.where("seed", seed), metric) for seed in seeds]
     shared = set.intersection(*(set(one.ids) for one in samples))
     if not shared:
         return np.empty(0)
@@ -291,7 +277,7 @@ def _contrast(line: Line) -> Contrast:
         wins=sum(int((sign > 0).sum()) for sign in better),
         ties=sum(int((sign == 0).sum()) for sign in better),
         losses=sum(int((sign < 0).sum()) for sign in better),
-        scored=average([term.scored[0].minus(term.scored[1]) for term in line.terms]),
+        scores=tuple(term.scored for term in line.terms),
         spreads=(_spread(line.terms, 0), _spread(line.terms, 1)),
         higher_is_better=metric.higher_is_better,
         in_points=metric.averaged,
@@ -325,86 +311,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         finally:
             gc.unfreeze()
     return [float(value) for value in p]
-
-
-def exchanges_of(contrasts: int) -> int:
-    """Return how many random exchanges a family of contrasts gets."""
-    return min(max(EXCHANGES, 50 * contrasts - 1), MOST_EXCHANGES)
-
-
-def exchanged(lines: Sequence[Sequence[Term]], exchanges: int | None = None) -> list[float]:
-    """Return the two-sided p-value of each contrast; NaN where a task has fewer than two contexts.
-
-    Those over the same samples share their exchanges, so that one draw serves them all.
-    """
-    exchanges = exchanges or exchanges_of(len(lines))
-    together: dict[tuple[tuple[str, tuple[str, ...]], ...], list[int]] = defaultdict(list)
-    for place, terms in enumerate(lines):
-        if all(len(term.first.clusters) > 1 for term in terms):
-            together[tuple(term.key for term in terms)].append(place)
-    p_values = [math.nan] * len(lines)
-    for key, places in together.items():
-        found = _exchange_test(key, [lines[place] for place in places], exchanges)
-        for place, p in zip(places, found, strict=True):
-            p_values[place] = float(p)
-    return p_values
-
-
-def _exchange_test(
-    key: Sequence[tuple[str, tuple[str, ...]]], lines: Sequence[Sequence[Term]], exchanges: int
-) -> Array:
-    """Exchange the marks of two cells within contexts, in contrasts that are over the same samples.
-
-    The statistic is the difference of scores itself. With half the sum m and half the difference d of a
-    pair's parts, signs s make it score(mean m + mean s d) - score(mean m - mean s d), for any metric.
-    All pairs of a context have one sign.
-    """
-    blocks = [_blocks([terms[position] for terms in lines]) for position in range(len(key))]
-
-    def statistic(signs: Array, axis: int) -> Array:  # always the last one
-        total = np.zeros((*signs.shape[:-1], len(lines)))
-        start = 0
-        for middle, half, metrics in blocks:
-            contexts, contrasts, parts = half.shape
-            moved = signs[..., start : start + contexts] @ half.reshape(contexts, contrasts * parts)
-            moved = moved.reshape(*signs.shape[:-1], contrasts, parts)
-            start += contexts
-            for metric, chosen in metrics:
-                used = slice(len(metric.parts))
-                mean, shift = middle[chosen][:, used], moved[..., chosen, used]
-                up, down = mean + shift, mean - shift
-                total[..., chosen] += (metric.score(up) - metric.score(down)) / len(blocks)
-        return np.asarray(total.round(_DIGITS), dtype=np.float64)
-
-    names = "\n".join(name for task, ids in key for name in (task, *ids)).encode()
-    digest = int.from_bytes(hashlib.sha256(names).digest()[:8], "big")
-    size = sum(len(half) for _, half, _ in blocks)
-    found = permutation_test(
-        (np.ones(size),),
-        statistic,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=exchanges,
-        batch=_BATCH,
-        axis=-1,
-        rng=np.random.default_rng([SEED, digest]),
-    )
-    return np.asarray(found.pvalue)
-
-
-def _blocks(terms: Sequence[Term]) -> tuple[Array, Array, list[tuple[Metric, list[int]]]]:
-    """Return one task's mean m `(contrasts, parts)`, its sums of d / n over the samples of each context
-    `(contexts, contrasts, parts)`, and metrics.
-
-    A metric with fewer parts than another leaves the last ones 0.
-    """
-    n, width = len(terms[0].first.ids), max(len(term.metric.parts) for term in terms)
-    middle, half = np.zeros((len(terms), width)), np.zeros((n, len(terms), width))
-    by_name: dict[str, tuple[Metric, list[int]]] = {}
-    for place, term in enumerate(terms):
-        parts = len(term.metric.parts)
-        middle[place, :parts] = (term.first.parts + term.second.parts).mean(axis=0) / 2
-        half[:, place, :parts] = (term.first.parts - term.second.parts) / (2 * n)
-        by_name.setdefault(term.metric.name, (term.metric, []))[1].append(place)
-    summed = np.stack([half[rows].sum(axis=0) for rows in terms[0].first.clusters])
-    return middle, summed, list(by_name.values())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import cached_property
 
 from benchmarks.metric import Metric
-from harness.records import Record
+from harness.columnar import Records
 from harness.report.bootstrap import Scored, average
 from harness.report.run import Run
 
@@ -16,7 +14,7 @@ KL = "kl"
 _METRIC = Metric(
     KL,
     lambda prediction, answers, all_classes=None: {},
-    parts=(KL,),
+    parts=("kl_to_full",),
     score=lambda means: means[..., 0],
     higher_is_better=False,
     averaged=False,
@@ -38,20 +36,13 @@ def divergence(run: Run) -> Divergence:
         records = {
             (task, cell): known
             for (task, cell), lines in run.records.items()
-            if cell != run.full_cell and (known := list(_with_kl(lines)))
+            if cell != run.full_cell and (known := Records.of(lines).having("kl_to_full"))
         }
         # A task on which nothing was compared, such as one of a single token, is left out for all.
         tasks = {task: KL for task in run.tasks if any(key[0] == task for key in records)}
         run.memo["divergence"] = Divergence(run.output_dir, run.info, tasks, run.cells, records)
     found: Divergence = run.memo["divergence"]
     return found
-
-
-def _with_kl(records: Iterable[Record]) -> Iterator[Record]:
-    """Put KL where metrics look for their parts; records without it are left out."""
-    for record in records:
-        if record.kl_to_full is not None:
-            yield replace(record, extra={KL: record.kl_to_full})
 
 
 def kl_averages(run: Run) -> dict[str, Scored]:

@@ -119,7 +119,11 @@ def rates(run: Run, rule: FlipRule) -> list[Rate]:
 
 def _of_full(run: Run, task: str) -> Mapping[str, Record]:
     """Return a record of each sample that the full cache answered."""
-    return {record.id: record for record in run.records[task, run.full_cell or ""]}
+    name = f"full cache's records of {task}"
+    if name not in run.memo:
+        run.memo[name] = {record.id: record for record in run.of(task, run.full_cell or "")}
+    found: Mapping[str, Record] = run.memo[name]
+    return found
 
 
 def _numbers(record: Record) -> dict[str, float]:

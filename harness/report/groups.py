@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from harness.columnar import Records
 from harness.records import Record
 from harness.report.bootstrap import Scored
 from harness.report.run import Run
@@ -44,8 +45,8 @@ def group_values(run: Run) -> dict[str, list[Value]]:
     """
     found: dict[str, set[Value]] = defaultdict(set)
     for records in run.records.values():
-        for record in records:
-            for name, value in groups_of(record).items():
+        for groups in Records.of(records).values("groups"):
+            for name, value in (groups or {}).items():
                 found[name].add(value)
     return {name: sorted(values, key=place_of) for name, values in found.items()}
 
@@ -96,10 +97,10 @@ def unsampled_notes(run: Run) -> list[str]:
 def _members(records: Iterable[Record], names: Sequence[str]) -> dict[Group, dict[str, int]]:
     """Return the prompt tokens of each sample by its id, by group."""
     members: dict[Group, dict[str, int]] = defaultdict(dict)
-    for record in records:
-        groups = groups_of(record)
-        if all(name in groups for name in names):
-            members[tuple(groups[name] for name in names)][record.id] = record.prompt_tokens
+    columns = map(Records.of(records).values, ("groups", "id", "prompt_tokens"))
+    for groups, sample, tokens in zip(*columns, strict=True):
+        if groups and all(name in groups for name in names):
+            members[tuple(groups[name] for name in names)][sample] = tokens
     return members
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from harness.columnar import Records
 from harness.records import Record
 from harness.report.run import Run
 from harness.results import changed_prints
@@ -59,7 +60,7 @@ def join(runs: Sequence[Run]) -> Run:
     tasks = {task: metric for run in runs for task, metric in run.tasks.items()}
     cells = tuple(dict.fromkeys(cell for run in runs for cell in run.cells))
     remarks: list[str] = []
-    records: dict[tuple[str, str], list[Record]] = {}
+    records: dict[tuple[str, str], Sequence[Record]] = {}
     for cell in cells:
         records |= _joined_cell(cell, [run for run in runs if cell in run.cells], remarks)
     return replace(
@@ -98,7 +99,11 @@ def _refuse_other_prompts(first: Run, run: Run) -> None:
     """Refuse runs of which a sample was fed as another prompt, as by another tokenizer or template."""
     for task in first.tasks.keys() & run.tasks.keys():
         one, other = (
-            {record.id: record.prompt_hash for cell in each.cells for record in each.of(task, cell)}
+            {
+                key: made_of
+                for cell in each.cells
+                for key, made_of in Records.of(each.of(task, cell)).distinct("id", "prompt_hash")
+            }
             for each in (first, run)
         )
         for name in one.keys() & other.keys():
@@ -117,9 +122,11 @@ def _refusal(first: Run, run: Run, setting: str, here: object, there: object) ->
 
 def _joined_cell(
     cell: str, runs: Sequence[Run], remarks: list[str]
-) -> dict[tuple[str, str], list[Record]]:
+) -> dict[tuple[str, str], Sequence[Record]]:
     """Return a cell's records by task and cell, from all runs that have it; say what differs."""
     first, *others = runs
+    if not others:
+        return {(task, cell): first.of(task, cell) for task in first.tasks if first.of(task, cell)}
     kept = {task: {(r.id, r.seed): r for r in first.of(task, cell)} for task in first.tasks}
     for run in others:
         changed = [
@@ -205,14 +212,14 @@ def on_common_samples(run: Run, cells: Collection[str]) -> Run:
         run: what a folder holds.
         cells: the cells that are to be compared, as those that were just run.
     """
-    held = {key: {record.id for record in records} for key, records in run.records.items()}
+    held = {key: set(Records.of(records).values("id")) for key, records in run.records.items()}
     common = {
         task: wanted
         for task in run.tasks
         if (wanted := set[str].intersection(*(held.get((task, cell), set()) for cell in cells)))
     }
     records = {
-        (task, cell): [record for record in found if record.id in common[task]]
+        (task, cell): Records.of(found).only(common[task])
         for (task, cell), found in run.records.items()
         if common.get(task) and common[task] <= held[task, cell]
     }

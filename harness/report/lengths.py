@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.metric import Metric
-from harness.records import Record
-from harness.report.bootstrap import Samples, Scored, average, score_task
+from harness.columnar import Records
+from harness.report.bootstrap import Samples, Scored, average, averaged, score_task
 from harness.report.contrasts import AVERAGE
 from harness.report.run import Run
 
@@ -95,24 +95,25 @@ def _answers(run: Run, task: str, cell: str) -> Samples:
     """Collect length, least and most that was cut off, and emptiness, averaged over seeds."""
     limit = run.recorded("tasks", task, _LIMIT)
     by_id: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    for record in run.records[task, cell]:
-        low, high = _cut_off(record, limit)
-        by_id[record.id].append((record.generated_tokens, low, high, not record.prediction.strip()))
-    ids = tuple(sorted(by_id))
-    parts = np.array([np.mean(by_id[name], axis=0) for name in ids])
-    return Samples(ids, parts, tuple(run.contexts[task][name] for name in ids))
+    columns = map(
+        Records.of(run.records[task, cell]).values,
+        ("id", "generated_tokens", "finish_reason", "prediction"),
+    )
+    for sample, tokens, reason, prediction in zip(*columns, strict=True):
+        by_id[sample].append((tokens, *_cut_off(tokens, reason, limit), not prediction.strip()))
+    return averaged(by_id, run.contexts[task])
 
 
-def _cut_off(record: Record, limit: int | None) -> tuple[bool, bool]:
+def _cut_off(tokens: int, reason: str | None, limit: int | None) -> tuple[bool, bool]:
     """Return whether the limit ended an answer: for certain, and perhaps.
 
     Earlier versions did not record why an answer ended: one below the limit was not cut off, one of
     its length may have been.
     """
-    if record.finish_reason is not None:
-        known = record.finish_reason == "length"
+    if reason is not None:
+        known = reason == "length"
         return known, known
-    return False, limit is None or record.generated_tokens >= limit
+    return False, limit is None or tokens >= limit
 
 
 def _lengths(task: str, cell: str, own: Samples, full: Samples | None) -> Lengths:

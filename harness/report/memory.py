@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from harness.columnar import Records
 from harness.report.run import Run
 
 TOLERANCE = 0.01
@@ -30,9 +31,10 @@ def _by_sample(run: Run, task: str, cell: str) -> Mapping[str, float]:
     name = f"stored {task} {cell}"
     if name not in run.memo:
         found: dict[str, list[float]] = defaultdict(list)
-        for record in run.records[task, cell]:
-            beside = np.nan if record.size_bytes is None else record.size_bytes
-            found[record.id].append(record.kv_bytes + beside)
+        records = Records.of(run.records[task, cell])
+        stored = records.numbers("kv_bytes") + records.numbers("size_bytes")
+        for sample, value in zip(records.values("id"), stored.tolist(), strict=True):
+            found[sample].append(value)
         run.memo[name] = {each: float(np.mean(values)) for each, values in found.items()}
     by_id: Mapping[str, float] = run.memo[name]
     return by_id
@@ -52,9 +54,9 @@ def beside_notes(run: Run) -> list[str]:
     """Name the cells whose sizes and biases are more than `TOLERANCE` of their keys and values."""
     by_share: dict[str, list[str]] = {}
     for cell in run.cells:
-        records = [record for task in run.tasks for record in run.of(task, cell)]
-        beside = sum(record.size_bytes or 0 for record in records)
-        share = beside / max(1, sum(record.kv_bytes for record in records))
+        records = [Records.of(run.of(task, cell)) for task in run.tasks]
+        beside = sum(np.nansum(each.numbers("size_bytes")) for each in records)
+        share = beside / max(1, sum(each.numbers("kv_bytes").sum() for each in records))
         if share > TOLERANCE:
             by_share.setdefault(f"{100 * share:.1f}%", []).append(cell)
     if not by_share:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from harness.columnar import Records
 from harness.report.names import cell_label
 from harness.report.run import Run
 from kvmerge.cells import parse_name
@@ -55,14 +56,19 @@ def missed_notes(missed: Mapping[str, str]) -> list[str]:
 def _kept(run: Run, cell: str) -> str:
     """Return what a cell kept, where that is not what it was asked for; empty where it is."""
     budget = parse_name(cell).budget
-    records = [record for task in run.tasks for record in run.records.get((task, cell), [])]
-    records = [record for record in records if record.compressed_tokens]
-    if not records:
+    columns = [
+        [Records.of(run.of(task, cell)).numbers(field) for task in run.tasks]
+        for field in ("prompt_tokens", "context_tokens", "budget_achieved", "kept_entries")
+    ]
+    prompts, contexts, achieved, entries = map(np.concatenate, columns)
+    lengths = np.where(np.isnan(contexts), prompts, contexts)  # as `Record.compressed_tokens`
+    some = lengths > 0
+    if not some.any():
         return ""
-    asked = np.mean([budget.entries(r.compressed_tokens) / r.compressed_tokens for r in records])
-    kept = float(np.mean([record.budget_achieved for record in records]))
+    asked = np.mean([budget.entries(int(length)) / length for length in lengths[some]])
+    kept = float(np.mean(achieved[some]))
     if abs(kept - asked) <= TOLERANCE * asked:
         return ""
     if isinstance(budget.value, float):
         return f"kept {100 * kept:.3g}%"
-    return f"kept {np.mean([record.kept_entries for record in records]):,.0f} entries"
+    return f"kept {np.mean(entries[some]):,.0f} entries"

@@ -96,7 +96,7 @@ class Floor:
     def covers(self, contrast: Contrast) -> bool:
         """Return whether a contrast is no larger than noise that was measured and is not 0."""
         noise = self.noise(contrast.task)  # NaN compares as false
-        return noise > 0 and abs(round(contrast.scored.value, _DIGITS)) <= noise
+        return noise > 0 and abs(round(contrast.value, _DIGITS)) <= noise
 
     def _of_cell(self, name: str, cell: str) -> Iterator[Change]:
         base, variant = self.base, self.variants[name]
@@ -184,7 +184,7 @@ def load_floor(folder: Path) -> Floor:
 def _read(folder: Path) -> Run:
     """Read a variant. Raises `UserError` also where it was resumed with another number of threads."""
     run = load_run(folder)
-    threads = {record.threads for records in run.records.values() for record in records}
+    threads = run.values("threads")
     if len(threads) > 1:
         raise UserError(
             f"{folder} was run with different threads ({', '.join(sorted(map(str, threads)))}), so it "

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from benchmarks.metric import Metric
 from benchmarks.metrics import find_metric
+from harness.columnar import Records, joined
 from harness.judgement import Judgement, judgement_from
 from harness.prompts import Prompts
 from harness.records import Record, prediction_path
@@ -36,7 +37,7 @@ class Run:
     """Metric by task name, in the run's own order."""
     cells: tuple[str, ...]
     """Cell names (`method@budget`) in display order."""
-    records: Mapping[tuple[str, str], list[Record]]
+    records: Mapping[tuple[str, str], Sequence[Record]]
     """By task and cell; without those that have no record."""
     parts: tuple[Results, ...] = ()
     """The folders that they were read from: one, or a shard each."""
@@ -71,7 +72,7 @@ class Run:
         """The folder, or the folders, that the run was read from."""
         return ", ".join(str(source.output_dir) for source in self.sources)
 
-    def of(self, task: str, cell: str) -> list[Record]:
+    def of(self, task: str, cell: str) -> Sequence[Record]:
         """Return the records of a task and cell; [] where there are none."""
         return self.records.get((task, cell), [])
 
@@ -90,6 +91,11 @@ class Run:
     def asks_after(self) -> bool:
         """Whether the question came after the compression of its context."""
         return self.recorded("question") == "after"
+
+    def values(self, field: str) -> set[Any]:
+        """Return what a field holds in any record of the run."""
+        records = map(Records.of, self.records.values())
+        return {value for each in records for (value,) in each.distinct(field)}
 
     @cached_property
     def judgement(self) -> Judgement:
@@ -119,12 +125,18 @@ class Run:
         """The context of each sample, by task and id: its own, where no cell's record names one."""
         found: dict[str, dict[str, str]] = defaultdict(dict)
         for (task, _), records in self.records.items():
-            for record in records:
-                if record.context_hash is not None:
-                    found[task][record.id] = record.context_hash
+            columns = map(Records.of(records).values, ("id", "context_hash"))
+            for sample, context in zip(*columns, strict=True):
+                if context is not None:
+                    found[task][sample] = context
                 else:
-                    found[task].setdefault(record.id, record.id)
+                    found[task].setdefault(sample, sample)
         return found
+
+    @cached_property
+    def seeds(self) -> dict[tuple[str, str], set[int]]:
+        """The seeds of each task and cell."""
+        return {key: set(Records.of(records).values("seed")) for key, records in self.records.items()}
 
     @cached_property
     def sharing(self) -> dict[str, tuple[int, int]]:
@@ -222,7 +234,7 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
         (task, cell): merged
         for task in tasks
         for cell in cells
-        if (merged := [record for part in parts for record in part.records(task, cell)])
+        if len(merged := joined([part.records(task, cell) for part in parts]))
     }
     _refuse_unknown_tasks(parts, tasks)
     return Run(output_dir, first, tasks, tuple(cells), records, tuple(parts))
@@ -316,12 +328,15 @@ def _refuse_unknown_tasks(parts: Iterable[Results], tasks: Mapping[str, str]) ->
 
 def _refuse_overlaps(parts: Sequence[Results], tasks: Iterable[str], cells: Sequence[str]) -> None:
     """Refuse samples that more than one shard holds, all of them together."""
+    if len(parts) == 1:
+        return
     overlaps = []
     for task, cell in itertools.product(tasks, cells):
         places: dict[tuple[str, int], list[str]] = defaultdict(list)
         for part in parts:
-            for record in part.records(task, cell):
-                places[record.id, record.seed].append(str(prediction_path(part.folder, task, cell)))
+            records = part.records(task, cell)
+            for key in zip(records.values("id"), records.values("seed"), strict=True):
+                places[key].append(str(prediction_path(part.folder, task, cell)))
         overlaps += [
             f"sample {name!r} with seed {seed} is there twice, in {' and '.join(paths)}"
             for (name, seed), paths in places.items()

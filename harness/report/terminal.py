@@ -96,7 +96,7 @@ def _contrast_lines(run: Run, margin: float, floor: Floor | None) -> list[str]:
         verdict = verdict_text(contrast, margin, floor).replace("\n", " ")
         lines.append(
             f"{shown_name(run, contrast.first)} - {shown_name(run, contrast.second)}: "
-            f"{contrast.scored.value:+.2f} [{low:.2f}, {high:.2f}], "
+            f"{contrast.value:+.2f} [{low:.2f}, {high:.2f}], "
             f"adjusted p {contrast.p_adjusted:.3f}: {verdict}"
         )
     if len(between) > _CONTRASTS:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from harness.records import Record
+from harness.columnar import Records
 from harness.report.bootstrap import RESAMPLES
 from harness.report.missed import missed_budgets, missed_notes
 from harness.report.run import Run
@@ -35,7 +35,7 @@ def subject(run: Run) -> str:
 
 def setting(run: Run) -> str:
     """Write one line that says what every number of a run was measured on."""
-    seeds = sorted({record.seed for records in run.records.values() for record in records})
+    seeds = sorted(run.values("seed"))
     parts = [
         subject(run),
         f"n = {sample_counts(run)} samples a task",
@@ -93,7 +93,7 @@ NOT_RECORDED = "not recorded"
 def ran_with(run: Run) -> dict[str, str]:
     """Say in which batches, with how many threads and by which kernels the samples of a run ran."""
     found = {
-        label: {getattr(record, name) for records in run.records.values() for record in records}
+        label: run.values(name)
         for label, name in (
             ("samples a batch", "batch_samples"),
             ("threads", "threads"),
@@ -111,15 +111,20 @@ def ran_otherwise(run: Run) -> list[str]:
     to the method.
     """
     tasks: dict[str, list[str]] = {}
-    for what, of in (
-        ("threads", lambda record: record.threads),
-        ("kernels", lambda record: (record.kernel or NOT_RECORDED).replace("+triton", "")),
-    ):
+    ran = {
+        key: [
+            (threads, (kernel or NOT_RECORDED).replace("+triton", ""))
+            for threads, kernel in Records.of(records).distinct("threads", "kernel")
+            if not (kernel or "").startswith("masked")
+        ]
+        for key, records in run.records.items()
+    }
+    for place, what in enumerate(("threads", "kernels")):
         for task in run.tasks:
             by_cell = {
-                frozenset(of(record) for record in run.records[task, cell] if not _is_masked(record))
+                frozenset(way[place] for way in ran[task, cell])
                 for cell in run.cells
-                if (task, cell) in run.records
+                if (task, cell) in ran
             }
             if len(by_cell - {frozenset()}) > 1:
                 tasks.setdefault(f"{what}: {_listed(set().union(*by_cell))}", []).append(task)
@@ -127,10 +132,6 @@ def ran_otherwise(run: Run) -> list[str]:
         f"The cells of {', '.join(of_tasks)} did not all run with the same {what}."
         for what, of_tasks in tasks.items()
     ]
-
-
-def _is_masked(record: Record) -> bool:
-    return (record.kernel or "").startswith("masked")
 
 
 def _listed(values: Collection[Any]) -> str:

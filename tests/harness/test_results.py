@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from harness import results as module
-from harness.records import Record, prediction_path, read_records
+from harness.columnar import Records, read_columns
+from harness.records import Record, prediction_path
 from harness.results import Results
 from kvmerge.errors import UserError
 from tests.synthetic_run import record
@@ -21,11 +22,11 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How often each prediction file was read."""
     counts: Counter[Path] = Counter()
 
-    def counted(path: Path) -> list[Record]:
+    def counted(path: Path, like: Records | None = None) -> Records:
         counts[path] += 1
-        return read_records(path)
+        return read_columns(path, like)
 
-    monkeypatch.setattr(module, "read_records", counted)
+    monkeypatch.setattr(module, "read_columns", counted)
     return counts
 
 

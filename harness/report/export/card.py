@@ -15,7 +15,8 @@ from typing import Any
 from harness.judgement import Judgement
 from harness.report.bootstrap import RESAMPLES, SEED
 from harness.report.columns import TABLE
-from harness.report.contrasts import LEVEL, contrasts, contrasts_by_task, exchanges_of
+from harness.report.contrasts import LEVEL, contrasts, contrasts_by_task
+from harness.report.exchanges import exchanges_of
 from harness.report.export.markdown import markdown_table
 from harness.report.gates import gates, summary_lines
 from harness.report.missed import missed_budgets
@@ -120,7 +121,7 @@ def _choices(run: Run, judgement: Judgement) -> Iterator[tuple[str, str]]:
     )
     yield "Margin of equivalence", f"{judgement.margin:g} points ({_origin(run, 'margin')})"
     yield "Rule for flips", f"{judgement.flips.sentence.rstrip('.')} ({_origin(run, 'flips')})"
-    seeds = sorted({record.seed for records in run.records.values() for record in records})
+    seeds = sorted(run.values("seed"))
     yield "Seeds", f"{', '.join(map(str, seeds)) or 'none'}; a method that does not draw has the first"
     yield "Samples left out", _limit(run)
 

@@ -17,7 +17,7 @@ from itertools import groupby, repeat
 from harness.report.export.latex_text import breakable, escape, lines, numeric, pieces, width
 from harness.report.names import budget_groups, cell_label, method_label
 from harness.report.ranks import MARKS_NOTE, Mark
-from harness.report.tables.table import Table, is_numeric
+from harness.report.tables.table import Table
 from kvmerge.cells import parse_name
 
 _PORTRAIT = (451.0, 620.0)
@@ -125,7 +125,7 @@ def _columns(table: Table, intervals: bool) -> list[_Column]:
             texts=tuple(text and _cell(table, text) for text in texts)
             if place in table.naming
             else texts,
-            is_numeric=is_numeric(table, place),
+            is_numeric=table.numeric[place],
         )
         for place, texts in enumerate(
             zip(*table.rows, strict=True) if table.rows else repeat((), len(table.header))
@@ -144,7 +144,7 @@ def _columns(table: Table, intervals: bool) -> list[_Column]:
                     texts=tuple(text if intervals else text.split("\n")[0] for text in texts),
                     group="" if name.method == "full" else budget,
                     is_cell=True,
-                    is_numeric=is_numeric(table, place),
+                    is_numeric=table.numeric[place],
                     marks={row: mark for (row, at), mark in table.marks.items() if at == place},
                 )
             )

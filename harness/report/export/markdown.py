@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from harness.report.tables.table import Table, is_numeric
+from harness.report.tables.table import Table
 
 
 def markdown(table: Table) -> str:
     """Render as a pipe table under its title, with caption and notes."""
     table = table.as_read()
-    numeric = [column for column in range(len(table.header)) if is_numeric(table, column)]
+    numeric = [column for column, holds in enumerate(table.numeric) if holds]
     body = markdown_table(table.header, table.rows, numeric)
     notes = "".join(f"- {note}\n" for note in table.notes)
     return f"## {table.title}\n\n{table.caption}\n\n{body}" + (f"\n{notes}" if notes else "")

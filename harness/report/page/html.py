@@ -17,7 +17,7 @@ from harness.report.answers import Answer
 from harness.report.names import budget_groups
 from harness.report.page.samples import TaskSamples, embedded, visible
 from harness.report.plots.style import Plot
-from harness.report.tables.table import Table, is_numeric
+from harness.report.tables.table import Table
 
 _HERE = Path(__file__).parent
 _PRINTED_CELLS = 9
@@ -85,7 +85,6 @@ def render_page(title: str, sections: Sequence[Section], overview: Table | None)
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         blocks=printed_blocks,
-        numeric=is_numeric,
         order=_order,
         base64=lambda data: base64.b64encode(data).decode(),
     )

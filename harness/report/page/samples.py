@@ -96,7 +96,7 @@ def visible(text: str) -> str:
 def _of_task(run: Run, task: str, changed: Mapping[tuple[str, str], Mapping[str, str]]) -> TaskSamples:
     by_sample: dict[str, list[tuple[int, Record]]] = defaultdict(list)
     for place, cell in enumerate(run.cells):
-        for record in run.records.get((task, cell), ()):
+        for record in run.of(task, cell):
             by_sample[record.id].append((place, record))
     samples = [_sample(run, task, sample, outputs, changed) for sample, outputs in by_sample.items()]
     return TaskSamples(task, len(samples), embedded({"samples": samples}))

@@ -187,12 +187,12 @@ def _draw_row(axis: Axes, at: float, contrast: Contrast, margin: float) -> None:
     for (low, high), linewidth in ((contrast.interval, 0.9), (contrast.narrow, 2.4)):
         if not math.isnan(low):
             axis.plot((low, high), (at, at), color=style["color"], linewidth=linewidth)
-    axis.plot(contrast.scored.value, at, linestyle="none", markersize=5, zorder=3, **style)
+    axis.plot(contrast.value, at, linestyle="none", markersize=5, zorder=3, **style)
 
 
 def _reach(shown: Iterable[Contrast], margin: float, on_kl: bool) -> tuple[float, float]:
     """Return what the horizontal axis spans: all intervals, 0, and the margin with room around it."""
-    ends = [end for c in shown for end in (c.scored.value, *c.interval) if not math.isnan(end)]
+    ends = [end for c in shown for end in (c.value, *c.interval) if not math.isnan(end)]
     around = 0.05 if on_kl else 2 * margin
     low, high = min(*ends, -around), max(*ends, around)
     room = 0.04 * (high - low)

@@ -13,10 +13,10 @@ from harness.report.contrasts import (
     Contrast,
     contrasts,
     contrasts_by_task,
-    exchanges_of,
     without_kl,
 )
 from harness.report.divergence import KL
+from harness.report.exchanges import exchanges_of
 from harness.report.memory import TOLERANCE, beside_notes, unequal_text
 from harness.report.noise import Floor, Found
 from harness.report.run import Run
@@ -155,7 +155,7 @@ def _contrast_row(run: Run, contrast: Contrast, margin: float, floor: Floor | No
 
 def _kl_text(contrast: Contrast) -> str:
     low, high = contrast.interval
-    text = f"{contrast.scored.value:+.4f}"
+    text = f"{contrast.value:+.4f}"
     return text if np.isnan(low) else f"{text}\n[{low:.4f}, {high:.4f}]"
 
 
@@ -186,7 +186,7 @@ def _contrast_data(contrast: Contrast, margin: float, floor: Floor | None) -> di
         "b": contrast.second,
         "n": contrast.n,
         "contexts": contrast.contexts,
-        "difference": contrast.scored.value,
+        "difference": contrast.value,
         "ci_low": low,
         "ci_high": high,
         "ci90_low": low_90,

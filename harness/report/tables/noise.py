@@ -136,9 +136,6 @@ def _as_recorded(floor: Floor, name: str) -> Iterator[str]:
         ("threads", "threads"),
         ("kernel", "kernel"),
     ):
-        before, after = (
-            {getattr(record, attribute) for records in run.records.values() for record in records}
-            for run in (floor.base, floor.variants[name])
-        )
+        before, after = (run.values(attribute) for run in (floor.base, floor.variants[name]))
         if before != after:
             yield f"{label} {', '.join(sorted(map(str, after)))}"

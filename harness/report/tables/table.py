@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,12 @@ class Table:
     missed: Mapping[str, str] = field(default_factory=dict)
     """Cells that did not keep what their name says, and what they kept (`harness.report.missed`)."""
 
+    @cached_property
+    def numeric(self) -> tuple[bool, ...]:
+        """Whether each column holds numbers, to be aligned right; blank cells do not count."""
+        filled = ([text for text in column if text] for column in zip(*self.rows, strict=True))
+        return tuple(all(map(_NUMBER.match, column)) for column in filled) or (True,) * len(self.header)
+
     def as_read(self) -> Table:
         """Return the table as it is read on a screen: averages first, and missed budgets told.
 
@@ -79,12 +86,6 @@ class Table:
     def of(self, run: Run) -> Table:
         """Return the table with the run's missed budgets, to stand beside the names of cells."""
         return replace(self, missed=missed_budgets(run))
-
-
-def is_numeric(table: Table, column: int) -> bool:
-    """Return whether a column holds numbers, to be aligned right; blank cells do not count."""
-    filled = [row[column] for row in table.rows if row[column]]
-    return all(_NUMBER.match(text) for text in filled)
 
 
 def score_text(scored: Scored | None, sign: str = "") -> str:

@@ -41,10 +41,10 @@ def test_the_example_of_the_documentation_puts_a_figure_everywhere(
 
 
 def test_no_figure_is_named_outside_columns_and_records() -> None:
-    """The plots, which each draw one, are in a folder of their own."""
+    """The plots, which each draw one, are in a folder of their own; some work a figure out anew."""
     names = {column.field for column in COLUMNS if column.field not in ("prompt_tokens", "kv_bytes")}
     for path in (ROOT / "harness" / "report").glob("*.py"):
-        if path.name not in ("columns.py", "divergence.py"):
+        if path.name not in ("columns.py", "divergence.py", "lengths.py", "memory.py", "missed.py"):
             text = path.read_text(encoding="utf-8")
             assert [name for name in names if f'"{name}"' in text] == [], path
 

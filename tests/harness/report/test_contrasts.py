@@ -21,11 +21,11 @@ from harness.report.contrasts import (
     Verdict,
     contrasts,
     contrasts_by_task,
-    exchanges_of,
     holm,
     pairs,
 )
 from harness.report.divergence import KL
+from harness.report.exchanges import exchanges_of
 from harness.report.page import write_report
 from harness.report.run import Run, load_run
 from harness.report.tables.contrasts import contrast_by_task_table, contrast_table

@@ -1,0 +1,165 @@
+"""Whether chance could part two cells so far: what differences random exchanges of marks make.
+
+A sign-flip permutation test. Contrasts over the same samples share their exchanges, so that one draw
+and one product of matrices serve them all; what an exchange gives is counted as it is made, not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.metric import Array, Metric
+from harness.report.bootstrap import SEED, Samples, Scored
+
+EXCHANGES = 9_999
+"""Random exchanges of a family of up to 200 contrasts; all 2^n where those are fewer."""
+MOST_EXCHANGES = 49_999
+"""Beyond `EXCHANGES` a family gets 50 a contrast, as Holm's first step divides by their number."""
+
+_BATCH = 500  # exchanges held at once: bounds memory; the draw does not depend on it
+_DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
+
+
+@dataclass(frozen=True)
+class Term:
+    """Two cells on one task: rows of `first` and `second` are the same samples."""
+
+    task: str
+    metric: Metric
+    first: Samples
+    second: Samples
+    scored: tuple[Scored, Scored]
+    by_seed: tuple[Array, Array] = (np.empty(0), np.empty(0))
+    """Scores of either cell by seed, `(seeds,)`."""
+    stored: tuple[float, float] = (math.nan, math.nan)
+    """Bytes that either cell stores of a sample, the mean."""
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...]]:
+        """What exchanges depend on."""
+        return self.task, self.first.ids
+
+
+def exchanges_of(contrasts: int) -> int:
+    """Return how many random exchanges a family of contrasts gets."""
+    return min(max(EXCHANGES, 50 * contrasts - 1), MOST_EXCHANGES)
+
+
+def exchanged(lines: Sequence[Sequence[Term]], exchanges: int | None = None) -> list[float]:
+    """Return the two-sided p-value of each contrast; NaN where a task has fewer than two contexts.
+
+    Args:
+        lines: of each contrast, the tasks that it is the mean over.
+        exchanges: random exchanges of each; None: `exchanges_of` the family.
+    """
+    exchanges = exchanges or exchanges_of(len(lines))
+    together: dict[tuple[tuple[str, tuple[str, ...]], ...], list[int]] = defaultdict(list)
+    for place, terms in enumerate(lines):
+        if all(len(term.first.clusters) > 1 for term in terms):
+            together[tuple(term.key for term in terms)].append(place)
+    p_values = [math.nan] * len(lines)
+    for key, places in together.items():
+        found = _exchange_test(key, [lines[place] for place in places], exchanges)
+        for place, p in zip(places, found.tolist(), strict=True):
+            p_values[place] = p
+    return p_values
+
+
+def _exchange_test(
+    key: Sequence[tuple[str, tuple[str, ...]]], lines: Sequence[Sequence[Term]], exchanges: int
+) -> Array:
+    """Exchange the marks of two cells within contexts, in contrasts that are over the same samples.
+
+    A statistic as far out as the observed one, up to rounding, counts, and so does the observed one
+    itself, unless it is among all that there are: as in `scipy.stats.permutation_test`, whose p-values
+    these are. That holds every statistic of every exchange at once, which are gigabytes for many cells.
+    """
+    blocks = [_block([terms[position] for terms in lines]) for position in range(len(key))]
+    names = "\n".join(name for task, ids in key for name in (task, *ids)).encode()
+    digest = int.from_bytes(hashlib.sha256(names).digest()[:8], "big")
+    contexts = sum(len(block.moves) for block in blocks)
+    observed = _statistic(blocks, np.ones((1, contexts)), len(lines))[0]
+    tolerance = np.abs(100 * np.finfo(np.float64).eps * observed)
+    drawn = as_low = as_high = 0 if 2**contexts <= exchanges else 1
+    for signs in _signs(contexts, exchanges, np.random.default_rng([SEED, digest])):
+        found = _statistic(blocks, signs, len(lines))
+        drawn += len(found)
+        as_low = as_low + (found <= observed + tolerance).sum(axis=0)
+        as_high = as_high + (found >= observed - tolerance).sum(axis=0)
+    return np.minimum(2 * np.minimum(as_low / drawn, as_high / drawn), 1.0)
+
+
+def _signs(contexts: int, exchanges: int, generator: np.random.Generator) -> Iterator[Array]:
+    """Yield 1 or -1 for every context, a row an exchange: all that there are, where those are fewer."""
+    if 2**contexts <= exchanges:
+        numbers = np.arange(2**contexts)[:, None] >> np.arange(contexts)
+        yield 1 - 2 * (numbers & 1).astype(np.float64)
+        return
+    count = min(_BATCH, exchanges)
+    for start in range(0, exchanges, count):
+        # The last bit of 32 is what numpy's `permuted` would put a pair in order by.
+        bits = generator.integers(0, 2**32, size=(count, contexts), dtype=np.uint32) & 1
+        yield 2 * bits[: exchanges - start].astype(np.float64) - 1
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some contrasts on one task, by what their cells have there."""
+
+    moves: Array
+    """What the samples of each context add to half a cell's means, `(contexts, cells * parts)`."""
+    cells: int
+    groups: Sequence[tuple[Metric, list[int], list[int], list[int]]]
+    """Contrasts that one metric scores: it, their places, and which cells are their A and B."""
+
+
+def _block(terms: Sequence[Term]) -> _Block:
+    """Return one task's contrasts. A metric with fewer parts than another leaves the last ones 0."""
+    n, width = len(terms[0].first.ids), max(len(term.metric.parts) for term in terms)
+    cells: dict[bytes, int] = {}
+    columns: list[Array] = []
+
+    def cell_of(samples: Samples) -> int:
+        parts = np.pad(samples.parts, ((0, 0), (0, width - samples.parts.shape[1])))
+        place = cells.setdefault(parts.tobytes(), len(columns))
+        if place == len(columns):
+            columns.append(parts / (2 * n))
+        return place
+
+    groups: dict[str, tuple[Metric, list[int], list[int], list[int]]] = {}
+    for place, term in enumerate(terms):
+        _, *lists = groups.setdefault(term.metric.name, (term.metric, [], [], []))
+        for of, value in zip(lists, (place, cell_of(term.first), cell_of(term.second)), strict=True):
+            of.append(value)
+    half = np.concatenate(columns, axis=1)
+    moves = np.stack([half[rows].sum(axis=0) for rows in terms[0].first.clusters])
+    return _Block(moves, len(columns), list(groups.values()))
+
+
+def _statistic(blocks: Sequence[_Block], signs: Array, contrasts: int) -> Array:
+    """Return the difference of scores that every exchange makes of every contrast.
+
+    With half the sum m and half the difference d of a pair's parts, signs s make it
+    score(mean m + mean s d) - score(mean m - mean s d), for any metric. All pairs of a context have one
+    sign.
+    """
+    total = np.zeros((len(signs), contrasts))
+    start = 0
+    for block in blocks:
+        signs_here = signs[:, start : start + len(block.moves)]
+        start += len(block.moves)
+        moved = (signs_here @ block.moves).reshape(len(signs), block.cells, -1)
+        means = block.moves.sum(axis=0).reshape(block.cells, -1)
+        for metric, places, first, second in block.groups:
+            used = slice(len(metric.parts))
+            middle = means[first, used] + means[second, used]
+            shift = moved[:, first, used] - moved[:, second, used]
+            apart = metric.score(middle + shift) - metric.score(middle - shift)
+            total[:, places] += apart / len(blocks)
+    return total.round(_DIGITS)
