@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import repeat
 
 from rich.console import RenderableType
 
@@ -21,6 +22,7 @@ from harness.answering import Job
 from harness.executors.executor import Loaded
 from harness.executors.units import Answered, Outcome, numbered, units
 from harness.failures import Failure
+from harness.foreign import foreign_listed
 from harness.live import LiveScores
 from harness.progress import Progress, Step
 from harness.provenance import run_info
@@ -213,7 +215,7 @@ def pending(settings: Settings, results: Results) -> Pending:
         done: set[tuple[str, int, str]] = set()
         for cell in settings.cells:
             records = results.records(task.name, cell.name)
-            done |= {(cell.name, record.seed, record.id) for record in records}
+            done.update(zip(repeat(cell.name), records.values("seed"), records.values("id")))
         samples = settings.benchmark.samples(task)
         ids[task.name] = [sample.id for sample in samples]
         of_task = [
@@ -263,17 +265,19 @@ def _missing(
 def _recorded_prompts(settings: Settings, results: Results, task: str) -> dict[str, str]:
     """Return the hash of the prompt that each sample's lines were made with.
 
-    Of the cells of earlier runs too: they share their tables with this one's. Raises `UserError` where
-    two lines of a sample differ.
+    Of the cells of earlier runs too: they share their tables with this one's. Raises `UserError` naming
+    files and lines where two lines of a sample differ.
     """
     found: dict[str, str] = {}
     cells = dict.fromkeys([*results.info.get("cells", []), *(cell.name for cell in settings.cells)])
     for cell in cells:
-        for record in results.records(task, cell):
-            if found.setdefault(record.id, record.prompt_hash) != record.prompt_hash:
+        records = results.records(task, cell)
+        for sample, made_of in zip(records.values("id"), records.values("prompt_hash"), strict=True):
+            if found.setdefault(sample, made_of) != made_of:
                 raise UserError(
-                    f"{results.folder} holds lines of task {task}, sample {record.id!r} that were made "
-                    f"with different prompts (one is of {cell}): they cannot be compared. Delete that "
-                    "folder, or choose another output_dir."
+                    f"{results.folder} holds lines of task {task}, sample {sample!r} that were made "
+                    f"with different prompts (one is of {cell}): they cannot be compared.\n"
+                    f"{foreign_listed(results.folder)}\nOr delete that folder, or choose another "
+                    "output_dir."
                 )
     return found

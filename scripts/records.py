@@ -1,7 +1,10 @@
 """Look after the records of a results folder: say what is wrong with them, and take it out.
 
-    python -m scripts.records check DIR     # everything that is wrong; exit status 2 if anything is
+    python -m scripts.records check DIR     # everything that is wrong
     python -m scripts.records repair DIR    # take out lines that cannot count; their samples run again
+
+The exit status is 0 where nothing is wrong, or all was mended; 1 where something is, or could not be; 2
+after a mistake in the command.
 
 Nothing is made up: what remains are lines as the run wrote them. A file that is changed is kept as it
 was beside, as `<name>.jsonl.damaged`. DIR is an output_dir, sharded or not.
@@ -12,12 +15,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from harness.columnar import sound_records
+from harness.foreign import foreign_records
 from harness.lock import only_writer
 from harness.prompts import scan_prompts
-from harness.records import Scan, scan_folder
+from harness.records import Scan, prediction_files, scan
 from harness.report.run import load_run
 from harness.results import Results
 from kvmerge.errors import UserError
@@ -25,10 +31,7 @@ from kvmerge.files import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit status.
-
-    0: sound, or repaired; 2: something is wrong, or a user error, printed as one message.
-    """
+    """Run the command line and return the exit status; a user error prints one message."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.records",
         description=__doc__,
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrong: {problem}", file=sys.stderr)
     if not found:
         print(f"{options.output_dir} is sound.")
-    return 2 if found else 0
+    return 1 if found else 0
 
 
 def check(output_dir: Path) -> Iterator[str]:
@@ -77,9 +80,17 @@ def repair(output_dir: Path) -> Iterator[str]:
     """
     for folder in _folders(output_dir):
         with only_writer(folder):
-            for found in (*scan_folder(folder), *scan_prompts(folder)):
-                if _unfit(found):
-                    yield _take_out(found)
+            foreign: dict[Path, set[int]] = defaultdict(set)
+            for one in foreign_records(folder):
+                if one.own is not None:
+                    foreign[one.path].update(one.numbers)
+            for path in prediction_files(folder):
+                found = None if path not in foreign and sound_records(path) else scan(path)
+                if found and (unfit := _unfit(found) | foreign[path]):
+                    yield _take_out(found, unfit)
+            for found in scan_prompts(folder):
+                if unfit := _unfit(found):
+                    yield _take_out(found, unfit)
 
 
 def _folders(output_dir: Path) -> list[Path]:
@@ -104,8 +115,10 @@ def _problems(folder: Path) -> Iterator[str]:
             yield f"{folder} has no run.json"
     except UserError as error:
         yield str(error)
-    for found in (*scan_folder(folder), *scan_prompts(folder)):
+    odd = (scan(path) for path in prediction_files(folder) if not sound_records(path))
+    for found in (*odd, *scan_prompts(folder)):
         yield from itertools.chain(found.faults(), found.remarks())
+    yield from map(str, foreign_records(folder))
 
 
 def _unfit(found: Scan) -> set[int]:
@@ -114,9 +127,8 @@ def _unfit(found: Scan) -> set[int]:
     return {*found.torn, *found.malformed, *found.repeated, *contradicting}
 
 
-def _take_out(found: Scan) -> str:
+def _take_out(found: Scan, unfit: set[int]) -> str:
     """Write a file without its unfit lines, keep it as it was beside, and say so."""
-    unfit = _unfit(found)
     kept = [line + b"\n" for number, line in found.lines.items() if number not in unfit]
     copy = _free_name(found.path.with_name(f"{found.path.name}.damaged"))
     write_atomically(copy, found.path.read_bytes())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harness.lock import only_writer
-from harness.records import prediction_path, read_records
-from scripts.records import main
+from harness.prompts import Prompt, prompt_path
+from harness.records import append_record, prediction_path, read_records
+from harness.results import Results
+from scripts.records import check, main, repair
 from tests.synthetic_run import record, write_run
 
 
@@ -45,7 +50,7 @@ def test_check_says_all_that_is_wrong_and_changes_nothing(
 ) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
     (folder / "run.json").write_text("[]")
-    assert main(["check", str(folder)]) == 2
+    assert main(["check", str(folder)]) == 1
     printed = capsys.readouterr().err
     for text in (
         "run.json: an object is needed, not list",
@@ -64,7 +69,7 @@ def test_check_says_all_that_is_wrong_and_changes_nothing(
 def test_check_says_what_only_the_whole_shows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(folder, {"trec": "qa_f1"}, {})
     prediction_path(folder, "qa", "full@1").write_text(record("a", 7.0).to_json() + "\n")
-    assert main(["check", str(folder)]) == 2
+    assert main(["check", str(folder)]) == 1
     assert "qa belongs to a task that run.json does not list" in capsys.readouterr().err
 
 
@@ -108,7 +113,7 @@ def test_shards_are_looked_at_each(folder: Path, capsys: pytest.CaptureFixture[s
     shard = folder.parent / "sharded" / "shards" / "0-of-1"
     shard.parent.mkdir(parents=True)
     folder.rename(shard)
-    assert main(["repair", str(shard.parents[1])]) == 2
+    assert main(["repair", str(shard.parents[1])]) == 1
     printed = capsys.readouterr()
     assert f"{shard}/predictions/qa/full@1.jsonl: took out" in printed.out
     assert "says shard None of None" in printed.err, "what a repair cannot mend is still said"
@@ -118,3 +123,71 @@ def test_a_folder_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["repair", str(tmp_path / "nowhere")]) == 2
     assert "is not an output_dir of a run" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_records_of_another_run_are_taken_out_where_the_prompt_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, strange = record("a", 0.5), record("b", 0.5, prompt_hash="beef")
+    write_run(tmp_path, {"qa": "qa_f1"}, {"full@1": {"qa": [own, strange]}})
+    path = prediction_path(tmp_path, "qa", "full@1")
+    prompt = Prompt(id="b", prompt_hash="cafe", prompt_tokens=3, head="x", tail="")
+    append_record(prompt_path(tmp_path, "qa"), prompt)
+    assert main(["check", str(tmp_path)]) == 1
+    assert f"{path}, line 2: sample 'b' was made with the prompt beef" in capsys.readouterr().err
+    assert main(["repair", str(tmp_path)]) == 0
+    assert read_records(path) == [own]
+
+
+def test_records_that_nothing_tells_apart_are_named_and_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {cell: {"qa": [record("a", 0.5, prompt_hash=cell)]} for cell in ("full@1", "h2o@0.5")}
+    write_run(tmp_path, {"qa": "qa_f1"}, both)
+    assert main(["repair", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("nothing tells which is of this run") == 2
+    assert not list(tmp_path.rglob("*.damaged"))
+
+
+WRITTEN = [record(name, 0.5, prediction=f"{name}\n") for name in "abcd"]
+LINES = [one.to_json().encode() + b"\n" for one in WRITTEN]
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> bytes:
+    """A file of `LINES` after what a kill, a disk or a hand may do."""
+    lines = list(LINES)
+    for kind in draw(st.lists(st.sampled_from(["cut", "again", "swap", "garbage"]), max_size=3)):
+        at = draw(st.integers(0, max(0, len(lines) - 1)))
+        if kind == "again" and lines:
+            lines.insert(draw(st.integers(0, len(lines))), lines[at])
+        elif kind == "swap" and lines:
+            lines[0], lines[at] = lines[at], lines[0]
+        elif kind == "garbage":
+            lines.insert(at, draw(st.binary(max_size=6) | st.sampled_from([b"\n", b"{}\n", b'{"id'])))
+        elif kind == "cut":
+            content = b"".join(lines)
+            lines = content[: draw(st.integers(0, len(content)))].splitlines(keepends=True)
+    return b"".join(lines)
+
+
+@given(damaged=damages())
+def test_after_any_damage_a_repaired_run_ends_with_the_same_lines(
+    tmp_path_factory: pytest.TempPathFactory, damaged: bytes
+) -> None:
+    folder = write_run(tmp_path_factory.mktemp("run"), {"qa": "qa_f1"}, {"full@1": {"qa": WRITTEN}})
+    path = prediction_path(folder, "qa", "full@1")
+    path.write_bytes(damaged)
+    whole = [line for line in damaged.split(b"\n") if line + b"\n" in LINES]
+    found = list(check(folder))
+    is_sound = damaged[-1:] in (b"", b"\n") and sorted(set(whole)) == sorted(damaged.split(b"\n")[:-1])
+    assert bool(found) != is_sound
+    list(repair(folder))
+    assert not list(check(folder)), "nothing is left that is wrong"
+    results = Results(folder)
+    kept = [one.id for one in results.records("qa", "full@1")]
+    assert {json.loads(line)["id"] for line in damaged.split(b"\n")[:-1] if line in whole} <= set(kept)
+    for one in WRITTEN:  # as a run answers what has no line
+        if one.id not in kept:
+            results.add("qa", "full@1", one)
+    assert sorted(path.read_bytes().splitlines(keepends=True)) == LINES
