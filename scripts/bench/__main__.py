@@ -35,6 +35,7 @@ from scripts.bench.peer import peer
 from scripts.bench.prefill import prefill
 from scripts.bench.profile import stages
 from scripts.bench.proof import proof
+from scripts.bench.records import records
 from scripts.bench.scaling import by_cells, by_length, picture
 
 QUESTIONS: dict[str, Callable[[Bench], list[Report]]] = {
@@ -50,10 +51,11 @@ QUESTIONS: dict[str, Callable[[Bench], list[Report]]] = {
 }
 """What `python -m scripts.bench` answers; `--peer` adds another."""
 ON_REQUEST: dict[str, Callable[[Bench], list[Report]]] = {
+    "records": lambda bench: [records(bench)],
     "gpu": lambda bench: gpu(ON_A_CARD, bench.repeats),
     "gpu_rehearsal": lambda bench: gpu(REHEARSAL, bench.repeats),
 }
-"""What it answers only where it is asked, since it needs a card or says nothing of this machine."""
+"""What it answers only where it is asked: it needs a card, or says nothing of the model."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
