@@ -193,9 +193,11 @@ def _sound(path: Path) -> pa.Table | None:
         data = path.read_bytes()
     except (OSError, ValueError):
         return None
-    lines = data.count(b"\n")
+    raw = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(raw == ord("\n"))
     # In JSON, a brace can be parted from the next by a line's end alone only between two objects.
-    if not (data.startswith(b"{") and data.endswith(b"}\n") and data.count(b"}\n{") == lines - 1):
+    apart = (raw[ends - 1] == ord("}")).all() and (raw[ends[:-1] + 1] == ord("{")).all()
+    if not (data.startswith(b"{") and data.endswith(b"}\n") and apart):
         return None
     try:
         table = arrow_json.read_json(
@@ -207,8 +209,8 @@ def _sound(path: Path) -> pa.Table | None:
     except (ValueError, pa.ArrowNotImplementedError):  # a name that is no UTF-8 is no ArrowInvalid
         return None
     keys = zip(table["id"].to_pylist(), table["seed"].to_pylist(), strict=True)
-    known = len(table) == lines and all(_fits(name, table[name]) for name in table.column_names)
-    return table if known and len(set(keys)) == lines else None
+    known = len(table) == len(ends) and all(_fits(name, table[name]) for name in table.column_names)
+    return table if known and len(set(keys)) == len(ends) else None
 
 
 def _fits(name: str, column: pa.ChunkedArray) -> bool:

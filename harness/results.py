@@ -9,7 +9,8 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -164,6 +165,14 @@ class Results:
             read = read_columns(self._path(*key), self._alike.get(task))
             self._records[key] = self._alike[task] = read
         return self._records[key]
+
+    def read_ahead(self, task: str, cell_names: Iterable[str]) -> None:
+        """Read the records of some cells at once: parsing leaves the interpreter to other threads.
+
+        Raises `UserError` as `records` does.
+        """
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(partial(self.records, task), cell_names))
 
     def add(self, task: str, cell_name: str, record: Record) -> None:
         """Add a record, on the disk first. Raises `UserError` as `append_record` does."""

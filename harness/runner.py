@@ -270,6 +270,7 @@ def _recorded_prompts(settings: Settings, results: Results, task: str) -> dict[s
     """
     found: dict[str, str] = {}
     cells = dict.fromkeys([*results.info.get("cells", []), *(cell.name for cell in settings.cells)])
+    results.read_ahead(task, cells)
     for cell in cells:
         records = results.records(task, cell)
         for sample, made_of in zip(records.values("id"), records.values("prompt_hash"), strict=True):

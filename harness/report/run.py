@@ -229,6 +229,8 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
     tasks = {task: spec["metric"] for part in parts for task, spec in part.info["tasks"].items()}
     cells = list(dict.fromkeys(cell for part in parts for cell in part.info["cells"]))
     cells += _unlisted_cells(parts, cells)
+    for part, task in itertools.product(parts, tasks):
+        part.read_ahead(task, cells)
     _refuse_overlaps(parts, tasks, cells)
     records = {
         (task, cell): merged
