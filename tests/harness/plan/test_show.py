@@ -225,7 +225,7 @@ def test_workers_share_the_time_and_each_is_paid(tiny: Tiny, calibrated: None) -
     settings = tiny("dry_run=true", "plan.device=l4", "plan.price=1")
     with_workers = replace(settings, resolved=settings.resolved | {"executor": {"workers": 4}})
     assert "on 4 workers" in plan(with_workers)
-    assert "workers" not in plan(settings)
+    assert " workers" not in plan(settings)
 
 
 def test_the_cache_of_every_cell_is_told_by_task(tiny: Tiny) -> None:
