@@ -24,8 +24,8 @@ class Setting:
     """Samples of each task that the committed results have."""
     options: tuple[str, ...] = ()
     every_budget: bool = False
-    factorial: str = "merging_short"
-    """The experiment that stands for `merging` here."""
+    shortened: tuple[str, ...] = ("merging",)
+    """Experiments for which `<name>_short` stands here."""
 
     @property
     def name(self) -> str:
@@ -34,7 +34,7 @@ class Setting:
 
     def words(self, experiment: str) -> Iterator[str]:
         """Yield the words of the command line that runs an experiment here, but for its folder."""
-        chosen = self.factorial if experiment == "merging" else experiment
+        chosen = f"{experiment}_short" if experiment in self.shortened else experiment
         yield f"experiment={chosen}"
         yield f"benchmark={self.benchmark}"
         yield f"question={self.question}"
@@ -47,9 +47,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("mini", "after", 3, (_ASKING,), every_budget=True, factorial="merging"),
+    Setting("mini", "after", 3, (_ASKING,), every_budget=True, shortened=()),
     # nothing is asked: what follows the prompt is scored
-    Setting("perplexity", "inside", 6, ("benchmark.scored_tokens=128",), factorial="merging"),
+    Setting("perplexity", "inside", 6, ("benchmark.scored_tokens=128",), shortened=()),
     Setting(
         "needle",
         "after",
@@ -57,7 +57,12 @@ SETTINGS = (
         ("benchmark.lengths=[1024]", "benchmark.depths=[0,25,50,75,100]", "benchmark.repeats=2"),
     ),
     Setting("mini", "inside", 1),
-    Setting("mini_long", "after", 1, (_ASKING,)),
+    Setting(
+        "mini_long",
+        "after",
+        1,
+        ("benchmark.tasks=[passkey,key_value,passage_qa,quotation]",),
+    ),
     Setting(
         "longbench",
         "after",
@@ -66,5 +71,6 @@ SETTINGS = (
             "benchmark.tasks=[qasper,multifieldqa_en,hotpotqa,2wikimqa,trec,triviaqa,samsum,"
             "passage_retrieval_en]",
         ),
+        shortened=EXPERIMENTS[:2],
     ),
 )
