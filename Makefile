@@ -10,7 +10,7 @@ KVPRESS    ?= 0.5.5
 PEER_READY := $(VENV)-peer/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster reproduce findings report test lint unit regression regression-accept bench bench-gpu calibrate-speed docs lock clean
+.PHONY: help setup cluster reproduce findings report test lint unit test-cluster regression regression-accept bench bench-gpu calibrate-speed docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,8 +58,11 @@ $(VENV)/.triton: $(READY) requirements-kernel.lock
 	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-kernel.lock
 	@touch $@
 
-unit: $(READY) $(VENV)/.triton $(VENV)/.cluster  ## unit, golden and contract tests
+unit: $(READY) $(VENV)/.triton  ## unit, golden and contract tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-cluster: $(VENV)/.cluster  ## tests of what runs on a cluster: Slurm's launcher and Ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/harness/test_launchers.py tests/harness/executors
 
 regression: $(READY)  ## a small subset end to end, compared with the committed records
 	$(BIN)/python -m tests.regression.mini check
