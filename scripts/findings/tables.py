@@ -32,14 +32,17 @@ def write_cells(runs: Mapping[Key, Run], out: Path) -> None:
         scores, kl = averages(run), kl_averages(run)
         for cell in run.cells:
             name, figures = parse_name(cell), run.over_tasks(cell)
+            samples = [run.samples[task, cell] for task in run.tasks if (task, cell) in run.samples]
+            if not samples:  # of a run that is not finished
+                continue
             rows.append(
                 {
                     "experiment": experiment,
                     "setting": setting,
                     "method": name.variant,
                     "budget": str(name.budget),
-                    "n": sum(len(run.samples[task, cell].ids) for task in run.tasks),
-                    "contexts": sum(len(run.samples[task, cell].clusters) for task in run.tasks),
+                    "n": sum(len(of_task.ids) for of_task in samples),
+                    "contexts": sum(len(of_task.clusters) for of_task in samples),
                     **_bounds("score", scores.get(cell)),
                     **_bounds("kl", kl.get(cell)),
                     "kept": figures["budget_achieved_mean"],
