@@ -71,8 +71,11 @@ class Sample:
 
     @property
     def context(self) -> str | None:
-        """The prompt before its question, which samples may share; None where that is not known."""
-        if self.question is None:
+        """The prompt before its question, which samples may share; None where that is not known.
+
+        Nor is it where a prompt is made to a length: its text is filled in with a tokenizer only.
+        """
+        if self.question is None or self.tokens is not None:
             return None
         return self.prompt.rstrip().removesuffix(self.question)
 

@@ -277,8 +277,8 @@ def together(jobs: Sequence[Job]) -> list[Job]:
 
 
 def shared_context(job: Job) -> str:
-    """Return the text that a sample shares with others under `question=after`."""
-    return job.sample.context or job.sample.prompt
+    """Return the text that a sample shares with others under `question=after`; its own id if none."""
+    return job.sample.context or job.sample.id
 
 
 def stop_rule(

@@ -19,7 +19,7 @@ from pathlib import Path
 from harness.report.joined import join
 from harness.report.run import Run, load_run
 from kvmerge.errors import UserError
-from scripts.findings.effects import Effect, of_folding, of_methods
+from scripts.findings.effects import Effect, of_folding, of_methods, pooled
 from scripts.findings.figures import draw
 from scripts.findings.runs import EXPERIMENTS, SETTINGS
 from scripts.findings.tables import write_cells, write_effects
@@ -85,7 +85,7 @@ def write(runs: Path, out: Path) -> None:
     effects: dict[tuple[str, str], list[Effect]] = {}
     for (experiment, name), run in found.items():
         made = of_folding if experiment == "merging" else of_methods
-        effects[experiment, name] = made(run, run.judgement.margin)
+        effects[experiment, name] = made(pooled(run), run.judgement.margin)
     write_cells(found, out)
     write_effects(effects, out)
     draw(effects, out)

@@ -2,18 +2,22 @@
 
 Every cell is compared with one other, chosen before anything was run, so that a family stays small. The
 intervals and p-values are those of the reports (`harness.report.contrasts`): paired, by whole contexts,
-adjusted by Holm's method over the contrasts of one run.
+adjusted by Holm's method over the contrasts of one run. The tasks of a run are pooled, since some have
+one sample: every sample counts alike, and is drawn from all.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.metric import Metric
+from harness.records import Record
 from harness.report.bootstrap import Scored, average
 from harness.report.contrasts import Contrast, planned
 from harness.report.run import Run
@@ -46,6 +50,8 @@ OWN_SETS = "merged, of its own sets"
 ALL = "all"
 """The mean over the selections."""
 _YARDSTICK = "h2o"
+_POOL = "samples"
+_SCORE = Metric("score", lambda prediction, answers, all_classes=None: {}, parts=("score",))
 
 
 class Place(NamedTuple):
@@ -73,6 +79,25 @@ class Effect:
     needed: int | None
     """Samples that would resolve a score to the margin (`Contrast.needed`)."""
     bytes_ratio: float
+
+
+class Pooled(Run):
+    """A run whose tasks are one: samples are what is drawn, as a task may have a single one."""
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """The score of a sample, 0 to 100, whatever its task's metric is."""
+        return dict.fromkeys(self.tasks, _SCORE)
+
+
+def pooled(run: Run) -> Run:
+    """Return a run with all samples in one task; as it is where scores are not of 0 to 100."""
+    if not all(metric.averaged for metric in run.metrics.values()):
+        return run
+    records: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for (task, cell), lines in run.records.items():
+        records[_POOL, cell] += [replace(line, id=f"{task}/{line.id}") for line in lines]
+    return Pooled(run.output_dir, run.info, {_POOL: _SCORE.name}, run.cells, records)
 
 
 def of_folding(run: Run, margin: float) -> list[Effect]:

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 import harness.runner
 import kvmerge.engine
+from benchmarks.needle.benchmark import Needle
 from benchmarks.task import Sample
-from harness.answering import context_hash, prompt_hash
+from harness.answering import Job, context_hash, prompt_hash, shared_context
 from harness.executors.units import Outcome
 from harness.results import Results
 from harness.runner import left, run
@@ -105,6 +106,15 @@ def test_the_question_is_no_part_of_the_digest_and_a_sample_without_one_has_none
         sample("Read: long. When?", "When?")
     )
     assert context_hash(sample("Read: long.", None)) is None
+
+
+def test_needles_share_no_context_before_their_text_is_filled_in() -> None:
+    needles = Needle(tasks=["number"], lengths=[512], depths=[0, 50], repeats=1)
+    (task,) = needles.tasks
+    samples = needles.samples(task)
+    assert [context_hash(each) for each in samples] == [None, None]
+    jobs = [Job(task, each, ()) for each in samples]
+    assert shared_context(jobs[0]) != shared_context(jobs[1])
 
 
 def test_questions_of_one_context_share_a_prefill_of_the_context_alone(

@@ -21,6 +21,7 @@ from scripts.findings.effects import (
     Effect,
     of_folding,
     of_methods,
+    pooled,
 )
 from scripts.findings.runs import EXPERIMENTS, SETTINGS
 from tests.synthetic_run import record, write_run
@@ -124,6 +125,22 @@ def test_a_mean_over_selections_pairs_what_they_share(tmp_path: Path) -> None:
     folder = write_run(tmp_path, {"t": "qa_f1"}, {cell: {"t": found} for cell, found in cells.items()})
     found = {e.place.keep: e for e in of_folding(load_run(folder), 1.0) if e.measure == "kl"}
     assert np.ptp(found["h2o"].scored.interval(95)) > 10 * np.ptp(found[ALL].scored.interval(95))
+
+
+def test_tasks_of_one_sample_are_pooled(tmp_path: Path) -> None:
+    tasks = [f"t{number}" for number in range(6)]
+    cells = {
+        cell: {
+            task: [record("0", 0.5, kl_to_full=kl + 0.01 * place, size_bytes=0)]
+            for place, task in enumerate(tasks)
+        }
+        for cell, kl in KL.items()
+    }
+    run = load_run(write_run(tmp_path, dict.fromkeys(tasks, "qa_f1"), cells))
+    found = of_folding(pooled(run), 1.0)
+    assert by_place(found) == by_place(of_folding(loaded(tmp_path / "one"), 1.0))
+    assert {(effect.n, effect.contexts) for effect in found} == {(6, 6)}
+    assert not np.isnan(found[0].scored.interval(95)).any()
 
 
 def test_a_report_writes_its_tables_and_figure(
