@@ -28,11 +28,6 @@ _STORE = 128 * 2**20
 """Bytes of shared memory of a Ray that is started here: what passes through it is text."""
 _REACH = 10.0
 """Seconds in which a machine must answer; Ray itself would ask for minutes."""
-_DEFAULTS = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # no reports to its makers
-    "RAY_BACKEND_LOG_LEVEL": "error",
-}
-"""What Ray reads from the environment when it is imported; what the user says otherwise stays."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +73,10 @@ class Ray:
 
         Each looks at the model and loads it for itself: what this process holds stays in it.
         """
+        self._check_use(settings)
         ray = import_ray()
         with self._joined(ray):
             share = self.share(_resources(ray))
-            self._check_use(settings, share)
             from harness.executors.pool import Pool  # imports Ray
 
             hired = ray.remote(Actor).options(
@@ -132,11 +127,12 @@ class Ray:
             )
         return share
 
-    def _check_use(self, settings: Settings, share: Share) -> None:
-        if share.gpus > 1 and settings.model.device_map is None:
+    def _check_use(self, settings: Settings) -> None:
+        gpus = self.gpus_per_worker or 0
+        if gpus > 1 and settings.model.device_map is None:
             raise UserError(
-                f"executor.gpus_per_worker={share.gpus:g} gives each worker GPUs of which it would use "
-                "one. Add model.device_map=auto, which divides the model among them, or leave it at 1."
+                f"executor.gpus_per_worker={gpus:g} gives each worker GPUs of which it would use one. "
+                "Add model.device_map=auto, which divides the model among them, or leave it at 1."
             )
 
     @contextlib.contextmanager
@@ -181,8 +177,7 @@ class Ray:
 
 def import_ray() -> Any:
     """Return the package. Raises `UserError` saying how it is installed."""
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
     try:
         import ray
     except ImportError as error:

@@ -82,6 +82,13 @@ def test_what_no_worker_can_be_given_is_refused(word: str, why: str) -> None:
         compose("executor=ray", word)
 
 
+def test_several_gpus_for_a_model_that_uses_one_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(
+        UserError, match=r"gpus_per_worker=2 .* would use one\. Add model\.device_map=auto"
+    ):
+        run(tiny("executor=ray", "executor.gpus_per_worker=2"))
+
+
 def test_without_ray_the_extra_is_named(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"executor=ray needs Ray: pip install 'kvmerge\[cluster\]'"):
