@@ -132,20 +132,26 @@ def test_a_worker_that_hangs_is_replaced(
     assert_same(settings.output_dir, whole)
 
 
-def test_a_node_may_be_removed(
-    tiny: Tiny, faults: Path, whole: Path, cluster: Any, then: Callable[..., None]
+def test_a_node_may_be_removed_and_its_work_is_done_by_the_other(
+    tiny: Tiny,
+    faults: Path,
+    whole: Path,
+    cluster: Any,
+    then: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (faults / "hang").touch()
 
     def remove() -> None:
         gone = (faults / "hangs").read_text().split()[0]
         cluster.remove_node(next(node for node in cluster.worker_nodes if node.node_id == gone))
-        cluster.add_node(num_cpus=1)
 
     then(faults / "hangs", remove)
     settings = tiny(*CELLS, *RAY)
     run(settings)
+    assert "a worker is lost" in caplog.text
     assert_same(settings.output_dir, whole)
+    cluster.add_node(num_cpus=1)  # for those who come next
 
 
 @pytest.mark.usefixtures("cluster")
