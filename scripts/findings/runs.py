@@ -47,7 +47,7 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("mini", "after", 3, (_ASKING,), every_budget=True, shortened=()),
+    Setting("mini", "after", 2, (_ASKING,), every_budget=True, shortened=()),
     # nothing is asked: what follows the prompt is scored
     Setting("perplexity", "inside", 6, ("benchmark.scored_tokens=128",), shortened=()),
     Setting(
