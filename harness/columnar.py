@@ -25,6 +25,8 @@ _OF_SAMPLE = ("id", "prompt_hash", "answers")
 """Fields that all cells of a task have alike, and that take up room."""
 _ROWS = 64
 """Rows that are objects at a time while records are gone through one by one."""
+_BRACKETS = 1_000
+"""Opening brackets of one line, those of its texts among them."""
 _EXACT = 2**53
 """Whole numbers beyond it may not come through a column of floats."""
 
@@ -75,8 +77,10 @@ class Records(Sequence[Record]):
         return found | {tuple(_value(record, name) for name in names) for record in self._added}
 
     def having(self, field: str) -> Records:
-        """Return those that have a field."""
+        """Return those that have a field; these records themselves where that is all."""
         table = self.table
+        if not self._added and (table is None or not table[field].null_count):
+            return self
         added = [record for record in self._added if _value(record, field) is not None]
         return Records(added, None if table is None else table.filter(pc.is_valid(table[field])))
 
@@ -198,6 +202,10 @@ def _sound(path: Path) -> pa.Table | None:
     # In JSON, a brace can be parted from the next by a line's end alone only between two objects.
     apart = (raw[ends - 1] == ord("}")).all() and (raw[ends[:-1] + 1] == ord("{")).all()
     if not (data.startswith(b"{") and data.endswith(b"}\n") and apart):
+        return None
+    # Arrow's parser calls itself for every level, until the stack is full and the process dies.
+    opened = np.add.reduceat((raw == ord("[")) | (raw == ord("{")), [0, *ends[:-1] + 1], dtype=np.intp)
+    if opened.max() > _BRACKETS:
         return None
     try:
         table = _table([_LINES.decode(line.decode()) for line in data.split(b"\n")[:-1]])
