@@ -28,7 +28,7 @@ def test_a_shown_run_composes(command: str) -> None:
 
 
 def test_there_are_such_commands() -> None:
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 7
 
 
 def test_output_dirs_that_are_named_are_those_of_the_runs() -> None:

@@ -237,7 +237,7 @@ FAULTS: list[tuple[Callable[[], Method], str, str]] = [
     (Undrawing, "draws_are_seeded", "other entries with another seed, as it is stochastic"),
     (Changing, "layers_are_left_as_they_were", "values of the layer as they were was expected"),
     (NotANumber, "keeps_its_allowance", "finite values, layer 0 .* NaN or infinity"),
-    (Overflowing, "half_precision_is_finite", "finite keys and values in torch.float16"),
+    (Overflowing, "half_precision_is_finite", "its logits are not finite"),
     (
         Widening,
         "keeps_its_allowance",

@@ -120,7 +120,10 @@ def test_folders_may_be_relative_or_of_the_home_and_stay_what_they_were(
     ("given", "why"),
     [
         ("nowhere", "nowhere, given by --config-dir or KVMERGE_CONFIG_DIR, is not a folder"),
-        ("empty", r"empty, .* holds no choices: .* benchmark/, experiment/, method/, model/ below it"),
+        (
+            "empty",
+            r"empty, .* holds no choices: .* benchmark/, .*experiment/, .*method/, model/ below it",
+        ),
         ("a:b", "--config-dir=a:b holds ':'"),
         ("~no_such_user/x", "--config-dir=~no_such_user/x: "),
     ],
