@@ -158,10 +158,8 @@ def logit_blocks(
     Yields:
         the first row of the block; its logits, as `row_logits` gives them.
     """
-    heads, length = queries.shape[1], queries.shape[2]
-    block = _block_rows(heads, length)
-    for first in range(begin, length, block):
-        yield first, row_logits(queries, keys, first, min(first + block, length), softmax)
+    for first, end in _row_blocks(queries, begin):
+        yield first, row_logits(queries, keys, first, end, softmax)
 
 
 def products(queries: Tensor, keys: Tensor, softmax: Softmax) -> Tensor:
@@ -194,11 +192,8 @@ def attention_blocks(
     Yields:
         the first row of the block; its rows, as `attention_rows` gives them.
     """
-    heads, length = queries.shape[1], queries.shape[2]
-    block = _block_rows(heads, length)
-    for first in range(begin, length, block):
-        last = min(first + block, length)
-        yield first, attention_rows(queries, keys, first, last, softmax=softmax, visible=visible)
+    for first, end in _row_blocks(queries, begin):
+        yield first, attention_rows(queries, keys, first, end, softmax=softmax, visible=visible)
 
 
 def head_column_sums(
@@ -231,6 +226,19 @@ def _block_rows(heads: int, length: int) -> int:
     return max(16, min(256, _BLOCK_ELEMENTS // (heads * max(length, 1))))
 
 
+def _row_blocks(queries: Tensor, begin: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield what rows are worked on at once, from `begin` on: the first, and the one after the last.
+
+    Args:
+        queries: `(..., heads, T, head_dim)`.
+        begin: first row of all.
+    """
+    heads, length = queries.shape[-3:-1]
+    block = _block_rows(heads, length)
+    for first in range(begin, length, block):
+        yield first, min(first + block, length)
+
+
 def _row_column_sums(
     queries: Tensor, keys: Tensor, lse: Tensor | None, causal: bool, softmax: Softmax
 ) -> Tensor:
@@ -244,9 +252,7 @@ def _row_column_sums(
     grouped = queries.to(exact).unflatten(0, (kv_heads, group))
     keys_t = keys.to(exact).transpose(1, 2)  # (kv_heads, D, T)
     sums = torch.zeros(kv_heads, length, dtype=torch.float32, device=queries.device)
-    block = _block_rows(heads, length)
-    for begin in range(0, length, block):
-        end = min(begin + block, length)
+    for begin, end in _row_blocks(queries):
         rows = end - begin
         visible = end if causal else length
         tile = grouped[:, :, begin:end].reshape(kv_heads, group * rows, head_dim)
