@@ -703,9 +703,9 @@ def _tally(samples: Sequence[_Sample], texts: Sequence[Sequence[int]]) -> list[T
 
 def _not_finite(comparison: Comparison, row: int) -> NotFinite:
     return NotFinite(
-        f"{comparison.session.proof.names[row]}: its logits are not finite, so they choose no token; "
+        f"{comparison.session.proof.names[row]}: its logits are not finite, so they choose no token",
         "the model overflows in this dtype, or its weights are damaged. Try model.dtype=float32 or "
-        "bfloat16."
+        "bfloat16.",
     )
 
 

@@ -24,6 +24,11 @@ class Infeasible(UserError):
 class NotFinite(Infeasible):
     """Keys, values, scores or logits of a prompt are not finite: nothing follows from them."""
 
+    def __init__(self, found: str, why: str = "") -> None:
+        """Say what is not finite and where, and why that may be so for a whole model."""
+        super().__init__(f"{found}; {why}" if why else found)
+        self.found = found
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its name where it has none."""

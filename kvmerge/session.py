@@ -600,6 +600,6 @@ def check_finite(layer: PrefillLayer) -> None:
         bad = ~tensor.isfinite().flatten(2).all(dim=-1)[0]
         if bool(bad.any()):
             raise NotFinite(
-                f"{name} of layer {layer.layer_idx}, KV head {int(bad.nonzero()[0])} are not finite; "
-                "the model overflows in this dtype. Try model.dtype=float32 or bfloat16."
+                f"{name} of layer {layer.layer_idx}, KV head {int(bad.nonzero()[0])} are not finite",
+                "the model overflows in this dtype. Try model.dtype=float32 or bfloat16.",
             )

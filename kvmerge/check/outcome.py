@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvmerge.check.rules import RULES, Broken, Rule
-from kvmerge.errors import UserError
+from kvmerge.errors import NotFinite, UserError
 from kvmerge.method import Method
 from kvmerge.proof import UnprovenError
 
@@ -47,6 +47,8 @@ def _fault(error: Exception, method: Method) -> str:
     """Say what went wrong; of an error of the method's own, where."""
     if isinstance(error, Broken | UnprovenError):
         return str(error)
+    if isinstance(error, NotFinite):
+        return f"{error.found}; the model's own numbers are finite, so this comes of the method's."
     if isinstance(error, UserError):
         return f"the method refuses what the rule needs ({error}); try it with other settings."
     frames = traceback.extract_tb(error.__traceback__)

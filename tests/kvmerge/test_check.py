@@ -237,7 +237,12 @@ FAULTS: list[tuple[Callable[[], Method], str, str]] = [
     (Undrawing, "draws_are_seeded", "other entries with another seed, as it is stochastic"),
     (Changing, "layers_are_left_as_they_were", "values of the layer as they were was expected"),
     (NotANumber, "keeps_its_allowance", "finite values, layer 0 .* NaN or infinity"),
-    (Overflowing, "half_precision_is_finite", "its logits are not finite"),
+    (
+        Overflowing,
+        "half_precision_is_finite",
+        "^with 4 KV heads: Overflowing@0.35: its logits are not finite, so they choose no token; the "
+        r"model's own numbers are finite, so this comes of the method's\.$",
+    ),
     (
         Widening,
         "keeps_its_allowance",
