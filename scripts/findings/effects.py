@@ -1,6 +1,8 @@
 """Planned contrasts: what folding adds to a selection, step by step, and what each method adds to H2O.
 
-Every cell is compared with one other, chosen before anything was run, so that a family stays small. The
+A cell is compared with at most two others, so that a family stays small. Which they are follows from
+names alone, not from numbers; but it was not written down before anything was run: a first look at two
+selections preceded it, and the comparison of each method with ours was added when ours was there. The
 intervals and p-values are those of the reports (`harness.report.contrasts`): paired, by whole contexts,
 adjusted by Holm's method over the contrasts of one run. The tasks of a run are pooled, since some have
 one sample: every sample counts alike, and is drawn from all.
