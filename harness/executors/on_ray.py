@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from harness.executors.actor import Actor
 from harness.executors.executor import Loaded
+from harness.executors.time_limit import TimeLimit, Timeout
 from harness.settings import Settings
 from harness.start import usable_processors
 from kvmerge.errors import UserError, first_line, summary
@@ -53,7 +54,7 @@ class Ray:
     gpus_per_worker: float | None = None
     cpus_per_worker: float | None = None
     retries: Annotated[int, Within(0)] = 2
-    timeout: float | None = None
+    timeout: Timeout = "auto"
 
     def __post_init__(self) -> None:
         """Raise `UserError` for shares that Ray cannot give, and for no time at all."""
@@ -62,10 +63,12 @@ class Ray:
             raise UserError(
                 f"executor.gpus_per_worker={gpus:g} must be a fraction of one GPU, or a whole number."
             )
-        for name in ("cpus_per_worker", "timeout"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"executor.{name}={value:g} must be above 0, or null.")
+        if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
+            raise UserError(
+                f"executor.cpus_per_worker={self.cpus_per_worker:g} must be above 0, or null."
+            )
+        if isinstance(self.timeout, float | int) and self.timeout <= 0:
+            raise UserError(f"executor.timeout={self.timeout:g} must be above 0, auto or null.")
 
     @contextlib.contextmanager
     def start(self, settings: Settings, known: Outline | None, loaded: Loaded | None) -> Iterator[Pool]:
@@ -90,7 +93,7 @@ class Ray:
                     settings,
                     share.workers,
                     self.retries,
-                    self.timeout,
+                    TimeLimit(self.timeout),
                     hire=lambda: hired.remote(share.cores),
                     has_room=lambda: _room(_resources(ray), share) > 0,
                 )

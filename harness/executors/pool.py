@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from harness.executors.actor import Loaded, Place, Reply
+from harness.executors.time_limit import TimeLimit
 from harness.executors.units import Outcome, Unit
 from harness.settings import Settings
 from kvmerge.errors import UserError, is_of_storage, summary
@@ -63,10 +64,10 @@ class Member:
             self.begun = time.monotonic()
         self.errands[self.actor.answer.remote(errand.unit).future()] = errand
 
-    def finish(self, reply: Future[Any]) -> None:
-        """Go on with the next errand."""
-        del self.errands[reply]
-        self.begun = time.monotonic()
+    def finish(self, reply: Future[Any]) -> tuple[Errand, float]:
+        """Go on with the next errand; return the one that is done, and the seconds that it took."""
+        begun, self.begun = self.begun, time.monotonic()
+        return self.errands.pop(reply), self.begun - begun
 
     def put_off(self) -> None:
         """Forget the errand that is not begun."""
@@ -81,7 +82,7 @@ class Pool:
         settings: Settings,
         count: int,
         retries: int,
-        timeout: float | None,
+        limit: TimeLimit,
         *,
         hire: Callable[[], Any],
         has_room: Callable[[], bool],
@@ -92,13 +93,13 @@ class Pool:
             settings: the run.
             count: workers.
             retries: how often a unit is tried again.
-            timeout: seconds for a unit.
+            limit: for the time of a unit.
             hire: returns a new `harness.executors.actor.Actor`, which may have to wait for room.
             has_room: returns whether there is room for any worker at all.
         """
         self._settings = ray.put(settings)
         self._hire, self._has_room = hire, has_room
-        self._retries, self._timeout = retries, timeout
+        self._retries, self._limit = retries, limit
         self._lost_loading = 0
         self._told = time.monotonic()
         self.count = count
@@ -133,8 +134,8 @@ class Pool:
             self._hand_out(waiting)
             for reply in self._replies():
                 yield from self._take(reply, waiting)
-            for member in self._hung():
-                self._lose(member, f"no answer within executor.timeout={self._timeout:g} s", waiting)
+            for member, seconds in self._hung():
+                self._lose(member, f"no answer within {seconds:.0f} s, the time limit", waiting)
 
     def close(self) -> None:
         """End all workers, whatever they are at."""
@@ -187,7 +188,8 @@ class Pool:
             return ()
         is_loaded = member.place is not None
         if is_loaded:
-            member.finish(reply)
+            errand, seconds = member.finish(reply)
+            self._limit.learn(errand.unit, seconds)
         else:
             member.place, self.notes = value
             self._lost_loading = 0
@@ -196,11 +198,15 @@ class Pool:
             logger.warning("%s: %s", member.place, warning)
         return value if is_loaded else ()
 
-    def _hung(self) -> list[Member]:
-        if self._timeout is None:
-            return []
-        latest = time.monotonic() - self._timeout
-        return [member for member in self._members if member.errands and member.begun < latest]
+    def _hung(self) -> list[tuple[Member, float]]:
+        """Return the workers that are at a unit for longer than it may take, and how long that is."""
+        limits = [
+            (member, self._limit.of(next(iter(member.errands.values())).unit))
+            for member in self._members
+            if member.errands
+        ]
+        now = time.monotonic()
+        return [(member, most) for member, most in limits if most and now - member.begun > most]
 
     def _lose(self, member: Member, cause: str, waiting: deque[Errand]) -> None:
         """Hire another worker instead of one that is gone or is to go, and queue what it had again.

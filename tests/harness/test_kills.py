@@ -8,58 +8,30 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
 
-from harness.runner import run
 from harness.settings import Settings
+from tests.killing import POINTS, run_until
 from tests.tiny_run import assert_same_lines, read_lines
 
 Tiny = Callable[..., Settings]
-POINTS = int(os.environ.get("KVMERGE_KILLS", "3"))
 SMALL = ("benchmark.tasks=[trec,lcc]", "cells=[full@1,cam@0.5]", "batch_size=2")
-WATCHED = (
-    *("/harness/runner.py", "/harness/results.py", "/harness/records.py", "/harness/ordering.py"),
-    *("/harness/failures.py", "/harness/prompts.py", "/kvmerge/files.py"),
-)
-"""Modules that decide what lies on the disk: between any two of their lines a run may be killed."""
 
 
 def in_child(settings: Settings, last: int | None, counted: Path) -> int:
-    """Run in a process of its own, killed at the line of this number; return how it ended.
-
-    Lines are counted from 0, and their number is written to a file at the end.
-    """
+    """Run in a process of its own, killed at the line of this number; return how it ended."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    lines = 0
-
-    def on_line(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal lines
-        if event == "line":
-            if lines == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            lines += 1
-        return on_line
-
-    def on_call(frame: FrameType, event: str, _: Any) -> Any:
-        return on_line if frame.f_code.co_filename.endswith(WATCHED) else None
-
     status = 1
     try:
         torch.set_num_threads(1)
-        sys.settrace(on_call)
-        run(settings)
-        sys.settrace(None)
-        counted.write_text(str(lines))
+        run_until(settings, last, counted)
         status = 0
     finally:
         os._exit(status)

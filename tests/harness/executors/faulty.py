@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,15 @@ class Faulty(StreamingLLM):
     """StreamingLLM, in a process that may be killed, hang or raise."""
 
     folder: str = ""
-    """Where the faults lie: `kill`, `kill-always`, `hang` and `raise`."""
+    """Where the faults lie: `kill`, `kill-always`, `kill-later` with seconds in it, `hang`, `raise`."""
 
     def compress(self, layer: PrefillLayer, allowance: Allowance) -> Entries:
         if (Path(self.folder) / "kill-always").exists() or self._takes("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
+        later = Path(self.folder) / "kill-later"
+        seconds = later.read_text() if later.exists() else ""
+        if seconds and self._takes("kill-later"):
+            threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
         if self._takes("hang"):
             (Path(self.folder) / "hangs").write_text(_whereabouts())
             time.sleep(600)

@@ -72,6 +72,7 @@ def test_more_workers_than_there_is_room_for_are_refused(
         ("executor.gpus_per_worker=-1", "a fraction of one GPU, or a whole number"),
         ("executor.cpus_per_worker=0", r"executor\.cpus_per_worker=0 must be above 0"),
         ("executor.timeout=0", r"executor\.timeout=0 must be above 0"),
+        ("executor.timeout=nan", r"executor\.timeout=nan must be a number, auto or null"),
         ("executor.retries=-1", r"executor\.retries=-1 must be a whole number of 0 or more"),
         ("executor.workers=0", r"executor\.workers=0 must be a whole number of 1 or more"),
         ("executor.worker=2", r"unknown setting of executor 'worker'.*workers"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from harness.runner import left, run
 from harness.settings import Settings
 from harness.stopping import Stopped
 from kvmerge.errors import UserError
+from tests.killing import POINTS
 from tests.tiny_run import read_lines, row, write_rows
 
 if importlib.util.find_spec("ray") is None:
@@ -128,7 +131,7 @@ def test_a_worker_that_hangs_is_replaced(
     (faults / "hang").touch()
     settings = tiny(*CELLS, *RAY, "executor.timeout=5", PATIENT)
     run(settings)
-    assert "no answer within executor.timeout=5 s" in caplog.text
+    assert "no answer within 5 s, the time limit" in caplog.text
     assert_same(settings.output_dir, whole)
 
 
@@ -202,6 +205,44 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_is_resumed(
     wait_for(lambda: not worker.is_running())
     run(tiny(*CELLS, "batch_size=1"))
     assert_same(settings.output_dir, whole)
+
+
+def test_a_driver_killed_at_random_lines_and_resumed_leaves_the_files_of_a_whole_run(
+    tiny: Tiny, faults: Path, whole: Path, cluster: Any, tmp_path: Path
+) -> None:
+    def in_process(settings: Settings, last: int | None) -> int:
+        given = tmp_path / "settings"
+        given.write_bytes(pickle.dumps(settings))
+        command = [sys.executable, "-m", "tests.killing", given, str(last).lower(), tmp_path / "lines"]
+        return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+    joined = (*CELLS, *RAY, f"executor.address={cluster.address}")
+    assert in_process(tiny(*joined, folder=tmp_path / "unkilled"), None) == 0
+    lines = int((tmp_path / "lines").read_text())
+    draw = random.Random(0)
+    for point in (draw.randrange(lines) for _ in range(POINTS)):
+        settings = tiny(*joined, folder=tmp_path / f"killed at {point} of {lines}")
+        ended = in_process(settings, point)
+        # a run that waits less often has fewer lines
+        assert ended == -signal.SIGKILL or int((tmp_path / "lines").read_text()) <= point
+        assert in_process(settings, None) == 0
+        assert_same(settings.output_dir, whole)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_killed_at_random_moments_leave_the_files_of_a_whole_run(
+    tiny: Tiny, faults: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw, lost = random.Random(0), 0
+    for point in range(POINTS):
+        seconds = draw.uniform(0, 0.5)
+        (faults / "kill-later").write_text(str(seconds))
+        settings = tiny(*CELLS, *RAY, PATIENT, folder=tmp_path / f"{point}, killed after {seconds}")
+        run(settings)
+        assert_same(settings.output_dir, whole)
+        lost += "a worker is lost" in caplog.text
+        caplog.clear()
+    assert lost, "some died before the run's end"
 
 
 def test_the_longest_units_of_a_task_come_first(tiny: Tiny, tmp_path: Path) -> None:
