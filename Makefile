@@ -38,8 +38,8 @@ cluster: $(VENV)/.cluster  ## add what runs on a cluster: Slurm's launcher and R
 reproduce: $(READY)  ## run the whole comparison on the embedded model, and show the table
 	$(BIN)/python run.py experiment=mini
 
-findings: $(READY)  ## the runs of docs/findings.md and its tables, hours: make findings [LONGBENCH=DIR] [LIMIT=N]
-	$(BIN)/python -m scripts.findings run $(if $(LONGBENCH),--longbench $(LONGBENCH)) $(if $(LIMIT),--limit $(LIMIT))
+findings: $(READY)  ## the runs of docs/findings.md and its tables, hours: make findings [LONGBENCH=DIR] [LIMIT=N] [SETTING=mini-after]
+	$(BIN)/python -m scripts.findings run $(if $(LONGBENCH),--longbench $(LONGBENCH)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(SETTING),--setting $(SETTING))
 	$(BIN)/python -m scripts.findings report
 
 report: $(READY)  ## tables and plots of finished runs: make report DIRS="DIR DIR" [OUT=DIR] [SEPARATE=1]

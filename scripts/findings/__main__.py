@@ -2,7 +2,9 @@
 
     python -m scripts.findings run                       # every run, hours; again: what is left
     python -m scripts.findings run --longbench DIR       # LongBench's rows from a folder, not the hub
+    python -m scripts.findings run --setting needle-after  # one setting alone; may be given again
     python -m scripts.findings report                    # results/findings/ from the runs' folders
+    python -m scripts.findings page                      # the tables of docs/findings.md from those
 
 A run's folder is `results/runs/findings/<experiment>/<benchmark>-<question>`. `--limit N` takes N
 samples of each task, whatever the committed results have.
@@ -21,11 +23,13 @@ from harness.report.run import Run, load_run
 from kvmerge.errors import UserError
 from scripts.findings.effects import Effect, of_folding, of_methods, pooled
 from scripts.findings.figures import draw
-from scripts.findings.runs import EXPERIMENTS, SETTINGS
+from scripts.findings.page import write_page
+from scripts.findings.runs import EXPERIMENTS, SETTINGS, Setting
 from scripts.findings.tables import write_cells, write_effects
 
 _RUNS = Path("results/runs/findings")
 _RESULTS = Path("results/findings")
+_PAGE = Path("docs/findings.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,28 +43,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="make every run that is not finished")
     run.add_argument("--longbench", metavar="DIR", help="folder with LongBench's <task>.jsonl")
     run.add_argument("--limit", type=int, help="samples of each task; default: as committed")
+    names = [setting.name for setting in SETTINGS]
+    run.add_argument(
+        "--setting", action="append", choices=names, help="this one alone; may be repeated"
+    )
     report = commands.add_parser("report", help="write tables and figures of the runs")
-    report.add_argument("--out", type=Path, default=_RESULTS)
+    page = commands.add_parser("page", help="write the tables of a page anew")
+    page.add_argument("page", type=Path, nargs="?", default=_PAGE)
+    for command in (report, page):
+        command.add_argument("--results", type=Path, default=_RESULTS, help="folder of the tables")
     for command in (run, report):
         command.add_argument("--runs", type=Path, default=_RUNS, help="folder of the runs")
     options = parser.parse_args(argv)
     try:
         if options.command == "report":
-            write(options.runs, options.out)
+            write(options.runs, options.results)
             return 0
-        return make(options.runs, options.longbench, options.limit)
+        if options.command == "page":
+            write_page(options.results, options.page)
+            return 0
+        chosen = [each for each in SETTINGS if each.name in (options.setting or names)]
+        return make(chosen, options.runs, options.longbench, options.limit)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def make(runs: Path, longbench: str | None, limit: int | None) -> int:
-    """Make every run by the command that a user would give; return the first failure's status."""
-    for setting in SETTINGS:
+def make(settings: Sequence[Setting], runs: Path, longbench: str | None, limit: int | None) -> int:
+    """Make runs by the command that a user would give; return the first failure's status."""
+    for setting in settings:
         for experiment in EXPERIMENTS:
             words = [
                 *setting.words(experiment),
-                f"limit={limit or setting.limit}",
+                f"limit={setting.limit if limit is None else limit}",
                 f"output_dir={runs / experiment / setting.name}",
             ]
             if longbench and setting.benchmark == "longbench":

@@ -14,6 +14,14 @@ _ASKING = "benchmark.tasks=[passkey,key_value,passage_retrieval,passage_qa,class
 """The tasks of mini that say where their context ends."""
 
 
+_NEEDLES = "benchmark.lengths=[1024]", "benchmark.depths=[0,25,50,75,100]", "benchmark.repeats=8"
+_LONG = ("benchmark.tasks=[passkey,key_value,passage_qa,quotation]",)
+_ENGLISH = (
+    "benchmark.tasks=[qasper,multifieldqa_en,hotpotqa,2wikimqa,trec,triviaqa,samsum,"
+    "passage_retrieval_en]",
+)
+
+
 @dataclass(frozen=True)
 class Setting:
     """One benchmark in one mode."""
@@ -26,6 +34,8 @@ class Setting:
     every_budget: bool = False
     shortened: tuple[str, ...] = ("merging",)
     """Experiments for which `<name>_short` stands here."""
+    asks: bool = True
+    """False where nothing is asked: what follows the prompt is scored."""
 
     @property
     def name(self) -> str:
@@ -47,30 +57,13 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("mini", "after", 2, (_ASKING,), every_budget=True, shortened=()),
-    # nothing is asked: what follows the prompt is scored
-    Setting("perplexity", "inside", 6, ("benchmark.scored_tokens=128",), shortened=()),
-    Setting(
-        "needle",
-        "after",
-        10,
-        ("benchmark.lengths=[1024]", "benchmark.depths=[0,25,50,75,100]", "benchmark.repeats=2"),
-    ),
-    Setting("mini", "inside", 1),
-    Setting(
-        "mini_long",
-        "after",
-        1,
-        ("benchmark.tasks=[passkey,key_value,passage_qa,quotation]",),
-    ),
-    Setting(
-        "longbench",
-        "after",
-        1,
-        (
-            "benchmark.tasks=[qasper,multifieldqa_en,hotpotqa,2wikimqa,trec,triviaqa,samsum,"
-            "passage_retrieval_en]",
-        ),
-        shortened=EXPERIMENTS[:2],
-    ),
+    Setting("mini", "after", 6, (_ASKING,), every_budget=True, shortened=()),
+    Setting("perplexity", "inside", 12, ("benchmark.scored_tokens=128",), shortened=(), asks=False),
+    Setting("needle", "after", 40, _NEEDLES),
+    Setting("mini_long", "after", 3, _LONG),
+    Setting("longbench", "after", 2, _ENGLISH),
+    Setting("mini", "inside", 3),
+    Setting("needle", "inside", 10, _NEEDLES),
+    Setting("mini_long", "inside", 1, _LONG),
+    Setting("longbench", "inside", 1, _ENGLISH),
 )

@@ -12,6 +12,7 @@ import pytest
 from harness.records import Record
 from harness.report.run import Run, load_run
 from harness.settings import compose
+from kvmerge.errors import UserError
 from scripts.findings.__main__ import main
 from scripts.findings.effects import (
     ALL,
@@ -23,9 +24,11 @@ from scripts.findings.effects import (
     of_methods,
     pooled,
 )
+from scripts.findings.page import Findings, filled
 from scripts.findings.runs import EXPERIMENTS, SETTINGS
 from tests.synthetic_run import record, write_run
 
+ROOT = Path(__file__).resolve().parents[2]
 KL = {
     "full@1": 0.0,
     "fold:fold=drop@0.2": 1.0,
@@ -106,7 +109,7 @@ def test_every_method_is_compared_with_ours_at_a_budget_that_stores_no_more(tmp_
 def test_ours_joins_the_methods_that_were_run_without_it(tmp_path: Path) -> None:
     for experiment, kl in (("field", {"h2o@0.35": 1.0}), ("ours", {"replay@0.341": 0.25})):
         a_run(tmp_path / "runs" / experiment / "needle-after", {"full@1": 0.0} | kl)
-    assert main(["report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "out")]) == 0
     effects = pd.read_csv(tmp_path / "out" / "effects.csv").set_index(["step", "measure"])
     assert effects.loc[(INSTEAD_OF_OURS, "kl"), "difference"] == pytest.approx(0.75)
 
@@ -151,7 +154,7 @@ def test_a_report_writes_its_tables_and_figure(
         tmp_path / "runs" / "field" / "needle-after", {"full@1": 0.0, "h2o@0.2": 1.0, "tova@0.2": 0.5}
     )
     out = tmp_path / "out"
-    assert main(["report", "--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    assert main(["report", "--runs", str(tmp_path / "runs"), "--results", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
         "cells.csv",
         "effects.csv",
@@ -192,3 +195,73 @@ def test_a_run_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.Mo
     assert [words[0] for words in seen] == ["experiment=merging", "experiment=field"]
     assert f"output_dir={tmp_path / 'merging' / 'mini-after'}" in seen[0]
     assert "limit=1" in seen[0]
+
+
+def test_one_setting_may_be_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def done(words: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        seen.append(words)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", done)
+    assert main(["run", "--runs", str(tmp_path), "--setting", "needle-inside"]) == 0
+    assert len(seen) == len(EXPERIMENTS)
+    assert all({"benchmark=needle", "question=inside", "limit=10"} <= set(words) for words in seen)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Tables of two methods beside ours, on needles."""
+    kl = {"h2o@0.35": 1.0, "tova@0.35": 0.75, "replay@0.341": 0.25}
+    a_run(tmp_path / "runs" / "field" / "needle-after", {"full@1": 0.0} | kl)
+    a_run(tmp_path / "runs" / "merging" / "needle-after", KL)
+    assert main(["report", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]) == 0
+    return tmp_path
+
+
+def test_the_tables_of_a_page_are_made_anew_and_its_text_is_left(results: Path) -> None:
+    page = results / "page.md"
+    page.write_text(
+        "# Before\n<!-- table steps 0.2 after -->\nold\n<!-- end -->\nbetween\n"
+        "<!-- table ours after -->\n<!-- end -->\n"
+    )
+    for _ in range(2):
+        assert main(["page", str(page), "--results", str(results)]) == 0
+    text = page.read_text()
+    assert text.startswith("# Before\n<!-- table steps 0.2 after -->\n\n| step | needle |")
+    assert "| values, by key | +0.25 [0.25, 0.25] |" in text
+    assert "old" not in text
+    assert "<!-- end -->\nbetween\n" in text
+    assert "| 0.35 | needle | 2 | 2 | 0 | `tova` | +0.500 [0.500, 0.500] |" in text
+
+
+def test_methods_stand_by_their_rank_and_settings_without_any_are_left_out(results: Path) -> None:
+    rows = Findings(results).table("field 0.35 after").splitlines()
+    assert rows[0] == "| method | needle |"
+    assert [row.split("`")[1] for row in rows[2:]] == ["tova", "h2o"]
+
+
+def test_changes_are_counted_by_the_side_of_zero_that_their_intervals_lie_on(results: Path) -> None:
+    table = Findings(results).table("signs")
+    assert "| values, by key | 2 | 0 | 2 |" in table, "the mean over the selections is none of them"
+    assert "| merged, of its own sets | 1 | 0 | 1 |" in table
+
+
+@pytest.mark.parametrize("name", ["stairs", "steps", "steps 0.2 after much"])
+def test_a_table_that_does_not_exist_is_refused(name: str, results: Path) -> None:
+    with pytest.raises(UserError, match=f"no table '{name}'; there are: samples, steps,"):
+        Findings(results).table(name)
+
+
+def test_a_page_without_results_says_how_they_are_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["page", "--results", str(tmp_path)]) == 2
+    assert "Write it first: python -m scripts.findings report" in capsys.readouterr().err
+
+
+def test_the_page_on_findings_has_the_tables_of_the_committed_results() -> None:
+    text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table ") > 5
+    assert filled(text, Findings(ROOT / "results" / "findings")) == text
