@@ -181,6 +181,7 @@ def test_every_planned_run_can_be_composed(experiment: str) -> None:
         budgets = {cell.budget.value for cell in settings.cells}
         assert budgets >= {1.0, 0.35, 0.2}
         assert ({0.5, 0.1, 0.05} <= budgets) is setting.every_budget
+        assert not {cell.method_name for cell in settings.cells} & set(setting.too_slow)
 
 
 def test_a_run_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
