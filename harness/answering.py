@@ -80,8 +80,7 @@ class Answerer:
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
-        rows = sum(len(settings.seeds(cell)) for cell in settings.cells)
-        self.batch_size = BatchSize(settings.batch_size, model, rows)
+        self.batch_size = BatchSize(settings.batch_size, model, settings.rows)
         self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
 
     def answer(self, jobs: Sequence[Job]) -> Iterator[tuple[Prompt, Lines]]:

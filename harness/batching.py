@@ -7,7 +7,7 @@ few rows. So more rows cost little time, until memory runs out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import psutil
 import torch
@@ -71,6 +71,17 @@ class BatchSize:
 def most_samples(wanted: int | str, rows: int) -> int:
     """Return how many samples of so many rows each may run together, whatever memory allows."""
     return max(1, _MOST_ROWS // rows) if wanted == "auto" else int(wanted)
+
+
+def unit_numbers(contexts: Iterable[Hashable], most: int) -> list[int]:
+    """Return the number of the unit that each sample is answered in.
+
+    Args:
+        contexts: what each sample's prefill is of; those of one context are answered together.
+        most: contexts of a unit.
+    """
+    places: dict[Hashable, int] = {}
+    return [places.setdefault(context, len(places)) // most for context in contexts]
 
 
 def samples_that_fit(entries: Sequence[int], entry: int, free: float) -> int:

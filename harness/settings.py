@@ -181,6 +181,11 @@ class Settings:
         """Return the seeds that a cell runs with: one, unless its method draws."""
         return [self.seed + run for run in range(self.num_seeds if cell.method.stochastic else 1)]
 
+    @property
+    def rows(self) -> int:
+        """Rows that a sample brings: one for each seed of each cell."""
+        return sum(len(self.seeds(cell)) for cell in self.cells)
+
     def samples(self, task: Task) -> list[Sample]:
         """Return the samples of a task that this run takes."""
         return self.take(self.benchmark.samples(task))

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from benchmarks.task import Task
 from harness.answering import Job, shared_context
-from harness.batching import most_samples
+from harness.batching import most_samples, unit_numbers
 from harness.failures import Failure
 from harness.prompts import Prompt
 from harness.records import Record
@@ -65,14 +65,9 @@ Outcome: TypeAlias = Answered | Failure
 
 def numbered(settings: Settings, jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs of a task, finished ones among them, each with the number of its unit."""
-    rows = sum(len(settings.seeds(cell)) for cell in settings.cells)
-    most = most_samples(settings.batch_size, rows)
-    if settings.question == "inside":
-        return [replace(job, unit=place // most) for place, job in enumerate(jobs)]
-    places: dict[str, int] = {}
-    return [
-        replace(job, unit=places.setdefault(shared_context(job), len(places)) // most) for job in jobs
-    ]
+    contexts = range(len(jobs)) if settings.question == "inside" else map(shared_context, jobs)
+    numbers = unit_numbers(contexts, most_samples(settings.batch_size, settings.rows))
+    return [replace(job, unit=number) for job, number in zip(jobs, numbers, strict=True)]
 
 
 def units(jobs: Sequence[Job]) -> Iterator[Unit]:

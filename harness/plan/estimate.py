@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 from baselines.full import Full
 from benchmarks.task import Task
-from harness.batching import most_samples, samples_that_fit
+from harness.batching import most_samples, samples_that_fit, unit_numbers
 from harness.plan.answers import Answers, largest_of
 from harness.plan.sizes import Sizes
 from harness.plan.speed import Batch, Speed
@@ -43,10 +44,9 @@ class Frame:
     @classmethod
     def of(cls, settings: Settings, free: float) -> Frame:
         """Read it from the settings of a run."""
-        rows = sum(len(settings.seeds(cell)) for cell in settings.cells)
         return cls(
             settings.fidelity,
-            most_samples(settings.batch_size, rows) if rows else 1,
+            most_samples(settings.batch_size, settings.rows) if settings.cells else 1,
             free if settings.batch_size == "auto" else math.inf,
             settings.observe is not None,
         )
@@ -61,18 +61,17 @@ def batches(
     samples: Sequence[Sized], task: Task, frame: Frame, sizes: Sizes
 ) -> Iterator[list[list[Sized]]]:
     """Yield the samples that run together: contexts, each with those that share it."""
-    waiting = [
-        list(group)
-        for _, group in groupby(enumerate(samples), key=lambda pair: pair[1].shared or pair[0])
-    ]
-    contexts = [[sample for _, sample in group] for group in waiting]
-    needs = [max(_room(each, task, frame) for each in of_context) for of_context in contexts]
-    for first in range(0, len(contexts), frame.together):
-        begin, upto = first, min(first + frame.together, len(contexts))
-        while begin < upto:
-            taken = samples_that_fit(needs[begin:upto], sizes.entry_bytes, frame.free)
-            yield contexts[begin : begin + taken]
-            begin += taken
+    names = [sample.shared or place for place, sample in enumerate(samples)]
+    numbers = unit_numbers(names, frame.together)
+    for _, of_unit in groupby(zip(numbers, names, samples, strict=True), key=itemgetter(0)):
+        contexts = [
+            [sample for *_, sample in of_context] for _, of_context in groupby(of_unit, itemgetter(1))
+        ]
+        needs = [max(_room(each, task, frame) for each in of_context) for of_context in contexts]
+        while contexts:
+            taken = samples_that_fit(needs, sizes.entry_bytes, frame.free)
+            yield contexts[:taken]
+            del contexts[:taken], needs[:taken]
 
 
 def seconds(
