@@ -18,7 +18,7 @@ from harness.plan.answers import finished, guessed, least, most
 from harness.plan.calibration import Calibration, kept
 from harness.plan.cards import CARDS
 from harness.plan.estimate import Frame, peak_bytes, seconds
-from harness.plan.published import FAIR, GOOD, POOR, PublishedSpeed
+from harness.plan.published import FAIR, GOOD, POOR, PublishedSpeed, share
 from harness.plan.sizes import Sizes
 from harness.plan.speed import Speed
 from harness.plan.tokens import Tokens
@@ -72,6 +72,8 @@ class Machine:
     """Bytes of a process with the model, beside its weights."""
     unknown: Sequence[str] = ()
     """Cells of whose methods nothing is known."""
+    instead: str = ""
+    """What is taken for them, as a sentence goes on."""
 
     @property
     def loading(self) -> Range:
@@ -113,6 +115,8 @@ def published(settings: Settings, sizes: Sizes, device: str) -> Machine:
         free=max(0.0, card.memory - sizes.weight_bytes - _CUDA_CONTEXT),
         memory=card.memory,
         resident=_CUDA_CONTEXT,
+        unknown=[cell.name for cell in settings.cells if share(cell.method) is None],
+        instead=f"{GOOD.compression:.0%} to {POOR.compression:.0%} of a prefill.",
     )
 
 
@@ -130,6 +134,8 @@ def _calibrated(settings: Settings, sizes: Sizes, found: Calibration) -> Machine
         memory=total,
         resident=_CUDA_CONTEXT if is_cuda else found.resident,
         unknown=[cell.name for cell in settings.cells if not found.knows(cell)],
+        instead="the mean of other methods. `make calibrate-speed ARGS=\"'cells=[...]'\"` measures "
+        "them.",
     )
 
 

@@ -204,8 +204,7 @@ def _in_all(settings: Settings, cost: Mapping[Task, Cost], machine: Machine) -> 
         lines.insert(1, f"cost: {_money(money)} at {settings.plan.price:g} an hour and worker")
     if machine.unknown:
         lines.append(
-            f"not measured: {', '.join(machine.unknown)}; compression is taken for the mean of other "
-            "methods. `make calibrate-speed ARGS=\"'cells=[...]'\"` measures them."
+            f"not measured: {', '.join(machine.unknown)}; compression is taken for {machine.instead}"
         )
     return lines
 

@@ -4,12 +4,15 @@ from dataclasses import asdict
 
 import pytest
 
+from baselines.fold import Fold
 from harness.plan.cards import CARDS
-from harness.plan.published import FAIR, GOOD, POOR, PublishedSpeed
+from harness.plan.published import _SHARES, FAIR, GOOD, POOR, PublishedSpeed, share
 from harness.plan.sizes import Sizes
 from harness.plan.speed import Batch
 from kvmerge.cells import parse_cell
 from kvmerge.models import DTYPES
+from kvmerge.places import choices
+from kvmerge.resolve import load_method
 
 SMALL = Sizes(
     parameters=1e9,
@@ -73,3 +76,31 @@ def test_what_is_assumed_orders_every_time(cell: str) -> None:
     method = parse_cell(cell)
     assert good.compress(method, 900) <= fair.compress(method, 900) <= poor.compress(method, 900)
     assert asdict(GOOD).keys() == asdict(POOR).keys()
+
+
+METHODS = choices("method")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_share(name: str) -> None:
+    known = share(load_method(name))
+    assert known is not None, f"put {name} into _SHARES, with its figure in docs/performance.md"
+    assert 0 < known < 1 or name == "full"
+
+
+def test_every_share_is_some_methods() -> None:
+    folds = {share(Fold(route=route)) for route in ("position", "cosine", "attention")}
+    kinds = {kind.__name__ for name in METHODS for kind in type(load_method(name)).__mro__}
+    assert {name for name in _SHARES if not name.startswith("Fold")} <= kinds
+    assert folds == {part for name, part in _SHARES.items() if name.startswith("Fold")}
+
+
+def test_of_a_fit_and_of_the_users_own_methods_nothing_is_known() -> None:
+    assert share(parse_cell("fold:fold=drop,refit=values@0.5").method) is None
+    assert share(parse_cell("tests.kvmerge.test_check.Sound@0.5").method) is None
+
+
+def test_a_share_is_of_the_whole_prefill_compression_included() -> None:
+    speed = PublishedSpeed(CARDS["l4"], SMALL, "bfloat16", FAIR)
+    spent, prefill = speed.compress(parse_cell("keepkv@0.5"), 900), speed.prefill(900)
+    assert spent / (prefill + spent) == pytest.approx(0.25)

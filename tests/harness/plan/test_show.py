@@ -251,6 +251,14 @@ def test_a_plan_refuses_what_it_cannot_be_made_for(words: list[str], told: str) 
     assert told in str(refused.value)
 
 
+def test_a_plan_for_a_card_names_cells_of_whose_methods_nothing_is_known(tiny: Tiny) -> None:
+    cells = "cells=[full@1,h2o@0.5,'fold:fold=drop,refit=values@0.5']"
+    text = " ".join(plan(tiny("dry_run=true", "plan.device=l4", cells)).split())
+    assert (
+        "not measured: fold:fold=drop,refit=values@0.5; compression is taken for 1% to 20% of" in text
+    )
+
+
 @pytest.mark.parametrize("word", ["plan.device=h100", "plan.price=2"])
 def test_what_only_a_plan_reads_is_refused_without_one(word: str) -> None:
     with pytest.raises(UserError, match="belongs to a plan"):
