@@ -3,7 +3,8 @@
 A user error prints one message and exits with status 2; everything else keeps its traceback. Where some
 samples fail the others are done, those are listed at the end, and the exit status is 3. Ctrl-C and the
 signals that schedulers send (SIGTERM, SIGHUP) end a run alike, with 128 and the signal's number. Of a
-sweep every point runs; those that failed are listed at the end.
+sweep every point runs; those that failed are listed at the end, and the status is 2, or 3 where nothing
+but samples failed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from harness.selfcheck import selfcheck
 from harness.settings import Choices, Settings, settings_from
 from harness.sources import take_config_dirs
 from harness.stopping import Stopped, stopped_by_signals
-from harness.sweep import Points, current_points, report_points, sweep
+from harness.sweep import Failed, Points, current_points, report_points, sweep
 from kvmerge.errors import UserError, first_line, is_of_storage
 from kvmerge.files import remove_leftovers
 from kvmerge.places import config_dir, config_dirs
@@ -83,13 +84,14 @@ def _sweep(task: Callable[[], None], launcher: str) -> None:
     with sweep(SWEEPS if submits_jobs(launcher) else None) as points:
         lost = run_points(task, launcher)
         report_points(points, Console())
-        failed = [*points.failed, *lost]
+        failed = [*points.failed, *map(Failed, lost)]
     if failed:
         others = "the others are done"
         if lost:
             others = "jobs that still run go on; the same command waits for them and does what is left"
-        listed = "".join(f"\n  {line}" for line in failed)
-        raise UserError(f"{len(failed)} of the points failed; {others}.{listed}")
+        listed = "".join(f"\n  {each.line}" for each in failed)
+        ended = SamplesFailed if all(each.by_samples for each in failed) else UserError
+        raise ended(f"{len(failed)} of the points failed; {others}.{listed}")
 
 
 def _run_point(config: DictConfig, points: Points) -> None:
@@ -108,8 +110,8 @@ def _run_point(config: DictConfig, points: Points) -> None:
         if not isinstance(error, UserError | SamplesFailed) and not is_of_storage(error):
             traceback.print_exc()
         line = f"{job.override_dirname}: {first_line(error)}"
-        print(f"error: {line}", file=sys.stderr)
-        points.note_failed(job.num, line)
+        print(f"error: {job.override_dirname}: {error}", file=sys.stderr)
+        points.note_failed(job.num, line, by_samples=isinstance(error, SamplesFailed))
 
 
 def execute(settings: Settings) -> None:
@@ -127,7 +129,10 @@ def compare(settings: Settings, console: Console) -> None:
 
 def observe(settings: Settings, console: Console) -> None:
     """Observe prefills and report what was seen."""
-    report_observed(settings, observe_all(settings), console)
+    results = observe_all(settings)
+    if results.has_predictions():
+        report_observed(settings, results, console)
+    results.failures.check()
 
 
 def _alone(work: Callable[[Settings, Console], None]) -> Callable[[Settings, Console], None]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self, get_type_hints
 
 from harness.records import append_record, scan_lines
 from harness.typed import parse_fields, shape_of
-from kvmerge.errors import summary
+from kvmerge.errors import NotFinite, UserError, is_of_storage, summary
 from kvmerge.files import write_atomically
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Failure:
     task: str
     id: str
     cells: list[str]
-    """Those that it was to be answered with."""
+    """Those that it was to be answered with; none where it was to be observed."""
     error: str
     """The kind of the error, and the first line of what it says."""
     traceback: str
@@ -72,29 +72,20 @@ _SHAPES = {name: shape_of(hint) for name, hint in get_type_hints(Failure).items(
 
 
 class SamplesFailed(RuntimeError):
-    """A run went to its end, and some of its samples could not be answered."""
+    """All that was asked for was tried, and some samples could not be answered."""
 
-    def __init__(self, path: Path, failures: Sequence[Failure]) -> None:
-        """List them, and say where they are told in full.
-
-        Args:
-            path: of failed.jsonl.
-            failures: those of this run, at least one.
-        """
-        listed = [f"  {each.task}/{each.id}: {each.error}" for each in failures[:_LISTED]]
-        if len(failures) > _LISTED:
-            listed.append(f"  and {len(failures) - _LISTED} more")
-        count = "1 sample" if len(failures) == 1 else f"{len(failures)} samples"
-        super().__init__(
-            "\n".join(
-                [
-                    f"{count} failed; the others are done.",
-                    *listed,
-                    f"{path} has their tracebacks. The same command tries them again.",
-                ]
-            )
-        )
+    def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
+        """Say so, with the failures where they are of one run."""
+        super().__init__(message)
         self.failures = failures
+
+
+def is_of_run(error: Exception) -> bool:
+    """Return whether an error would meet every other sample of a run too."""
+    if isinstance(error, UserError):
+        return not isinstance(error, NotFinite)
+    # after an error of its own a CUDA device does nothing more for this process
+    return is_of_storage(error) or "CUDA error" in str(error)
 
 
 class Failures:
@@ -126,6 +117,10 @@ class Failures:
         else:
             append_record(self.path, failure)
 
+    def drop_sample(self, task: str, sample: str) -> None:
+        """Take out the failure of a sample, where there is one."""
+        self.drop(lambda each: (each.task, each.id) == (task, sample))
+
     def drop(self, is_over: Callable[[Failure], bool]) -> None:
         """Take out those that are over."""
         kept = {key: each for key, each in self._known.items() if not is_over(each)}
@@ -135,9 +130,23 @@ class Failures:
             self._write()
 
     def check(self) -> None:
-        """Raise `SamplesFailed` if there are failures of this process."""
+        """Raise `SamplesFailed`, listing them, if there are failures of this process."""
         if self.new:
-            raise SamplesFailed(self.path, self.new)
+            raise SamplesFailed(self._listed(), self.new)
+
+    def _listed(self) -> str:
+        """List the failures of this process, and say where they are told in full."""
+        listed = [f"  {each.task}/{each.id}: {each.error}" for each in self.new[:_LISTED]]
+        if len(self.new) > _LISTED:
+            listed.append(f"  and {len(self.new) - _LISTED} more")
+        count = "1 sample" if len(self.new) == 1 else f"{len(self.new)} samples"
+        return "\n".join(
+            [
+                f"{count} failed; the others are done.",
+                *listed,
+                f"{self.path} has their tracebacks. The same command tries them again.",
+            ]
+        )
 
     def _write(self) -> None:
         if not self._known:

@@ -1,7 +1,7 @@
 """The loop of a run that observes: a prefill a sample, and a line as it is measured.
 
-Nothing is answered. As with answers, a killed run loses at most the sample it was at, and running again
-goes on with those that have no line.
+Nothing is answered. As with answers, a killed run loses at most the sample it was at, a sample that
+raises stops no other, and running again goes on with those that have no line.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harness.answering import Job, encode, prompt_hash
+from harness.answering import Job, encode, place, prompt_hash
+from harness.failures import Failure, Failures, is_of_run
 from harness.given import Observe
 from harness.maps import chosen_maps
 from harness.observation import Observation, Observed, read_maps
 from harness.progress import Step
 from harness.ready import Pending, Ready
-from harness.runner import COMPARED, Begun, carry_out
+from harness.runner import COMPARED, Begun, carry_out, drop_finished
 from harness.settings import Settings
 from kvmerge.errors import UserError, is_out_of_memory, unknown
 from kvmerge.families import local_windows
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 def observe_all(settings: Settings) -> Observed:
     """Observe every sample that has no line yet and return what lies in `settings.results_dir` then.
+
+    Samples that could not be observed are in `failures` of what is returned; the others are done.
 
     Raises:
         UserError: if data, weights or settings cannot be used, or the folder holds results made
@@ -53,13 +56,30 @@ def observe_all(settings: Settings) -> Observed:
             for job in found.jobs:
                 if is_stopping():
                     return
-                observer.observe(job)
+                _try(observer, job, results.failures)
                 yield Step(job.task.name)
 
         yield Begun(work, _unobserved(model))
 
-    carry_out(settings, results, lambda: pending_observations(settings, results), begin)
+    found = carry_out(settings, results, lambda: pending_observations(settings, results), begin)
+    drop_finished(results, found, lambda each: _is_observed(results, each))
     return results
+
+
+def _try(observer: _Observer, job: Job, failures: Failures) -> None:
+    """Observe one sample; if that fails for reasons of its own, write that down instead."""
+    try:
+        observer.observe(job)
+    except Exception as error:
+        if is_of_run(error):
+            raise
+        failures.add(Failure.of(job, error))
+    else:
+        failures.drop_sample(job.task.name, job.sample.id)
+
+
+def _is_observed(results: Observed, failure: Failure) -> bool:
+    return any(each.id == failure.id for each in results.observations(failure.task))
 
 
 def pending_observations(settings: Settings, results: Observed) -> Pending:
@@ -137,7 +157,7 @@ class _Observer:
         is_drawn = self.undrawn and self.wanted.map_sample in (None, _name(job))
         maps = Maps(self.layers, self.heads) if is_drawn else None
         started = time.perf_counter()
-        where = f"task {job.task.name}, sample {job.sample.id!r} ({len(prompt)} prompt tokens)"
+        where = place(job, len(prompt))
         try:
             layers = observe(
                 self.model,
@@ -148,7 +168,7 @@ class _Observer:
                 maps=maps,
             )
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise type(error)(f"{where}: {error}") from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -88,7 +88,7 @@ def run(
 
     known = None if loaded is None else Outline(*loaded)
     found = carry_out(settings, results, lambda: pending(settings, results), begin, known)
-    _drop_answered(results, found)
+    drop_finished(results, found, lambda each: _is_answered(results, each))
     for task in found.ids:  # a killed run may have finished one without
         _put_in_order(settings, results, found, task)
     return results
@@ -102,20 +102,24 @@ def write(results: Results, outcome: Outcome) -> None:
     results.add_prompt(outcome.task, outcome.prompt)
     for cell, record in outcome.lines:
         results.add(outcome.task, cell, record)
-    results.failures.drop(lambda each: (each.task, each.id) == (outcome.task, outcome.id))
+    results.failures.drop_sample(outcome.task, outcome.id)
 
 
-def _drop_answered(results: Results, found: Pending) -> None:
-    """Take out failures of samples that have their lines: a run was killed between the two."""
+def drop_finished(results: Results, found: Pending, has_lines: Callable[[Failure], bool]) -> None:
+    """Take out failures of samples that have their lines: a run was killed between the two.
+
+    Args:
+        results: whose failures they are.
+        found: what was left to the run, which has dealt with the failures of that.
+        has_lines: whether the sample of a failure has all its lines.
+    """
     left = {(job.task.name, job.sample.id) for job in found.jobs}
+    results.failures.drop(lambda each: (each.task, each.id) not in left and has_lines(each))
 
-    def is_over(failure: Failure) -> bool:
-        if (failure.task, failure.id) in left:
-            return False
-        lines = (results.records(failure.task, cell) for cell in failure.cells)
-        return all(any(record.id == failure.id for record in of_cell) for of_cell in lines)
 
-    results.failures.drop(is_over)
+def _is_answered(results: Results, failure: Failure) -> bool:
+    lines = (results.records(failure.task, cell) for cell in failure.cells)
+    return all(any(record.id == failure.id for record in of_cell) for of_cell in lines)
 
 
 def _put_in_order(settings: Settings, results: Results, found: Pending, task: str) -> None:

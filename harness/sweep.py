@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -24,6 +24,15 @@ _FAILED, _DONE = "failed", "done"
 _PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}
 
 
+class Failed(NamedTuple):
+    """A point that failed."""
+
+    line: str
+    """Its settings, and why."""
+    by_samples: bool = False
+    """Whether it went to its end, and only some of its samples failed."""
+
+
 @dataclass(frozen=True)
 class Points:
     """What the points of a sweep left behind, in the order of their numbers."""
@@ -31,9 +40,10 @@ class Points:
     folder: Path
 
     @property
-    def failed(self) -> list[str]:
-        """A line for each point that failed."""
-        return [path.read_text() for path in sorted(self.folder.glob(f"{_FAILED}-*"))]
+    def failed(self) -> list[Failed]:
+        """Those that failed."""
+        noted = sorted(self.folder.glob(f"{_FAILED}-*"))
+        return [Failed(*json.loads(path.read_text())) for path in noted]
 
     @property
     def compared(self) -> dict[Path, bool]:
@@ -41,9 +51,9 @@ class Points:
         points = [json.loads(path.read_text()) for path in sorted(self.folder.glob(f"{_DONE}-*"))]
         return {Path(folder): reported for folder, reported in points}
 
-    def note_failed(self, number: int, line: str) -> None:
-        """Note that a point failed."""
-        self._leave(f"{_FAILED}-{number:06d}", line)
+    def note_failed(self, number: int, line: str, *, by_samples: bool = False) -> None:
+        """Note that a point failed, and whether only for samples of it."""
+        self._leave(f"{_FAILED}-{number:06d}", json.dumps(Failed(line, by_samples)))
 
     def note_done(self, number: int, settings: Settings) -> None:
         """Note where a comparison wrote; shards leave the report to whoever joins them."""

@@ -11,9 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from harness.answering import Answerer, Job
 from harness.executors.units import Answered, Outcome, Unit
-from harness.failures import Failure
+from harness.failures import Failure, is_of_run
 from harness.settings import Settings
-from kvmerge.errors import NotFinite, UserError, is_of_storage, summary
+from kvmerge.errors import summary
 from kvmerge.families import local_windows
 from kvmerge.models import Outline, load
 
@@ -63,7 +63,7 @@ class Worker:
                     del left[outcome.id]
                     yield outcome
             except Exception as error:
-                if _is_of_run(error):
+                if is_of_run(error):
                     raise
                 logger.warning(
                     "task %s: %s in a batch; its %d samples are answered one by one",
@@ -80,18 +80,10 @@ class Worker:
         try:
             (answered,) = self._together([job])
         except Exception as error:
-            if _is_of_run(error):
+            if is_of_run(error):
                 raise
             return Failure.of(job, error)
         return answered
-
-
-def _is_of_run(error: Exception) -> bool:
-    """Return whether an error would meet every other sample too."""
-    if isinstance(error, UserError):
-        return not isinstance(error, NotFinite)
-    # after an error of its own a CUDA device does nothing more for this process
-    return is_of_storage(error) or "CUDA error" in str(error)
 
 
 def counted_layers(config: PretrainedConfig) -> list[str]:

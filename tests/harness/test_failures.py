@@ -173,3 +173,26 @@ def test_where_every_sample_fails_they_are_listed_all_the_same(
     assert output.status == 3
     assert "error: 3 samples failed; the others are done." in output.err
     assert output.err.count("KeyError: 'x'") == 3
+
+
+@pytest.mark.parametrize(("limits", "status", "failed"), [("1,2", 3, 1), ("0,2", 2, 2)])
+def test_a_sweep_exits_with_3_where_nothing_but_samples_failed(
+    command: Callable[..., Output],
+    fault: Callable[[], None],
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    limits: str,
+    status: int,
+    failed: int,
+) -> None:
+    """A point is refused with a limit of 0, has no sample with 1, and the one that raises with 2."""
+    given = [f"model.path={checkpoint}", "benchmark=longbench", f"benchmark.data_dir={data}"]
+    given += ["benchmark.tasks=[trec]", "cells=[h2o@0.5]", "shard=1", "num_shards=2"]
+    output = command("-m", *given, f"limit={limits}", f"output_dir={tmp_path}/${{limit}}")
+    assert output.status == status
+    assert "Traceback" not in output.err
+    assert f"{tmp_path / '2/shards/1-of-2' / FILE} has their tracebacks." in output.err
+    *_, summary = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert summary == f"error: {failed} of the points failed; the others are done."
+    assert output.err.endswith(": 1 sample failed; the others are done.\n")

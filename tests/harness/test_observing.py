@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 
 import harness.observing
+from harness.failures import FILE, Failure
 from harness.lock import only_writer
 from harness.observation import Observation, Observed, read_maps, read_observations
 from harness.observing import observe_all
@@ -264,6 +266,86 @@ def test_a_missing_shard_is_named(observing: Observing, tmp_path: Path, capsys: 
     observe_all(observing("shard=0", "num_shards=2", "limit=2"))
     assert report([str(tmp_path / "out")]) == 2
     assert "lacks 1-of-2" in capsys.readouterr().err
+
+
+# what fails
+
+
+def break_prompt(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the prompt of this number, among those observed from now on, raise."""
+    honest, asked = harness.observing.observe, itertools.count()
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        if next(asked) == number:
+            raise RuntimeError("a fault\nof two lines")
+        return honest(*arguments, **named)
+
+    monkeypatch.setattr(harness.observing, "observe", failing)
+
+
+def test_a_sample_that_raises_is_told_and_the_next_run_tries_it_again(
+    observing: Observing, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_prompt(monkeypatch, 1)
+    results = observe_all(observing("benchmark.tasks=[trec]"))
+    assert [sample for _, sample in lines(results.folder)] == ["trec-0", "trec-2"]
+    (failure,) = [json.loads(text) for text in (results.folder / FILE).read_text().splitlines()]
+    assert (failure["task"], failure["id"], failure["cells"]) == ("trec", "trec-1", [])
+    assert failure["error"] == "RuntimeError: a fault"
+    assert "in failing" in failure["traceback"]
+    assert [each.id for each in results.failures.new] == ["trec-1"]
+    again = observe_all(observing("benchmark.tasks=[trec]"))
+    assert not again.failures.new
+    assert not (results.folder / FILE).exists()
+    assert lines(results.folder) == {key: of for key, of in lines(finished).items() if key[0] == "trec"}
+
+
+def test_where_the_first_sample_raises_the_next_one_gives_the_maps(
+    observing: Observing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_prompt(monkeypatch, 0)
+    maps = read_maps(observe_all(observing("benchmark.tasks=[trec]")).map_file)
+    assert maps is not None
+    assert str(maps["sample"]) == "trec/trec-1"
+
+
+def test_a_failure_whose_sample_was_observed_since_is_taken_out(observing: Observing) -> None:
+    results = observe_all(observing("limit=1"))
+    results.failures.add(
+        Failure(task="lcc", id="lcc-0", cells=[], error="e", traceback="t", time="now")
+    )
+    observe_all(observing("limit=1"))
+    assert not (results.folder / FILE).exists()
+
+
+def test_an_error_that_every_sample_would_meet_ends_the_run(
+    observing: Observing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise UserError("no such thing")
+
+    monkeypatch.setattr(harness.observing, "observe", refused)
+    with pytest.raises(UserError, match=r"task trec, sample 'trec-0' .*: no such thing"):
+        observe_all(observing("benchmark.tasks=[trec]"))
+
+
+def test_a_command_lists_those_that_failed_and_exits_with_3(
+    command: Callable[..., Output],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("x")
+
+    monkeypatch.setattr(harness.observing, "observe", broken)
+    given = ["experiment=observations", f"model.path={checkpoint}", "benchmark=longbench"]
+    given += [f"benchmark.data_dir={data}", "benchmark.tasks=[trec]", f"output_dir={tmp_path}"]
+    done = command(*given)
+    assert done.status == 3
+    assert "error: 3 samples failed; the others are done." in done.err
+    assert done.err.count("KeyError: 'x'") == 3
 
 
 # a plan

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from harness.report.page import assemble
 from harness.report.plots.draw import Drawn
-from harness.sweep import Points, current_points, report_points, sweep
+from harness.sweep import Failed, Points, current_points, report_points, sweep
 from tests.synthetic_run import record, write_run
 from tests.tiny_run import compose
 
@@ -47,8 +47,11 @@ def test_points_of_a_sweep_leave_word_through_the_environment() -> None:
         assert here == points
         assert here is not None
         here.note_failed(1, "seed=1: broken")
-        here.note_failed(0, "seed=0: broken too")
-        assert points.failed == ["seed=0: broken too", "seed=1: broken"]
+        here.note_failed(0, "seed=0: 1 sample failed", by_samples=True)
+        assert points.failed == [
+            Failed("seed=0: 1 sample failed", by_samples=True),
+            Failed("seed=1: broken"),
+        ]
     assert current_points() is None
     assert not points.folder.exists()
     assert not [name for name in os.environ if "SWEEP" in name]
@@ -57,7 +60,7 @@ def test_points_of_a_sweep_leave_word_through_the_environment() -> None:
 def test_a_point_outlives_the_command_that_began_its_sweep(tmp_path: Path) -> None:
     with sweep(tmp_path / "shared") as points:
         points.note_failed(0, "broken")
-        assert points.failed == ["broken"]
+        assert points.failed == [Failed("broken")]
         assert points.folder.is_relative_to(tmp_path / "shared")
     points.note_failed(1, "broken too")
     points.note_done(2, compose("model=tiny-random"))
