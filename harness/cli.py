@@ -41,11 +41,11 @@ from harness.settings import Choices, Settings, settings_from
 from harness.sources import take_config_dirs
 from harness.stopping import Stopped, stopped_by_signals
 from harness.sweep import Failed, Points, current_points, report_points, sweep
+from kvmerge.command import USER_ERROR
 from kvmerge.errors import UserError, first_line, is_of_storage
 from kvmerge.files import remove_leftovers
 from kvmerge.places import config_dir, config_dirs
 
-USER_ERROR = 2
 SAMPLES_FAILED = 3
 
 

@@ -11,7 +11,6 @@ to results/calibration, named by model and budget.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from harness.settings import Settings, compose
 from kvmerge import merging
 from kvmerge.budget import Budget
+from kvmerge.command import exits, parser_of
 from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
 from kvmerge.families import windows
@@ -75,17 +75,13 @@ class Counts:
         return round(GRID[below] + share * (GRID[below + 1] - GRID[below]), 6)
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate, write the thresholds and print where they went."""
-    overrides = list(sys.argv[1:] if argv is None else argv)
-    if overrides and overrides[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        path = calibrate(compose([f"limit={SAMPLES}", *overrides]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = parser_of("python -m scripts.calibrate", __doc__)
+    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="as those of run.py")
+    overrides = parser.parse_args(argv).overrides
+    path = calibrate(compose([f"limit={SAMPLES}", *overrides]))
     print(f"use it with: method=kvmerger method.budget_mode=eps_layer method.thresholds={path}")
     return 0
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from harness.plan.speed import Batch
 from harness.settings import Settings, compose
 from kvmerge.budget import Budget
 from kvmerge.cells import parse_name
+from kvmerge.command import exits, parser_of
 from kvmerge.engine import Stop, run_sample
 from kvmerge.errors import UserError
 from kvmerge.limits import positions
@@ -57,19 +57,15 @@ _BUDGET = Budget(0.5)
 """At which methods compress."""
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, keep what was measured, and say how well it describes the prompts it comes from."""
-    overrides = list(sys.argv[1:] if argv is None else argv)
-    if overrides and overrides[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        settings = compose(["experiment=mini", *overrides])
-        found = calibrate(settings)
-        path = keep(settings.model, found)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = parser_of("python -m scripts.calibrate_speed", __doc__)
+    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="as those of run.py")
+    overrides = parser.parse_args(argv).overrides
+    settings = compose(["experiment=mini", *overrides])
+    found = calibrate(settings)
+    path = keep(settings.model, found)
     print(
         f"{settings.model.name}: {1e3 * found.prefill(1000):.0f} ms a prefill of 1,000 tokens, "
         f"{1e3 * found.step(Batch(1, 1, 1000)):.0f} ms a step of one row after it. What was measured "

@@ -10,7 +10,6 @@ module that the file names, and what its tasks officially hold in `ROWS`, where 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import logging
 import sys
@@ -27,6 +26,7 @@ from hydra.utils import get_class
 
 from benchmarks.source import HubFile, cached, check, fetch, shown_size
 from benchmarks.task import Benchmark
+from kvmerge.command import exits, parser_of
 from kvmerge.errors import UserError
 from kvmerge.places import choices
 from kvmerge.resolve import settings_of
@@ -54,16 +54,13 @@ class Data:
         return built
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit status.
 
     0: done; 1: `verify` found something wrong; 2: a user error, printed as one message.
     """
-    parser = argparse.ArgumentParser(
-        prog="python scripts/data.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("python scripts/data.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what each benchmark reads, and whether it is in the cache")
     for command, count, text in (
@@ -76,17 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("benchmarks").setLevel(logging.INFO)
-    try:
-        if options.command == "list":
-            print_list()
-            return 0
-        if options.command == "fetch":
-            fetch_all(options.benchmark)
-            return 0
-        problems = list(verify_all(options.benchmark))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.command == "list":
+        print_list()
+        return 0
+    if options.command == "fetch":
+        fetch_all(options.benchmark)
+        return 0
+    problems = list(verify_all(options.benchmark))
     for problem in problems:
         print(f"wrong: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -12,7 +12,6 @@ was beside, as `<name>.jsonl.damaged`. DIR is an output_dir, sharded or not.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections import defaultdict
@@ -26,29 +25,23 @@ from harness.prompts import scan_prompts
 from harness.records import Scan, prediction_files, scan
 from harness.report.run import load_run
 from harness.results import Results
+from kvmerge.command import exits, parser_of
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status; a user error prints one message."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.records",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("python -m scripts.records", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (("check", "say what is wrong"), ("repair", "take out what is wrong")):
         commands.add_parser(command, help=text).add_argument("output_dir", type=Path)
     options = parser.parse_args(argv)
-    try:
-        if options.command == "repair":
-            for done in repair(options.output_dir):
-                print(done)
-        found = list(check(options.output_dir))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.command == "repair":
+        for done in repair(options.output_dir):
+            print(done)
+    found = list(check(options.output_dir))
     for problem in found:
         print(f"wrong: {problem}", file=sys.stderr)
     if not found:

@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import pandas as pd
 from benchmarks.zero_scrolls.tasks import TASKS
 from harness.report.run import Run, load_run
 from kvmerge.cells import file_name
+from kvmerge.command import exits
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 
@@ -36,21 +36,18 @@ _NOT_A_VALUE = "!@#$%^&*()"
 """The one text that the official checker reads as a missing prediction."""
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user error prints one message and gives exit status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.report.submission", description=__doc__.split("\n")[0]
     )
     parser.add_argument("output_dir", type=Path, help="folder that a run on the test split wrote")
-    try:
-        written, missing = write_submissions(load_run(parser.parse_args(argv).output_dir))
-        for path in written:
-            print(path)
-        if missing:
-            raise UserError("\n".join(missing))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    written, missing = write_submissions(load_run(parser.parse_args(argv).output_dir))
+    for path in written:
+        print(path)
+    if missing:
+        raise UserError("\n".join(missing))
     return 0
 
 

@@ -6,11 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kvmerge.errors import UserError
-
-USER_ERROR = 2
+from kvmerge.command import exits
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line a rule, and return the exit status.
 
@@ -33,11 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a folder of your own choices, DIR/method/<name>.yaml; may be repeated",
     )
     given = parser.parse_args(argv)
-    try:
-        return check(given.method, given.settings, given.config_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    return check(given.method, given.settings, given.config_dir)
 
 
 def check(name: str, settings: Sequence[str], folders: Sequence[str]) -> int:

@@ -11,9 +11,7 @@ rounds. The exit status is 1 where a kernel is wrong, 2 after a mistake in the c
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from rich.table import Table
 
 from harness.provenance import git_state, hardware, package_versions
 from harness.report.export.markdown import markdown_table
+from kvmerge.command import exits, parser_of
 from kvmerge.errors import UserError, unknown
 from kvmerge.files import write_atomically
 from scripts.bench.comparison import comparison
@@ -58,13 +57,10 @@ ON_REQUEST: dict[str, Callable[[Bench], list[Report]]] = {
 """What it answers only where it is asked: it needs a card, or says nothing of the model."""
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status; a user error prints one message."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("python -m scripts.bench", __doc__)
     known = ", ".join((*QUESTIONS, *ON_REQUEST, "peer"))
     parser.add_argument("questions", nargs="*", help=f"some of {known}")
     parser.add_argument(
@@ -77,13 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.questions or list(QUESTIONS)
     if options.peer and "peer" not in names:
         names = [*names, "peer"]
-    try:
-        if options.repeats < 1:
-            raise UserError(f"--repeats {options.repeats} must be 1 or more.")
-        right = run(names, Bench(options.set, options.repeats), options.out, options.peer)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.repeats < 1:
+        raise UserError(f"--repeats {options.repeats} must be 1 or more.")
+    right = run(names, Bench(options.set, options.repeats), options.out, options.peer)
     return 0 if right else 1
 
 

@@ -12,7 +12,6 @@ samples of each task, whatever the committed results have.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from harness.report.joined import join
 from harness.report.run import Run, load_run
+from kvmerge.command import exits, parser_of
 from kvmerge.errors import UserError
 from scripts.findings.effects import Effect, of_folding, of_methods, pooled
 from scripts.findings.figures import draw
@@ -32,13 +32,10 @@ _RESULTS = Path("results/findings")
 _PAGE = Path("docs/findings.md")
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.findings",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("python -m scripts.findings", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make every run that is not finished")
     run.add_argument("--longbench", metavar="DIR", help="folder with LongBench's <task>.jsonl")
@@ -55,18 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (run, report):
         command.add_argument("--runs", type=Path, default=_RUNS, help="folder of the runs")
     options = parser.parse_args(argv)
-    try:
-        if options.command == "report":
-            write(options.runs, options.results)
-            return 0
-        if options.command == "page":
-            write_page(options.results, options.page)
-            return 0
-        chosen = [each for each in SETTINGS if each.name in (options.setting or names)]
-        return make(chosen, options.runs, options.longbench, options.limit)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.command == "report":
+        write(options.runs, options.results)
+        return 0
+    if options.command == "page":
+        write_page(options.results, options.page)
+        return 0
+    chosen = [each for each in SETTINGS if each.name in (options.setting or names)]
+    return make(chosen, options.runs, options.longbench, options.limit)
 
 
 def make(settings: Sequence[Setting], runs: Path, longbench: str | None, limit: int | None) -> int:

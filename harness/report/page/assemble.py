@@ -55,12 +55,14 @@ from harness.report.tables.table import Table
 from harness.report.terminal import print_floor
 from harness.report.words import all_made_by, count_tasks, ran_with, sample_counts
 from harness.variants import is_noise
+from kvmerge.command import exits
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
 
 _OUT = Path("results/report")
 
 
+@exits
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user error prints one message and gives exit status 2."""
     parser = argparse.ArgumentParser(
@@ -105,30 +107,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     observed = [folder for folder in arguments.output_dir if is_observed(folder)]
     floors = [folder for folder in arguments.output_dir if is_noise(folder)]
     answered = [folder for folder in arguments.output_dir if folder not in (*observed, *floors)]
-    try:
-        _check_given(arguments, answered)
-        if arguments.out and (observed or floors) and len(arguments.output_dir) > 1:
-            raise UserError(
-                "--out takes one run that observes or measures noise at a time; leave it out for "
-                "several."
-            )
-        for folder in floors:
-            report_noise(folder, Console(), arguments.out)
-        for folder in observed:
-            run = load_observed(folder)
-            print_claims(run, write_observed(run, arguments.out), Console())
-        if answered:
-            runs = _load_all(answered)
-            if not arguments.separate:
-                runs = join_all(runs)
-            for remark in (remark for run in runs for remark in run.remarks):
-                print(remark, file=sys.stderr)
-            noise = None if arguments.noise is None else str(arguments.noise)
-            given = arguments.margin, arguments.flip_well, arguments.flip_drop, noise
-            print(write_report(runs, arguments.out, [run.judgement.but(*given) for run in runs]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _check_given(arguments, answered)
+    if arguments.out and (observed or floors) and len(arguments.output_dir) > 1:
+        raise UserError(
+            "--out takes one run that observes or measures noise at a time; leave it out for several."
+        )
+    for folder in floors:
+        report_noise(folder, Console(), arguments.out)
+    for folder in observed:
+        run = load_observed(folder)
+        print_claims(run, write_observed(run, arguments.out), Console())
+    if answered:
+        runs = _load_all(answered)
+        if not arguments.separate:
+            runs = join_all(runs)
+        for remark in (remark for run in runs for remark in run.remarks):
+            print(remark, file=sys.stderr)
+        noise = None if arguments.noise is None else str(arguments.noise)
+        given = arguments.margin, arguments.flip_well, arguments.flip_drop, noise
+        print(write_report(runs, arguments.out, [run.judgement.but(*given) for run in runs]))
     return 0
 
 
