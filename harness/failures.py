@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, get_type_hints
+from typing import TYPE_CHECKING, Self
 
 from harness.records import append_record, scan_lines
-from harness.typed import parse_fields, shape_of
+from harness.typed import Line
 from kvmerge.errors import NotFinite, UserError, is_of_storage, summary
 from kvmerge.files import write_atomically
 
@@ -28,8 +27,8 @@ _LISTED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """One sample that could not be answered; each field is a key of the JSON line."""
+class Failure(Line):
+    """One sample that could not be answered."""
 
     task: str
     id: str
@@ -57,18 +56,6 @@ class Failure:
             traceback="".join(traceback.format_exception(error)),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-
-    def to_json(self) -> str:
-        """Return the failure as one line of JSON, without newline."""
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Self:
-        """Read one line back. Raises `ValueError` where it is none, `Misfit` naming what is wrong."""
-        return cls(**parse_fields(line, _SHAPES))
-
-
-_SHAPES = {name: shape_of(hint) for name, hint in get_type_hints(Failure).items()}
 
 
 class SamplesFailed(RuntimeError):

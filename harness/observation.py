@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harness.records import append_record
 from harness.results import Results
-from harness.typed import Count, Misfit, Positive, Share, parse_fields, shape_of
+from harness.typed import Count, Line, Misfit, Positive, Share
 from kvmerge.errors import UserError
 from kvmerge.files import check_name
 from kvmerge.observations import KINDS, RULES, LayerObservation
@@ -31,8 +31,8 @@ _MAPS = ("maps", "layers", "heads", "tokens", "block", "sample", "asked")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observation:
-    """One observed sample; each field is a key of the JSON line.
+class Observation(Line):
+    """One observed sample.
 
     Lists are by layer, in the order of `layers`, then by head; null is what a prompt was too short for.
     """
@@ -92,9 +92,9 @@ class Observation:
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> Observation:
+    def from_json(cls, line: str | bytes) -> Self:
         """Read one line back. Raises `ValueError` where it is none, `Misfit` naming what is wrong."""
-        read = cls(**parse_fields(line, _SHAPES))
+        read = super().from_json(line)
         read._check_lengths()
         return read
 
@@ -111,11 +111,6 @@ class Observation:
                 raise Misfit(f"{name} has lists of different lengths") from None
             if len(value) != len(self.layers):
                 raise Misfit(f"{name} has {len(value)} layers, not {len(self.layers)}")
-
-
-_SHAPES = {
-    name: shape_of(hint) for name, hint in get_type_hints(Observation, include_extras=True).items()
-}
 
 
 def _rounded(values: Any) -> Any:

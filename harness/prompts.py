@@ -6,17 +6,15 @@ sample, as that is first answered. Nothing is computed from it: a line that is d
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
 from harness.records import Scan, scan_lines
-from harness.typed import Count, parse_fields, shape_of
+from harness.typed import Count, Line
 from kvmerge.files import check_name
 
 logger = logging.getLogger(__name__)
@@ -27,8 +25,8 @@ CHARACTERS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """Both ends of one sample's prompt; each field is a key of the JSON line."""
+class Prompt(Line):
+    """Both ends of one sample's prompt."""
 
     id: str
     prompt_hash: str
@@ -57,17 +55,6 @@ class Prompt:
             head, tail = text(ids[:most])[:CHARACTERS], text(ids[-most:])[-CHARACTERS:]
         return cls(id=sample, prompt_hash=prompt_hash, prompt_tokens=len(ids), head=head, tail=tail)
 
-    def to_json(self) -> str:
-        """Return the prompt as one line of JSON, without newline."""
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Prompt:
-        """Read one line back. Raises `ValueError` where it is none, `Misfit` naming what is wrong."""
-        return cls(**parse_fields(line, _SHAPES))
-
-
-_SHAPES = {name: shape_of(hint) for name, hint in get_type_hints(Prompt, include_extras=True).items()}
 
 Prompts = dict[tuple[str, str], Prompt]
 """By sample and hash of the prompt."""

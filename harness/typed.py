@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
     Literal,
     NamedTuple,
+    Self,
     Union,
     get_args,
     get_origin,
@@ -196,3 +198,21 @@ def parse_fields(data: str | bytes, shapes: Mapping[str, Shape]) -> dict[str, An
     if wrong:
         raise Misfit("; ".join(wrong[:_NAMED]))
     return row
+
+
+class Line:
+    """A dataclass that is one line of JSON: each of its fields is a key, and no other is one."""
+
+    def to_json(self) -> str:
+        """Return it as one line of JSON, without newline."""
+        return json.dumps(asdict(self), ensure_ascii=False)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Self:
+        """Read one line back. Raises `ValueError` where it is none, `Misfit` naming what is wrong."""
+        return cls(**parse_fields(line, _shapes_of(cls)))  # type: ignore[arg-type]
+
+
+@cache
+def _shapes_of(kind: type) -> dict[str, Shape]:
+    return {name: shape_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}

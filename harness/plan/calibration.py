@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from scipy.optimize import nnls
 from harness.plan.speed import Batch
 from kvmerge.cells import Cell, parse_name
 from kvmerge.errors import UserError
-from kvmerge.files import cache_dir, write_atomically
+from kvmerge.files import cache_dir, read_object, write_atomically
 from kvmerge.kernels.choice import machine
 from kvmerge.models import ModelSpec
 from kvmerge.schema import construct, fits
@@ -210,7 +209,7 @@ def keep(spec: ModelSpec, found: Calibration) -> Path:
         UserError: if the cache folder cannot be written.
     """
     path = cache_dir() / FILE
-    content = _read()
+    content = read_object(path)
     content.setdefault(_machine(spec), {})[_model(spec)] = asdict(found)
     try:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
@@ -224,7 +223,7 @@ def keep(spec: ModelSpec, found: Calibration) -> Path:
 
 def kept(spec: ModelSpec) -> Calibration | None:
     """Return what was measured on this machine with a model; None if nothing sound is kept."""
-    of_machine = _read().get(_machine(spec))
+    of_machine = read_object(cache_dir() / FILE).get(_machine(spec))
     entry = of_machine.get(_model(spec)) if isinstance(of_machine, dict) else None
     if not isinstance(entry, dict):
         return None
@@ -255,12 +254,3 @@ def _model(spec: ModelSpec) -> str:
         *([] if spec.pack_weights else ["unpacked"]),
     ]
     return f"{spec.name}, {spec.source()}, {', '.join(how)}"
-
-
-def _read() -> dict[str, Any]:
-    """Return what is kept; {} for a file that is not there or holds something else."""
-    try:
-        content = json.loads((cache_dir() / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -128,6 +128,12 @@ def resampled_means(task: str, samples: Samples, resamples: int = RESAMPLES) -> 
     return np.concatenate([mean(values[rows], axis=1) for rows in drawn])
 
 
+def generator_of(names: Iterable[str]) -> np.random.Generator:
+    """Return what a test or an interval draws with: the same for the same tasks and samples."""
+    digest = hashlib.sha256("\n".join(names).encode()).digest()
+    return np.random.default_rng([SEED, int.from_bytes(digest[:8], "big")])
+
+
 @lru_cache(maxsize=1)
 def _drawn(
     task: str, ids: tuple[str, ...], contexts: tuple[str, ...], resamples: int
@@ -141,9 +147,7 @@ def _drawn(
     most, fill = max(map(len, clusters)), len(ids)
     members = np.array([rows + [fill] * (most - len(rows)) for rows in clusters])
     members = members.astype(np.min_scalar_type(fill))
-    key = "\n".join((task, *ids)).encode()
-    digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
-    generator = np.random.default_rng([SEED, digest])
+    generator = generator_of((task, *ids))
     counts = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
     return [
         members[generator.integers(0, len(members), size=(count, len(members)))].reshape(count, -1)

@@ -6,7 +6,6 @@ and one product of matrices serve them all; what an exchange gives is counted as
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.metric import Array, Metric
-from harness.report.bootstrap import SEED, Samples, Scored
+from harness.report.bootstrap import Samples, Scored, generator_of
 
 EXCHANGES = 9_999
 """Random exchanges of a family of up to 200 contrasts; all 2^n where those are fewer."""
@@ -81,13 +80,12 @@ def _exchange_test(
     these are. That holds every statistic of every exchange at once, which are gigabytes for many cells.
     """
     blocks = [_block([terms[position] for terms in lines]) for position in range(len(key))]
-    names = "\n".join(name for task, ids in key for name in (task, *ids)).encode()
-    digest = int.from_bytes(hashlib.sha256(names).digest()[:8], "big")
+    generator = generator_of(name for task, ids in key for name in (task, *ids))
     contexts = sum(len(block.moves) for block in blocks)
     observed = _statistic(blocks, np.ones((1, contexts)), len(lines))[0]
     tolerance = np.abs(100 * np.finfo(np.float64).eps * observed)
     drawn = as_low = as_high = 0 if 2**contexts <= exchanges else 1
-    for signs in _signs(contexts, exchanges, np.random.default_rng([SEED, digest])):
+    for signs in _signs(contexts, exchanges, generator):
         found = _statistic(blocks, signs, len(lines))
         drawn += len(found)
         as_low = as_low + (found <= observed + tolerance).sum(axis=0)

@@ -6,7 +6,6 @@ in what is lost. What goes with a flip need not cause it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.metric import Array
 from harness.judgement import FlipRule
 from harness.records import Record
-from harness.report.bootstrap import SEED, Samples, Scored, resampled_means
+from harness.report.bootstrap import Samples, Scored, generator_of, resampled_means
 from harness.report.contrasts import holm
 from harness.report.flips import Flips, flips
 from harness.report.groups import Value, group_values, groups_of
@@ -231,11 +230,9 @@ def _p_values(strata: Sequence[_Stratum], names: Sequence[str]) -> list[float]:
     centred = np.concatenate([stratum.centred(names) for stratum in strata])
     centred /= np.abs(centred).sum(axis=0)
     labels = [stratum.lost.astype(np.int8) for stratum in strata]
-    key = "\n".join(
+    generator = generator_of(
         name for stratum in strata for name in (stratum.task, *stratum.samples.ids)
-    ).encode()
-    digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
-    generator = np.random.default_rng([SEED, digest])
+    )
 
     def moved(lost: NDArray[np.int8]) -> Array:
         return np.asarray((lost @ centred).round(_DIGITS))

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from kvmerge.errors import unknown
-from kvmerge.files import cache_dir, write_atomically
+from kvmerge.files import cache_dir, read_object, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def machine() -> str:
 
 
 def _kept(machine: str) -> str | None:
-    way = _read().get(machine)
+    way = read_object(cache_dir() / FILE).get(machine)
     return way if way in WAYS else None
 
 
@@ -108,7 +108,7 @@ def _measured(machine: str, run: Callable[[str], None]) -> str:
     path = cache_dir() / FILE
     # A folder that cannot be written costs the next process a measurement, nothing else.
     with contextlib.suppress(OSError):
-        write_atomically(path, json.dumps(_read() | {machine: way}, indent=1) + "\n")
+        write_atomically(path, json.dumps(read_object(path) | {machine: way}, indent=1) + "\n")
     logger.info(
         "large products by %s on this machine (torch %.1f ms, onednn %.1f ms; kept in %s)",
         way,
@@ -132,12 +132,3 @@ def _least_seconds(run: Callable[[str], None]) -> dict[str, float]:
             if attempt:
                 seconds[way] = min(seconds[way], time.perf_counter() - started)
     return seconds
-
-
-def _read() -> dict[str, str]:
-    """Return what is kept; {} for a file that is not there or holds something else."""
-    try:
-        kept = json.loads((cache_dir() / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) else {}
