@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -171,7 +172,7 @@ class Results:
 
         Raises `UserError` as `records` does.
         """
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # more would only hold more at once
             list(pool.map(partial(self.records, task), cell_names))
 
     def add(self, task: str, cell_name: str, record: Record) -> None:

@@ -216,6 +216,7 @@ def pending(settings: Settings, results: Results) -> Pending:
     taken = 0
     for task in settings.benchmark.tasks:
         recorded = _recorded_prompts(settings, results, task.name)
+        needed = [(cell.name, cell, seed) for cell in settings.cells for seed in settings.seeds(cell)]
         done: set[tuple[str, int, str]] = set()
         for cell in settings.cells:
             records = results.records(task.name, cell.name)
@@ -223,7 +224,7 @@ def pending(settings: Settings, results: Results) -> Pending:
         samples = settings.benchmark.samples(task)
         ids[task.name] = [sample.id for sample in samples]
         of_task = [
-            Job(task, sample, _missing(settings, sample.id, done), recorded.get(sample.id))
+            Job(task, sample, _missing(needed, sample.id, done), recorded.get(sample.id))
             for sample in settings.take(samples)
         ]
         taken += len(of_task)
@@ -256,14 +257,9 @@ def check_questions(settings: Settings, jobs: Sequence[Job]) -> None:
 
 
 def _missing(
-    settings: Settings, sample_id: str, done: Set[tuple[str, int, str]]
+    needed: Sequence[tuple[str, Cell, int]], sample_id: str, done: Set[tuple[str, int, str]]
 ) -> tuple[tuple[Cell, int], ...]:
-    return tuple(
-        (cell, seed)
-        for cell in settings.cells
-        for seed in settings.seeds(cell)
-        if (cell.name, seed, sample_id) not in done
-    )
+    return tuple((cell, seed) for name, cell, seed in needed if (name, seed, sample_id) not in done)
 
 
 def _recorded_prompts(settings: Settings, results: Results, task: str) -> dict[str, str]:

@@ -70,6 +70,8 @@ def qa_f1(prediction: str, answer: str) -> float:
 
 def qa_f1_zh(prediction: str, answer: str) -> float:
     """Return the token F1 of the words that jieba finds, each normalised, empty ones dropped."""
+    if not prediction:
+        return 0.0  # before jieba is loaded: every row is checked with an empty prediction
     return token_f1(_normal_words_zh(prediction), _normal_words_zh(answer))
 
 
@@ -104,6 +106,8 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 def rouge_zh(prediction: str, answer: str) -> float:
     """Return `rouge_l` of the words that jieba finds, joined by single spaces."""
+    if not prediction:
+        return 0.0  # as the package, which raises, but before jieba is loaded
     rouge = Rouge(metrics=["rouge-l"])
 
     def one_call_deeper(*texts: list[str], avg: bool) -> dict[str, dict[str, float]]:

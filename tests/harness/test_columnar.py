@@ -85,6 +85,7 @@ def test_columns_that_all_cells_have_alike_are_held_once(path: Path) -> None:
         (b'"rouge1": 0.5', b'"rouge1": null'),
         (b'"rouge1": 0.5', b'"rouge1": "2024-01-01"'),
         (b'"depth": 50', b'"depth": null'),
+        (b'"depth": 50', b'"dep\xffth": 50'),
         (b'"rouge1": 0.5', b'"rouge1": ' + b"[" * 100_000 + b"]" * 100_000),
         (b'"rouge1": 0.5', b'"rouge1": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
         (b"[1.5, 2.0]", b"[1.5, null]"),
