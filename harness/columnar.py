@@ -70,6 +70,23 @@ class Records(Sequence[Record]):
             held = self.table[field].to_pylist()
         return held + [_value(record, field) for record in self._added]
 
+    def extremes(self, field: str) -> tuple[float, float]:
+        """Return the least and the greatest of a field's numbers; NaN where no record has one."""
+        known = [value for record in self._added if (value := _value(record, field)) is not None]
+        if self.table is not None and field in self.table.column_names:
+            ends = pc.min_max(self.table[field]).as_py().values()
+            known += [value for value in ends if value is not None]
+        return (min(known), max(known)) if known else (np.nan, np.nan)
+
+    def samples(self) -> tuple[list[str], NDArray[np.intp]]:
+        """Return the ids, each once in the order of the first ones, and every record's place there."""
+        if self.table is not None and not self._added:
+            ids = self.table["id"].combine_chunks().dictionary_encode()
+            return ids.dictionary.to_pylist(), ids.indices.to_numpy().astype(np.intp)
+        names = self.values("id")
+        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        return list(places), np.array([places[name] for name in names], dtype=np.intp)
+
     def distinct(self, *names: str) -> set[tuple[Any, ...]]:
         """Return what some fields hold together in any record; None where there is none."""
         held = []

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from benchmarks.metric import Array, Metric
 from harness.columnar import Records
@@ -47,6 +47,8 @@ class Samples:
 
     def only(self, ids: Iterable[str]) -> Samples:
         """Keep the samples with these ids."""
+        if ids == self.ids:
+            return self
         wanted = set(ids)
         if wanted.issuperset(self.ids):
             return self
@@ -74,11 +76,7 @@ def gather(
     columns = [of.numbers(part) for part in metric.parts]
     for part, values in zip(metric.parts, columns, strict=True):
         _check_part(part, values, of, metric)
-    by_id: dict[str, list[list[float]]] = defaultdict(list)
-    marks = np.stack(columns, axis=1) if columns else np.empty((len(of), 0))
-    for sample, values in zip(of.values("id"), marks.tolist(), strict=True):
-        by_id[sample].append(values)
-    return averaged(by_id, contexts)
+    return by_sample(of, columns, contexts)
 
 
 def _check_part(part: str, values: Array, records: Records, metric: Metric) -> None:
@@ -92,22 +90,17 @@ def _check_part(part: str, values: Array, records: Records, metric: Metric) -> N
         raise ValueError(f"sample {sample!r} has {part!r} = {value}, not 0 to 1")
 
 
-def averaged(
-    by_id: Mapping[str, Sequence[Sequence[float]]], contexts: Mapping[str, str] | None = None
+def by_sample(
+    records: Records, columns: Sequence[Array], contexts: Mapping[str, str] | None = None
 ) -> Samples:
-    """Return the numbers of each sample, averaged over its seeds: some rows of as many numbers each."""
-    ids = tuple(sorted(by_id))
-    rows = (by_id[name] for name in ids)
-    parts = [of[0] if len(of) == 1 else np.mean(of, axis=0) for of in rows]
-    shared = tuple(contexts[name] for name in ids) if contexts else ()
-    return Samples(ids, np.array(parts, dtype=np.float64) if parts else np.empty((0, 0)), shared)
-
-
-def resampled_scores(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Array:
-    """Return the scores of bootstrap samples, `(resamples,)`; empty for fewer than two contexts."""
-    if len(samples.clusters) < 2:
-        return np.empty(0)
-    return metric.score(resampled_means(task, samples, resamples))
+    """Average some numbers of each record, `(records,)` each, over the seeds of each sample."""
+    names, places = records.samples()
+    order = sorted(range(len(names)), key=names.__getitem__)
+    seeds = np.bincount(places, minlength=len(names))
+    sums = [np.bincount(places, column, len(names)) for column in columns]
+    means = np.stack(sums, axis=1) / seeds[:, None] if sums else np.empty((len(names), 0))
+    ids = tuple(names[place] for place in order)
+    return Samples(ids, means[order], tuple(contexts[name] for name in ids) if contexts else ())
 
 
 def resampled_means(task: str, samples: Samples, resamples: int = RESAMPLES) -> Array:
@@ -120,12 +113,20 @@ def resampled_means(task: str, samples: Samples, resamples: int = RESAMPLES) -> 
         samples: of two or more contexts.
         resamples: how many there are.
     """
-    drawn = _drawn(task, samples.ids, samples.contexts, resamples)
-    values = samples.parts
-    if any((rows == len(values)).any() for rows in drawn):
-        values = np.append(values, np.full_like(values[:1], np.nan), axis=0)
-    mean = np.nanmean if np.isnan(values).any() else np.mean
-    return np.concatenate([mean(values[rows], axis=1) for rows in drawn])
+    known = ~np.isnan(samples.parts)
+    sums = _by_context(samples, np.where(known, samples.parts, 0.0))
+    counts = _by_context(samples, known if not known.all() else known[:, :1]).astype(np.float64)
+    width = sums.shape[1]
+    drawn = _drawn(task, samples.ids, len(counts), resamples)
+    totals = np.concatenate([taken @ np.hstack([sums, counts]) for taken in drawn])
+    return totals[:, :width] / totals[:, width:]
+
+
+def _by_context(samples: Samples, values: Array) -> Array:
+    """Return sums over the samples of each context, `(contexts, ...)`."""
+    if not samples.contexts:
+        return values
+    return np.stack([values[rows].sum(axis=0) for rows in samples.clusters])
 
 
 def generator_of(names: Iterable[str]) -> np.random.Generator:
@@ -135,24 +136,21 @@ def generator_of(names: Iterable[str]) -> np.random.Generator:
 
 
 @lru_cache(maxsize=1)
-def _drawn(
-    task: str, ids: tuple[str, ...], contexts: tuple[str, ...], resamples: int
-) -> list[NDArray[np.unsignedinteger]]:
-    """Return the rows that resamples take, `(up to _CHUNK, samples)` each: the same for all cells.
+def _drawn(task: str, ids: tuple[str, ...], contexts: int, resamples: int) -> list[csr_array]:
+    """Return how often resamples take each context, `(up to _CHUNK, contexts)`: the same for all cells.
 
-    The last draw is kept, since the cells of a task follow each other. A context with fewer samples
-    than another is filled up with the row after the last, which is NaN.
+    A row has a 1 for every draw, those of one context side by side: a product with it adds what was
+    drawn, one after the other. The last draw is kept, since the cells of a task follow each other.
     """
-    clusters = Samples(ids, np.empty(0), contexts).clusters
-    most, fill = max(map(len, clusters)), len(ids)
-    members = np.array([rows + [fill] * (most - len(rows)) for rows in clusters])
-    members = members.astype(np.min_scalar_type(fill))
     generator = generator_of((task, *ids))
-    counts = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
-    return [
-        members[generator.integers(0, len(members), size=(count, len(members)))].reshape(count, -1)
-        for count in counts
-    ]
+    ones, ends = np.ones(_CHUNK * contexts), np.arange(_CHUNK + 1, dtype=np.int32) * contexts
+    taken = []
+    for start in range(0, resamples, _CHUNK):
+        count = min(_CHUNK, resamples - start)
+        # As 64 bits would: numpy draws numbers below 2^32 from 32 bits either way.
+        drawn = generator.integers(0, contexts, size=count * contexts, dtype=np.uint32).view(np.int32)
+        taken.append(csr_array((ones[: drawn.size], drawn, ends[: count + 1]), (count, contexts)))
+    return taken
 
 
 @dataclass(frozen=True)
@@ -202,10 +200,27 @@ class Scored:
 
 def score_task(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Scored:
     """Score one task and cell with its replicates; NaN without samples."""
-    if not samples.ids:
-        return Scored(np.nan, np.empty(0))
-    value = float(metric.score(samples.parts.mean(axis=0)))
-    return Scored(value, resampled_scores(task, samples, metric, resamples))
+    (scored,) = score_cells(task, [samples], metric, resamples)
+    return scored
+
+
+def score_cells(
+    task: str, cells: Sequence[Samples], metric: Metric, resamples: int = RESAMPLES
+) -> list[Scored]:
+    """Score cells that hold the same samples of one task, with replicates; NaN without samples.
+
+    There are no replicates where there are fewer than two contexts.
+    """
+    first = cells[0]
+    if not first.ids:
+        return [Scored(np.nan, np.empty(0)) for _ in cells]
+    values = [float(metric.score(samples.parts.mean(axis=0))) for samples in cells]
+    if len(first.clusters) < 2:
+        return [Scored(value, np.empty(0)) for value in values]
+    beside = np.hstack([samples.parts for samples in cells])
+    means = resampled_means(task, replace(first, parts=beside), resamples)
+    by_cell = means.reshape(resamples, len(cells), -1)
+    return [Scored(value, metric.score(by_cell[:, at])) for at, value in enumerate(values)]
 
 
 def average(scores: Sequence[Scored]) -> Scored:

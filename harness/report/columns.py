@@ -6,7 +6,6 @@ summary.csv, the tables, the terminal and the plots loop over `COLUMNS`. A figur
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,24 +28,18 @@ class Reduction:
 def _mean(records: Iterable[Record], field: str) -> float:
     """Return the mean over the seeds of each sample, then over the samples."""
     of = Records.of(records)
-    by_id: dict[str, list[float]] = defaultdict(list)
-    for sample, value in zip(of.values("id"), of.numbers(field).tolist(), strict=True):
-        if value == value:
-            by_id[sample].append(value)
-    means = [values[0] if len(values) == 1 else float(np.mean(values)) for values in by_id.values()]
-    return float(np.mean(means)) if means else np.nan
-
-
-def _values(records: Iterable[Record], field: str) -> list[float]:
-    return [value for value in Records.of(records).values(field) if value is not None]
+    values = of.numbers(field)
+    known = ~np.isnan(values)
+    places = of.samples()[1][known]
+    sums, counts = np.bincount(places, values[known]), np.bincount(places)
+    means = sums[counts > 0] / counts[counts > 0]
+    return float(means.mean()) if means.size else np.nan
 
 
 MEAN = Reduction(_mean, lambda values: float(np.mean(values)))
-SMALLEST = Reduction(lambda records, field: min(_values(records, field), default=np.nan), min)
-LARGEST = Reduction(lambda records, field: max(_values(records, field), default=np.nan), max)
-SAMPLES = Reduction(
-    lambda records, field: len(set(Records.of(records).having(field).values("id"))), sum
-)
+SMALLEST = Reduction(lambda records, field: Records.of(records).extremes(field)[0], min)
+LARGEST = Reduction(lambda records, field: Records.of(records).extremes(field)[1], max)
+SAMPLES = Reduction(lambda records, field: len(Records.of(records).having(field).samples()[0]), sum)
 """How many samples have the field."""
 
 

@@ -7,7 +7,6 @@ they are averaged over seeds within a sample first.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from benchmarks.metric import Metric
 from harness.columnar import Records
-from harness.report.bootstrap import Samples, Scored, average, averaged, score_task
+from harness.report.bootstrap import Samples, Scored, average, by_sample, score_task
 from harness.report.contrasts import AVERAGE
 from harness.report.run import Run
 
@@ -94,14 +93,13 @@ def generating(run: Run) -> list[str]:
 def _answers(run: Run, task: str, cell: str) -> Samples:
     """Collect length, least and most that was cut off, and emptiness, averaged over seeds."""
     limit = run.recorded("tasks", task, _LIMIT)
-    by_id: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    columns = map(
-        Records.of(run.records[task, cell]).values,
-        ("id", "generated_tokens", "finish_reason", "prediction"),
-    )
-    for sample, tokens, reason, prediction in zip(*columns, strict=True):
-        by_id[sample].append((tokens, *_cut_off(tokens, reason, limit), not prediction.strip()))
-    return averaged(by_id, run.contexts[task])
+    records = Records.of(run.records[task, cell])
+    columns = map(records.values, ("generated_tokens", "finish_reason", "prediction"))
+    answers = [
+        (tokens, *_cut_off(tokens, reason, limit), not prediction.strip())
+        for tokens, reason, prediction in zip(*columns, strict=True)
+    ]
+    return by_sample(records, [*np.array(answers, dtype=np.float64).T], run.contexts[task])
 
 
 def _cut_off(tokens: int, reason: str | None, limit: int | None) -> tuple[bool, bool]:

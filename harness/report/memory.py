@@ -5,12 +5,13 @@ Set sizes and logit biases stand beside keys and values, a few bytes an entry: 8
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from harness.columnar import Records
+from harness.report.bootstrap import Samples, by_sample
 from harness.report.run import Run
 
 TOLERANCE = 0.01
@@ -22,22 +23,13 @@ def stored(run: Run, task: str, cell: str, ids: Iterable[str]) -> float:
 
     NaN where an earlier version did not record what stands beside.
     """
-    by_id = _by_sample(run, task, cell)
-    return float(np.mean([by_id[name] for name in ids]))
-
-
-def _by_sample(run: Run, task: str, cell: str) -> Mapping[str, float]:
-    """Return the bytes of each sample, averaged over seeds."""
     name = f"stored {task} {cell}"
     if name not in run.memo:
-        found: dict[str, list[float]] = defaultdict(list)
         records = Records.of(run.records[task, cell])
-        stored = records.numbers("kv_bytes") + records.numbers("size_bytes")
-        for sample, value in zip(records.values("id"), stored.tolist(), strict=True):
-            found[sample].append(value)
-        run.memo[name] = {each: float(np.mean(values)) for each, values in found.items()}
-    by_id: Mapping[str, float] = run.memo[name]
-    return by_id
+        bytes_of = records.numbers("kv_bytes") + records.numbers("size_bytes")
+        run.memo[name] = replace(by_sample(records, [bytes_of]), ids=run.samples[task, cell].ids)
+    samples: Samples = run.memo[name]
+    return float(samples.only(ids).parts.mean())
 
 
 def is_unequal(ratio: float) -> bool:

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from harness.columnar import Records, joined
 from harness.judgement import Judgement, judgement_from
 from harness.prompts import Prompts
 from harness.records import Record, prediction_path
-from harness.report.bootstrap import Samples, Scored, average, gather, score_task
+from harness.report.bootstrap import Samples, Scored, average, gather, score_cells, score_task
 from harness.report.columns import COLUMNS, figures
 from harness.results import Results, changed_settings
 from kvmerge.cells import file_name, parse_name
@@ -136,7 +136,8 @@ class Run:
     @cached_property
     def seeds(self) -> dict[tuple[str, str], set[int]]:
         """The seeds of each task and cell."""
-        return {key: set(Records.of(records).values("seed")) for key, records in self.records.items()}
+        columns = {key: Records.of(records) for key, records in self.records.items()}
+        return {key: {seed for (seed,) in each.distinct("seed")} for key, each in columns.items()}
 
     @cached_property
     def sharing(self) -> dict[str, tuple[int, int]]:
@@ -151,9 +152,11 @@ class Run:
         Raises `UserError` naming the sample where a line lacks what its metric needs.
         """
         gathered = {}
+        ids: dict[tuple[str, ...], tuple[str, ...]] = {}
         for (task, cell), records in self.records.items():
             try:
-                gathered[task, cell] = gather(records, self.metrics[task], self.contexts[task])
+                found = gather(records, self.metrics[task], self.contexts[task])
+                gathered[task, cell] = replace(found, ids=ids.setdefault(found.ids, found.ids))
             except ValueError as error:
                 raise UserError(
                     f"{task} of {cell} in {self.output_dir} cannot be scored as {self.tasks[task]!r}: "
@@ -164,14 +167,25 @@ class Run:
     @cached_property
     def scores(self) -> dict[tuple[str, str], Scored]:
         """Score and bootstrap replicates of each task and cell."""
-        return {
-            (task, cell): self.score_of(task, cell, samples.ids)
-            for (task, cell), samples in self.samples.items()
+        alike: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = defaultdict(list)
+        for key, samples in self.samples.items():
+            alike[key[0], samples.ids].append(key)
+        found = {
+            key: scored
+            for (task, _), keys in alike.items()
+            for key, scored in zip(
+                keys,
+                score_cells(task, [self.samples[key] for key in keys], self.metrics[task]),
+                strict=True,
+            )
         }
+        return {key: found[key] for key in self.samples}
 
     def score_of(self, task: str, cell: str, ids: Iterable[str]) -> Scored:
         """Score some samples of a task and cell; the same ones are bootstrapped once."""
         samples = self.samples[task, cell].only(ids)
+        if samples is self.samples[task, cell]:
+            return self.scores[task, cell]
         key = task, cell, samples.ids
         if key not in self._drawn:
             self._drawn[key] = score_task(task, samples, self.metrics[task])

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.metric import Metric
 from harness import runner
 from harness.records import Record
 from harness.report import bootstrap
@@ -169,15 +168,14 @@ def test_groups_by_hand(samples: list[tuple[int, int, float]]) -> None:
 
 def test_a_report_bootstraps_no_samples_twice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[str, bytes]] = []
-    resampled_scores = bootstrap.resampled_scores
+    resampled_means = bootstrap.resampled_means
 
-    def counted(
-        task: str, samples: bootstrap.Samples, metric: Metric, resamples: int
-    ) -> bootstrap.Array:
-        drawn.append((task, "\n".join(samples.ids).encode() + samples.parts.tobytes()))
-        return resampled_scores(task, samples, metric, resamples)
+    def counted(task: str, samples: bootstrap.Samples, resamples: int) -> bootstrap.Array:
+        ids = "\n".join(samples.ids).encode()
+        drawn.extend((task, ids + of_cell.tobytes()) for of_cell in samples.parts.T)
+        return resampled_means(task, samples, resamples)
 
-    monkeypatch.setattr(bootstrap, "resampled_scores", counted)
+    monkeypatch.setattr(bootstrap, "resampled_means", counted)
     score_table(run)
     difference_table(run)
     group_tables(run)
