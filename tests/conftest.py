@@ -57,6 +57,23 @@ def tiny(checkpoint: Path, data: Path, tmp_path: Path) -> Callable[..., Settings
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put one empty picture with a true caption where drawing is not the point: it takes seconds."""
+    from harness.report.page import assemble  # matplotlib is slow to import
+    from harness.report.plots.draw import Drawn
+    from harness.report.plots.style import Plot
+    from harness.report.words import setting
+
+    monkeypatch.setattr(
+        assemble,
+        "draw_all",
+        lambda run, by_method, judgement: Drawn(
+            (Plot("scores_by_task", "Scores by task", setting(run), "Marks.", b"", b""),)
+        ),
+    )
+
+
+@pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., Output]:

@@ -104,7 +104,7 @@ def test_a_run_shows_its_table_and_names_its_files(
 
 
 def test_a_second_command_adds_its_cell_to_the_table_of_the_first(
-    command: Command, given: list[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, undrawn: None, given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = [text for text in given if not text.startswith(("output_dir", "limit"))]
     first = command(*free, "method=kvmerger", "budget=0.35", "limit=2")
@@ -359,7 +359,7 @@ def test_a_run_into_a_folder_that_another_writes_is_refused(
 
 
 def test_a_run_removes_what_a_killed_one_had_begun(
-    command: Command, given: list[str], tmp_path: Path
+    command: Command, undrawn: None, given: list[str], tmp_path: Path
 ) -> None:
     left = tmp_path / "out" / "tables" / f".scores.md.{2**22 + 1}"
     left.parent.mkdir(parents=True)
@@ -384,7 +384,7 @@ def test_a_bad_point_of_a_sweep_stops_no_other_and_is_listed_at_the_end(
 
 
 def test_a_sweep_ends_with_one_report_of_the_points_that_finished(
-    command: Command, given: list[str]
+    command: Command, undrawn: None, given: list[str]
 ) -> None:
     free = [text for text in given if not text.startswith("output_dir")]
     output = command("-m", *free, "method=h2o,tova", "budget=0.5,-1")

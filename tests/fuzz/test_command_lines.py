@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import yaml
 from harness.settings import Settings, compose
 from kvmerge.errors import UserError
 from kvmerge.places import choices, config_dir
+from tests.conftest import Output
 from tests.fuzz import yields
 
 TRIALS, CHUNKS = 2_000, 20
@@ -156,18 +157,26 @@ def test_a_path_may_be_quoted_for_hydra_all_the_same(tmp_path: Path) -> None:
     assert compose(["output_dir=null"]).resolved["output_dir"] is None
 
 
-# --- what only a process shows
+# --- what only a whole command shows
 
 
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "run.py", *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-        cwd=Path(__file__).parents[2],
-    )
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """End a test that waits for something which never comes."""
+
+    def give_up(*_: object) -> None:
+        pytest.fail("it waits")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def assert_told(done: Output) -> None:
+    assert "Traceback" not in done.err
+    assert done.status == 2, done.err
 
 
 @pytest.fixture
@@ -186,34 +195,32 @@ def strange_places(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("place", ["file", "link", "long", "proc"])
-def test_an_output_dir_that_cannot_be_one_is_told(place: str, strange_places: dict[str, Path]) -> None:
+def test_an_output_dir_that_cannot_be_one_is_told(
+    command: Callable[..., Output], place: str, strange_places: dict[str, Path]
+) -> None:
     words = ["model=tiny-random", "benchmark=mini", "benchmark.tasks=[passkey]", "limit=1"]
-    done = run(*words, f"output_dir={strange_places[place]}")
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 2, done.stderr
-    assert "error: " in done.stderr
-    assert str(strange_places[place])[:40] in done.stderr
+    done = command(*words, f"output_dir={strange_places[place]}")
+    assert_told(done)
+    assert "error: " in done.err
+    assert str(strange_places[place])[:40] in done.err
 
 
 @pytest.mark.parametrize("setting", ["benchmark.dataset", "benchmark.data_dir", "model.path"])
 def test_a_pipe_for_data_or_a_model_is_told_and_not_waited_for(
-    setting: str, strange_places: dict[str, Path]
+    command: Callable[..., Output], setting: str, strange_places: dict[str, Path]
 ) -> None:
     words = ["model=tiny-random", "budget=0.5"]
     if setting == "benchmark.dataset":
         words += ["benchmark=custom", "benchmark.template='{text}'", "benchmark.metric=qa_f1"]
     elif setting == "benchmark.data_dir":
         words += ["benchmark=longbench", "benchmark.tasks=[qasper]"]
-    done = run(*words, f"{setting}={strange_places['pipe']}")
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 2, done.stderr
-    assert "error: " in done.stderr
+    done = command(*words, f"{setting}={strange_places['pipe']}")
+    assert_told(done)
+    assert "error: " in done.err
 
 
 @pytest.mark.parametrize(
     "word", ["hydra/launcher=nope", "hydra=x", "hydra.job.chdir=true", "--cfg", "-x"]
 )
-def test_strange_words_for_hydra_are_told(word: str) -> None:
-    done = run(word)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 2, done.stderr
+def test_strange_words_for_hydra_are_told(command: Callable[..., Output], word: str) -> None:
+    assert_told(command(word))

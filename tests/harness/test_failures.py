@@ -137,6 +137,7 @@ def test_what_holds_for_the_whole_run_ends_it(tiny: Tiny, monkeypatch: pytest.Mo
 
 def test_a_command_reports_the_others_lists_those_that_failed_and_exits_with_3(
     command: Callable[..., Output],
+    undrawn: None,
     fault: Callable[[], None],
     checkpoint: Path,
     data: Path,

@@ -14,8 +14,6 @@ import yaml
 
 from harness import launchers as module
 from harness.launchers import SWEEPS, check_launcher, launcher_of, submits_jobs
-from harness.report.page import assemble
-from harness.report.plots.draw import Drawn
 from kvmerge.errors import UserError
 from kvmerge.places import config_dir
 from tests import slurm
@@ -56,14 +54,13 @@ needs_submitit = pytest.mark.skipif(
 
 @pytest.fixture
 def jobs(
-    command: Command, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, data: Path
+    command: Command, undrawn: None, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, data: Path
 ) -> Callable[..., Output]:
     """A sweep whose points may be jobs, over two samples of one task and one."""
     Path("stopped.py").write_text(STOPPED)
     monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(assemble, "draw_all", lambda run, by_method, judgement: Drawn(()))
     run = [f"model.path={checkpoint}", "benchmark=longbench", f"benchmark.data_dir={data}"]
     return lambda *words: command("-m", *run, "benchmark.tasks=[trec]", "batch_size=1", *words)
 

@@ -11,18 +11,15 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness.report.page import assemble
-from harness.report.plots.draw import Drawn
 from harness.sweep import Failed, Points, current_points, report_points, sweep
 from tests.synthetic_run import record, write_run
 from tests.tiny_run import compose
 
 
 @pytest.fixture(autouse=True)
-def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Be in an empty folder, and draw nothing: it takes seconds."""
+def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, undrawn: None) -> None:
+    """Be in an empty folder, and draw nothing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(assemble, "draw_all", lambda run, by_method, judgement: Drawn(()))
 
 
 def point(points: Points, number: int, folder: str, *cells: str, **info: Any) -> None:
