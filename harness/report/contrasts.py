@@ -215,26 +215,37 @@ def without_kl(run: Run) -> list[str]:
 
 def _terms(run: Run, tasks: Sequence[str], first: str, second: str) -> tuple[Term, ...]:
     """Return two cells on some tasks; () where they have no sample of one in common."""
+    known: dict[tuple[str, str, str], Term | None] = run.memo.setdefault("terms", {})
     terms = []
     for task in tasks:
-        if (task, first) not in run.samples or (task, second) not in run.samples:
+        key = task, first, second
+        if key not in known:
+            known[key] = _term(run, *key)
+        term = known[key]
+        if term is None:
             return ()
-        a, b = run.samples[task, first], run.samples[task, second]
-        common = set(a.ids) & set(b.ids)
-        if not common:
-            return ()
-        metric = run.metrics[task]
-        scored = run.score_of(task, first, common), run.score_of(task, second, common)
-        seeds = [
-            _by_seed(Records.of(run.records[task, cell]).only(common), metric)
-            if len(run.seeds[task, cell]) > 1
-            else np.empty(0)
-            for cell in (first, second)
-        ]
-        both = a.only(common), b.only(common)
-        weights = stored(run, task, first, common), stored(run, task, second, common)
-        terms.append(Term(task, metric, *both, scored, (seeds[0], seeds[1]), weights))
+        terms.append(term)
     return tuple(terms)
+
+
+def _term(run: Run, task: str, first: str, second: str) -> Term | None:
+    if (task, first) not in run.samples or (task, second) not in run.samples:
+        return None
+    a, b = run.samples[task, first], run.samples[task, second]
+    common = a.ids if a.ids == b.ids else set(a.ids) & set(b.ids)
+    if not common:
+        return None
+    metric = run.metrics[task]
+    scored = run.score_of(task, first, common), run.score_of(task, second, common)
+    seeds = [
+        _by_seed(Records.of(run.records[task, cell]).only(set(common)), metric)
+        if len(run.seeds[task, cell]) > 1
+        else np.empty(0)
+        for cell in (first, second)
+    ]
+    both = a.only(common), b.only(common)
+    weights = stored(run, task, first, common), stored(run, task, second, common)
+    return Term(task, metric, *both, scored, (seeds[0], seeds[1]), weights)
 
 
 def _by_seed(records: Records, metric: Metric) -> Array:

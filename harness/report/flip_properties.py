@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,7 +27,8 @@ from harness.report.run import Run
 SHUFFLES = 9_999
 _LEAST = 2
 """Samples that a task must have on either side, for its values to scatter."""
-_BATCH = 500  # shuffles held at once: bounds memory; the draw does not depend on it
+_BATCH = 500  # shuffles drawn at once, task by task: the draw depends on it
+_HELD = 100  # of these, whose values are held at once: bounds memory
 _DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
 
 
@@ -83,10 +84,14 @@ def properties(run: Run, rule: FlipRule) -> list[Property]:
             for of in flips(run, rule)
             if _LEAST <= len(of.lost) <= len(of.well) - _LEAST and of.task not in run.sharing
         ]
+        by_cell: dict[str, list[_Stratum]] = defaultdict(list)
+        for of in told:
+            by_cell[of.cell].append(_stratum(run, of))
+        p_values = _compared(by_cell)
         found = [
-            one
+            _property(cell, name, by_cell[cell], p_values[cell, name])
             for cell in run.cells
-            for one in _of_cell(cell, [_stratum(run, of) for of in told if of.cell == cell])
+            for name in _varying(by_cell[cell])
         ]
         adjusted = holm([one.p for one in found])
         run.memo[name] = [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
@@ -181,22 +186,28 @@ def _stratum(run: Run, of: Flips) -> _Stratum:
     return _Stratum(of.task, names, Samples(of.well, values), np.isin(of.well, of.lost))
 
 
-def _of_cell(cell: str, strata: Sequence[_Stratum]) -> list[Property]:
-    varying = {
-        name: [stratum for stratum in strata if name in stratum.names]
-        for name in dict.fromkeys(name for stratum in strata for name in stratum.names)
-        if any(stratum.centred([name]).any() for stratum in strata)
-    }
-    if not varying:
-        return []
-    p_values = _p_values(strata, list(varying))
-    return [
-        _property(cell, name, having, p)
-        for (name, having), p in zip(varying.items(), p_values, strict=True)
-    ]
+def _compared(by_cell: Mapping[str, Sequence[_Stratum]]) -> dict[tuple[str, str], float]:
+    """Return the p-values of every cell and property, from one draw for cells of the same samples."""
+    alike: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = defaultdict(list)
+    for cell, strata in by_cell.items():
+        alike[tuple((stratum.task, stratum.samples.ids) for stratum in strata)].append(cell)
+    found: dict[tuple[str, str], float] = {}
+    for cells in alike.values():
+        if names := _varying(by_cell[cells[0]]):
+            p_values = _p_values([by_cell[cell] for cell in cells], names)
+            for cell, of_cell in zip(cells, p_values, strict=True):
+                found |= {(cell, name): p for name, p in zip(names, of_cell, strict=True)}
+    return found
 
 
-def _property(cell: str, name: str, strata: Sequence[_Stratum], p: float) -> Property:
+def _varying(strata: Sequence[_Stratum]) -> list[str]:
+    """Name the properties that have more than one value in some task."""
+    names = dict.fromkeys(name for stratum in strata for name in stratum.names)
+    return [name for name in names if any(stratum.centred([name]).any() for stratum in strata)]
+
+
+def _property(cell: str, name: str, of_cell: Sequence[_Stratum], p: float) -> Property:
+    strata = [stratum for stratum in of_cell if name in stratum.names]
     lost, kept = (_weighted(name, strata, side) for side in (0, 1))
     n_lost = sum(int(stratum.lost.sum()) for stratum in strata)
     return Property(
@@ -221,28 +232,47 @@ def _weighted(name: str, strata: Sequence[_Stratum], side: int) -> Scored:
     )
 
 
-def _p_values(strata: Sequence[_Stratum], names: Sequence[str]) -> list[float]:
+def _p_values(cells: Sequence[Sequence[_Stratum]], names: Sequence[str]) -> list[list[float]]:
     """Draw what is lost anew within tasks, as many as were lost, for all properties at once.
 
     The weighted difference is a sum over the lost samples, each less its task's mean, times a constant.
     (`scipy.stats.permutation_test` would exchange samples of different tasks too.)
+
+    Args:
+        cells: the strata of each, which are the same but for what is lost: one draw serves them all.
+        names: of the properties.
+
+    Returns:
+        for each cell, the p-value of each property.
     """
+    strata = cells[0]
     centred = np.concatenate([stratum.centred(names) for stratum in strata])
     centred /= np.abs(centred).sum(axis=0)
-    labels = [stratum.lost.astype(np.int8) for stratum in strata]
+    lost = np.stack([np.concatenate([one.lost for one in of]) for of in cells]).astype(np.float64)
+    observed = (lost @ centred).round(_DIGITS)
+    as_low, as_high = np.ones((2, *observed.shape))  # the observed one among them
+    for places in _shuffles(strata):
+        moved = np.empty((len(centred), len(places), len(names)))
+        moved[places, np.arange(len(places))[:, None]] = centred
+        drawn = (lost @ moved.reshape(len(centred), -1)).round(_DIGITS)
+        drawn = drawn.reshape(len(cells), len(places), len(names))
+        as_low += (drawn <= observed[:, None]).sum(axis=1)
+        as_high += (drawn >= observed[:, None]).sum(axis=1)
+    return np.minimum(2 * np.minimum(as_low, as_high) / (SHUFFLES + 1), 1).tolist()
+
+
+def _shuffles(strata: Sequence[_Stratum]) -> Iterator[NDArray[np.int32]]:
+    """Yield which sample's place every sample takes, its task's ones in a random order.
+
+    A row a shuffle, `(up to _HELD, samples)`: there are `SHUFFLES` in all.
+    """
+    ends = np.cumsum([len(stratum.lost) for stratum in strata], dtype=np.int32)
+    rows = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
     generator = generator_of(
         name for stratum in strata for name in (stratum.task, *stratum.samples.ids)
     )
-
-    def moved(lost: NDArray[np.int8]) -> Array:
-        return np.asarray((lost @ centred).round(_DIGITS))
-
-    null = []
     for start in range(0, SHUFFLES, _BATCH):
         count = min(_BATCH, SHUFFLES - start)
-        drawn = [generator.permuted(np.tile(one, (count, 1)), axis=1) for one in labels]
-        null.append(moved(np.concatenate(drawn, axis=1)))
-    observed, drawn_anew = moved(np.concatenate(labels)), np.concatenate(null)
-    as_low, as_high = (drawn_anew <= observed).sum(axis=0), (drawn_anew >= observed).sum(axis=0)
-    p_values = 2 * (np.minimum(as_low, as_high) + 1) / (SHUFFLES + 1)
-    return np.minimum(p_values, 1).tolist()
+        of_task = [generator.permuted(np.tile(own, (count, 1)), axis=1) for own in rows]
+        drawn = np.concatenate(of_task, axis=1)
+        yield from (drawn[first : first + _HELD] for first in range(0, count, _HELD))
