@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.records import Record
+from harness.columnar import Records
 from harness.report.bootstrap import RESAMPLES, Samples, Scored
 from harness.report.run import Run, averages
 from harness.report.words import code_digest
@@ -34,6 +34,11 @@ VERSION = "0.3.0"
 _UNKNOWN = "unknown"
 _NO_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_DETAILS = (
+    *("seed", "prompt_hash", "budget_achieved", "kept_entries", "kv_bytes"),
+    *("kl_to_full", "top1_agreement"),
+)
+"""Fields of a record that stand among the details of a sample."""
 _FULL_MARKS = "a sample with full marks; its score is 0 to 1"
 
 Json = dict[str, Any]
@@ -57,7 +62,7 @@ def _write_cells(run: Run, folder: Path) -> list[Path]:
         identity = log["evaluation_id"]
         name = uuid.UUID(bytes=hashlib.sha256(identity.encode()).digest()[:16], version=4)
         place = Path("data", *_place(run))
-        samples = "".join(f"{_dump(sample)}\n" for sample in sample_logs(run, cell))
+        samples = b"".join(f"{_dump(sample)}\n".encode() for sample in sample_logs(run, cell))
         if samples:
             path = place / f"{name}_samples.jsonl"
             write_atomically(folder / path, samples)
@@ -66,8 +71,8 @@ def _write_cells(run: Run, folder: Path) -> list[Path]:
                 "format": "jsonl",
                 "file_path": path.as_posix(),
                 "hash_algorithm": "sha256",
-                "checksum": hashlib.sha256(samples.encode()).hexdigest(),
-                "total_rows": samples.count("\n"),
+                "checksum": hashlib.sha256(samples).hexdigest(),
+                "total_rows": samples.count(b"\n"),
             }
         path = folder / place / f"{name}.json"
         write_atomically(path, json.dumps(log, indent=2, allow_nan=False) + "\n")
@@ -120,43 +125,43 @@ def sample_logs(run: Run, cell: str) -> Iterator[Json]:
     """
     identity, model = _identity(run, cell), _model_id(run)
     for task in run.averaged_tasks:
-        records = run.records.get((task, cell), ())
-        for record in (each for each in records if math.isfinite(each.score)):
+        records = Records.of(run.of(task, cell))
+        names = ("id", "prompt_hash", "answers", "prediction", "score", "prompt_tokens")
+        asked = zip(*map(records.values, (*names, "generated_tokens")), strict=True)
+        for row, metadata in zip(asked, _metadata(records), strict=True):
+            sample, prompt_hash, answers, prediction, score, prompt_tokens, generated_tokens = row
+            if not math.isfinite(score):
+                continue
             yield {
                 "schema_version": VERSION,
                 "evaluation_id": identity,
                 "model_id": model,
                 "evaluation_name": _evaluation_name(run, task),
                 "evaluation_result_id": task,
-                "sample_id": record.id,
+                "sample_id": sample,
                 "interaction_type": "single_turn",
                 "input": {
-                    "raw": f"[not recorded whole; hash {record.prompt_hash}]",
-                    "reference": list(record.answers),
+                    "raw": f"[not recorded whole; hash {prompt_hash}]",
+                    "reference": list(answers),
                 },
-                "output": {"raw": [record.prediction]},
+                "output": {"raw": [prediction]},
                 "answer_attribution": [],
-                "evaluation": {"score": record.score, "is_correct": record.score == 1},
+                "evaluation": {"score": score, "is_correct": score == 1},
                 "token_usage": {
-                    "input_tokens": record.prompt_tokens,
-                    "output_tokens": record.generated_tokens,
-                    "total_tokens": record.prompt_tokens + record.generated_tokens,
+                    "input_tokens": prompt_tokens,
+                    "output_tokens": generated_tokens,
+                    "total_tokens": prompt_tokens + generated_tokens,
                 },
-                "metadata": _metadata(record),
+                "metadata": metadata,
             }
 
 
-def _metadata(record: Record) -> dict[str, str]:
-    return _texts(
-        seed=record.seed,
-        prompt_hash=record.prompt_hash,
-        budget_achieved=record.budget_achieved,
-        kept_entries=record.kept_entries,
-        kv_bytes=record.kv_bytes,
-        kl_to_full=record.kl_to_full,
-        top1_agreement=record.top1_agreement,
-        **{f"group_{name}": value for name, value in record.extra.get("groups", {}).items()},
-    )
+def _metadata(records: Records) -> Iterator[dict[str, str]]:
+    """Yield the details of each record."""
+    columns = zip(*map(records.values, _DETAILS), records.values("groups"), strict=True)
+    for *values, groups in columns:
+        known = dict(zip(_DETAILS, values, strict=True))
+        yield _texts(**known, **{f"group_{name}": value for name, value in (groups or {}).items()})
 
 
 # One result
@@ -356,5 +361,10 @@ def _texts(**values: Any) -> dict[str, str]:
 
 
 def _dump(value: Any) -> str:
-    # ASCII alone: some readers take U+2028 and its like for the end of a line.
-    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=float)
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return repr(value)  # as JSON has it, many times faster
+    return _COMPACT.encode(value)
+
+
+# ASCII alone: some readers take U+2028 and its like for the end of a line.
+_COMPACT = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=float)

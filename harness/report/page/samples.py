@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from benchmarks.metric import Metric
+from harness.columnar import Records
 from harness.judgement import FlipRule
-from harness.prompts import CHARACTERS
+from harness.prompts import CHARACTERS, Prompts
 from harness.records import Record
 from harness.report.flips import flips
 from harness.report.missed import shown_name
@@ -42,10 +45,15 @@ class TaskSamples:
 
     task: str
     count: int
-    content: str
-    """An object, safe inside a script of a page."""
+    make: Callable[[], str]
+    """Makes what `content` is: of very many samples only one task's are held at a time."""
     file: str = ""
     """Where they lie beside the page; empty where the page holds them."""
+
+    @property
+    def content(self) -> str:
+        """An object, safe inside a script of a page."""
+        return self.make()
 
     def write(self, out: Path, slug: str) -> None:
         """Write the file beside the page, where there is one."""
@@ -71,13 +79,15 @@ def task_samples(run: Run, rule: FlipRule, slug: str) -> list[TaskSamples]:
         (one.task, one.cell): dict.fromkeys(one.lost, "lost") | dict.fromkeys(one.gained, "gained")
         for one in flips(run, rule)
     }
-    found = [_of_task(run, task, changed) for task in run.tasks]
-    found = [samples for samples in found if samples.count]
-    if sum(len(samples.content.encode()) for samples in found) <= INLINE:
-        return found
-    return [
-        TaskSamples(one.task, one.count, one.content, f"{FOLDER}/{slug}/{one.task}.js") for one in found
+    found = [
+        TaskSamples(task, count, partial(_content, run, task, changed))
+        for task in run.tasks
+        if (count := len({name for cell in run.cells for name in _ids(run, task, cell)}))
     ]
+    sizes = accumulate(len(one.content.encode()) for one in found)
+    if all(size <= INLINE for size in sizes):
+        return found
+    return [replace(one, file=f"{FOLDER}/{slug}/{one.task}.js") for one in found]
 
 
 def embedded(value: Any) -> str:
@@ -90,56 +100,57 @@ def embedded(value: Any) -> str:
 
 def visible(text: str) -> str:
     """Return a text with its control characters shown, line ends and tabs aside."""
-    return text.translate(_CONTROLS)
+    return text if text.isprintable() else text.translate(_CONTROLS)
 
 
-def _of_task(run: Run, task: str, changed: Mapping[tuple[str, str], Mapping[str, str]]) -> TaskSamples:
-    by_sample: dict[str, list[tuple[int, Record]]] = defaultdict(list)
+def _ids(run: Run, task: str, cell: str) -> list[str]:
+    return Records.of(run.of(task, cell)).samples()[0]
+
+
+def _content(run: Run, task: str, changed: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
+    found: dict[str, dict[str, Any]] = {}
+    prompts = run.prompts(task)
     for place, cell in enumerate(run.cells):
-        for record in run.of(task, cell):
-            by_sample[record.id].append((place, record))
-    samples = [_sample(run, task, sample, outputs, changed) for sample, outputs in by_sample.items()]
-    return TaskSamples(task, len(samples), embedded({"samples": samples}))
+        records = Records.of(run.of(task, cell))
+        flipped = changed.get((task, cell), {})
+        columns = map(records.values, ("id", "seed", "prediction"))
+        for row, (sample, seed, text, *numbers) in enumerate(
+            zip(*columns, *_numbers(run.metrics[task], records), strict=True)
+        ):
+            if sample not in found:
+                found[sample] = _asked(records[row], prompts)
+            if kind := flipped.get(sample):
+                found[sample]["flips"][place] = kind
+            found[sample]["outputs"].append([place, seed, _cut(text), *numbers])
+    return embedded({"samples": [*found.values()]})
 
 
-def _sample(
-    run: Run,
-    task: str,
-    sample: str,
-    outputs: Sequence[tuple[int, Record]],
-    changed: Mapping[tuple[str, str], Mapping[str, str]],
-) -> dict[str, Any]:
-    first = outputs[0][1]
-    prompt = run.prompts(task).get((sample, first.prompt_hash))
+def _asked(first: Record, prompts: Prompts) -> dict[str, Any]:
+    """Return what a sample was asked, from its first record, and room for how it was answered."""
+    prompt = prompts.get((first.id, first.prompt_hash))
     more = len(first.answers) - ANSWERS
-    flipped = {
-        place: kind
-        for place, cell in enumerate(run.cells)
-        if (kind := changed.get((task, cell), {}).get(sample))
-    }
     return {
-        "id": visible(sample),
+        "id": visible(first.id),
         "tokens": first.prompt_tokens,
         "prompt": prompt and [_cut(prompt.head, CHARACTERS * 2), _cut(prompt.tail, CHARACTERS * 2)],
         "answers": [_cut(answer) for answer in first.answers[:ANSWERS]]
         + ([f"… and {more:,} more"] if more > 0 else []),
-        "flips": flipped,
-        "outputs": [
-            [place, record.seed, _cut(record.prediction), *_numbers(run, task, record)]
-            for place, record in outputs
-        ],
+        "flips": {},
+        "outputs": [],
     }
 
 
-def _numbers(run: Run, task: str, record: Record) -> Iterable[str]:
-    """Yield the score, KL and length of an answer as they are shown; empty where not recorded."""
-    metric = run.metrics[task]
-    if not metric.parts or math.isnan(record.score):
-        yield ""
+def _numbers(metric: Metric, records: Records) -> Iterable[list[str]]:
+    """Yield scores, KL and lengths of answers as they are shown; empty where not recorded."""
+    scores = records.numbers("score").tolist()
+    if not metric.parts:
+        yield [""] * len(scores)
+    elif metric.averaged:
+        yield ["" if math.isnan(score) else f"{100 * score:.1f}" for score in scores]
     else:
-        yield f"{100 * record.score:.1f}" if metric.averaged else f"{record.score:.4g}"
-    yield "" if record.kl_to_full is None else f"{record.kl_to_full:.4f}"
-    yield str(record.generated_tokens)
+        yield ["" if math.isnan(score) else f"{score:.4g}" for score in scores]
+    yield ["" if kl is None else f"{kl:.4f}" for kl in records.values("kl_to_full")]
+    yield [str(tokens) for tokens in records.values("generated_tokens")]
 
 
 def _cut(text: str, most: int = TEXT) -> str:
