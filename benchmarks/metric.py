@@ -26,6 +26,11 @@ def percent(means: Array) -> Array:
     return 100 * means[..., 0]
 
 
+def plain(means: Array) -> Array:
+    """Return the only part's mean as it is."""
+    return means[..., 0]
+
+
 @dataclass(frozen=True)
 class Metric:
     """One metric, from a sample's answer to a task's score."""
@@ -44,6 +49,11 @@ class Metric:
     """Whether the score is one of 0 to 100 that has a place in an average over tasks."""
     continuation: bool = False
     """Whether it weighs a continuation that is given, and not an answer."""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the difference of two scores is the score of the difference."""
+        return self.score in (percent, plain)
 
     def __reduce__(self) -> tuple[Callable[[str], Metric], tuple[str]]:
         """Pickle it as its name, by which it is found again: its functions may be closures."""

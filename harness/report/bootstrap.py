@@ -114,12 +114,14 @@ def resampled_means(task: str, samples: Samples, resamples: int = RESAMPLES) -> 
         resamples: how many there are.
     """
     known = ~np.isnan(samples.parts)
+    if known.all():
+        known = known[:, :1]
     sums = _by_context(samples, np.where(known, samples.parts, 0.0))
-    counts = _by_context(samples, known if not known.all() else known[:, :1]).astype(np.float64)
-    width = sums.shape[1]
+    counts = _by_context(samples, known).astype(np.float64)
     drawn = _drawn(task, samples.ids, len(counts), resamples)
-    totals = np.concatenate([taken @ np.hstack([sums, counts]) for taken in drawn])
-    return totals[:, :width] / totals[:, width:]
+    if (counts == counts[0]).all():
+        return np.concatenate([taken @ sums for taken in drawn]) / (len(counts) * counts[0])
+    return np.concatenate([(taken @ sums) / (taken @ counts) for taken in drawn])
 
 
 def _by_context(samples: Samples, values: Array) -> Array:
@@ -200,20 +202,31 @@ class Scored:
 
 def score_task(task: str, samples: Samples, metric: Metric, resamples: int = RESAMPLES) -> Scored:
     """Score one task and cell with its replicates; NaN without samples."""
-    (scored,) = score_cells(task, [samples], metric, resamples)
-    return scored
+    return score_cells(task, {"": samples}, metric, resamples)[""]
 
 
 def score_cells(
-    task: str, cells: Sequence[Samples], metric: Metric, resamples: int = RESAMPLES
-) -> list[Scored]:
-    """Score cells that hold the same samples of one task, with replicates; NaN without samples.
+    task: str, cells: Mapping[str, Samples], metric: Metric, resamples: int = RESAMPLES
+) -> dict[str, Scored]:
+    """Score one task of every cell as `score_task` does; those of the same samples in one go."""
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for cell, samples in cells.items():
+        alike[samples.ids].append(cell)
+    found = {
+        cell: scored
+        for together in alike.values()
+        for cell, scored in zip(
+            together, _scored(task, [cells[cell] for cell in together], metric, resamples), strict=True
+        )
+    }
+    return {cell: found[cell] for cell in cells}
 
-    There are no replicates where there are fewer than two contexts.
-    """
+
+def _scored(task: str, cells: Sequence[Samples], metric: Metric, resamples: int) -> list[Scored]:
+    """Score cells that hold the same samples; no replicates where there are fewer than two contexts."""
     first = cells[0]
     if not first.ids:
-        return [Scored(np.nan, np.empty(0)) for _ in cells]
+        return [Scored(np.nan, np.empty(0))] * len(cells)
     values = [float(metric.score(samples.parts.mean(axis=0))) for samples in cells]
     if len(first.clusters) < 2:
         return [Scored(value, np.empty(0)) for value in values]

@@ -22,7 +22,7 @@ from statsmodels.stats.multitest import multipletests
 
 from benchmarks.metric import Array, Metric
 from harness.columnar import Records
-from harness.report.bootstrap import Scored, average, gather
+from harness.report.bootstrap import Estimate, Scored, average, gather
 from harness.report.divergence import KL, divergence
 from harness.report.exchanges import Term, exchanged
 from harness.report.memory import is_unequal, stored
@@ -91,14 +91,23 @@ class Contrast:
         return float(np.mean([first.value - second.value for first, second in self.scores]))
 
     @cached_property
+    def _intervals(self) -> tuple[tuple[float, float], ...]:
+        scored = self.scored
+        return scored.interval(95), scored.interval(90)
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The 95% interval of the difference; NaN where there is none."""
-        return self.scored.interval(95)
+        return self._intervals[0]
 
-    @cached_property
+    @property
     def narrow(self) -> tuple[float, float]:
         """The 90% interval: inside the margin, both one-sided tests of equivalence reject at 5%."""
-        return self.scored.interval(90)
+        return self._intervals[1]
+
+    def estimate(self) -> Estimate:
+        """Return the difference with its 95% interval."""
+        return Estimate(self.value, *self.interval)
 
     @property
     def is_unequal(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from benchmarks.metric import Metric
+from benchmarks.metric import Metric, plain
 from harness.columnar import Records
 from harness.report.bootstrap import Scored, average
 from harness.report.run import Run
@@ -15,7 +15,7 @@ _METRIC = Metric(
     KL,
     lambda prediction, answers, all_classes=None: {},
     parts=("kl_to_full",),
-    score=lambda means: means[..., 0],
+    score=plain,
     higher_is_better=False,
     averaged=False,
 )

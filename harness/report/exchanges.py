@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -79,14 +80,14 @@ def _exchange_test(
     itself, unless it is among all that there are: as in `scipy.stats.permutation_test`, whose p-values
     these are. That holds every statistic of every exchange at once, which are gigabytes for many cells.
     """
-    blocks = [_block([terms[position] for terms in lines]) for position in range(len(key))]
+    statistic = _statistic(lines)
     generator = generator_of(name for task, ids in key for name in (task, *ids))
-    contexts = sum(len(block.moves) for block in blocks)
-    observed = _statistic(blocks, np.ones((1, contexts)), len(lines))[0]
+    contexts = sum(len(term.first.clusters) for term in lines[0])
+    observed = statistic(np.ones((1, contexts)))[0]
     tolerance = np.abs(100 * np.finfo(np.float64).eps * observed)
     drawn = as_low = as_high = 0 if 2**contexts <= exchanges else 1
     for signs in _signs(contexts, exchanges, generator):
-        found = _statistic(blocks, signs, len(lines))
+        found = statistic(signs)
         drawn += len(found)
         as_low = as_low + (found <= observed + tolerance).sum(axis=0)
         as_high = as_high + (found >= observed - tolerance).sum(axis=0)
@@ -103,7 +104,68 @@ def _signs(contexts: int, exchanges: int, generator: np.random.Generator) -> Ite
     for start in range(0, exchanges, count):
         # The last bit of 32 is what numpy's `permuted` would put a pair in order by.
         bits = generator.integers(0, 2**32, size=(count, contexts), dtype=np.uint32) & 1
-        yield 2 * bits[: exchanges - start].astype(np.float64) - 1
+        signs = bits[: exchanges - start].astype(np.float64)
+        signs *= 2
+        signs -= 1
+        yield signs
+
+
+_Statistic: TypeAlias = Callable[[Array], Array]
+"""From signs, `(exchanges, contexts)`, to the differences of scores that they make."""
+
+
+def _statistic(lines: Sequence[Sequence[Term]]) -> _Statistic:
+    """Return what an exchange makes of contrasts that are over the same samples, up to rounding."""
+    by_kind: dict[Callable[[Sequence[Sequence[Term]]], _Statistic], list[int]] = defaultdict(list)
+    for place, terms in enumerate(lines):
+        by_kind[_linear if all(term.metric.is_linear for term in terms) else _curved].append(place)
+    parts = [(places, of([lines[place] for place in places])) for of, places in by_kind.items()]
+
+    def statistic(signs: Array) -> Array:
+        found = np.empty((len(signs), len(lines)))
+        for places, of_some in parts:
+            found[:, places] = of_some(signs)
+        return found.round(_DIGITS)
+
+    return statistic
+
+
+def _linear(lines: Sequence[Sequence[Term]]) -> _Statistic:
+    """Return the statistic where all scores are linear: signs are summed once a cell, not a contrast.
+
+    There score(mean m + mean s d) - score(mean m - mean s d) is the difference of what the signs make
+    of two cells' own scores, summed over all tasks at once.
+    """
+    cells: dict[tuple[bytes, ...], int] = {}
+    columns: list[Array] = []
+
+    def cell_of(terms: Sequence[Term], samples: Sequence[Samples]) -> int:
+        place = cells.setdefault(tuple(of.parts.tobytes() for of in samples), len(columns))
+        if place == len(columns):
+            columns.append(
+                np.concatenate(
+                    [
+                        term.metric.score(_by_context(term.first, of.parts / len(of.ids)))
+                        for term, of in zip(terms, samples, strict=True)
+                    ]
+                )
+            )
+        return place
+
+    first = [cell_of(terms, [term.first for term in terms]) for terms in lines]
+    second = [cell_of(terms, [term.second for term in terms]) for terms in lines]
+    moves = np.stack(columns, axis=1) / len(lines[0])
+
+    def statistic(signs: Array) -> Array:
+        moved = signs @ moves
+        return np.asarray(moved[:, first] - moved[:, second])
+
+    return statistic
+
+
+def _by_context(of: Samples, values: Array) -> Array:
+    """Return the sum over the samples of each context, `(contexts, parts)`."""
+    return np.stack([values[rows].sum(axis=0) for rows in of.clusters])
 
 
 @dataclass(frozen=True)
@@ -135,29 +197,32 @@ def _block(terms: Sequence[Term]) -> _Block:
         _, *lists = groups.setdefault(term.metric.name, (term.metric, [], [], []))
         for of, value in zip(lists, (place, cell_of(term.first), cell_of(term.second)), strict=True):
             of.append(value)
-    half = np.concatenate(columns, axis=1)
-    moves = np.stack([half[rows].sum(axis=0) for rows in terms[0].first.clusters])
+    moves = _by_context(terms[0].first, np.concatenate(columns, axis=1))
     return _Block(moves, len(columns), list(groups.values()))
 
 
-def _statistic(blocks: Sequence[_Block], signs: Array, contrasts: int) -> Array:
-    """Return the difference of scores that every exchange makes of every contrast.
+def _curved(lines: Sequence[Sequence[Term]]) -> _Statistic:
+    """Return the statistic for any metrics.
 
     With half the sum m and half the difference d of a pair's parts, signs s make it
-    score(mean m + mean s d) - score(mean m - mean s d), for any metric. All pairs of a context have one
-    sign.
+    score(mean m + mean s d) - score(mean m - mean s d). All pairs of a context have one sign.
     """
-    total = np.zeros((len(signs), contrasts))
-    start = 0
-    for block in blocks:
-        signs_here = signs[:, start : start + len(block.moves)]
-        start += len(block.moves)
-        moved = (signs_here @ block.moves).reshape(len(signs), block.cells, -1)
-        means = block.moves.sum(axis=0).reshape(block.cells, -1)
-        for metric, places, first, second in block.groups:
-            used = slice(len(metric.parts))
-            middle = means[first, used] + means[second, used]
-            shift = moved[:, first, used] - moved[:, second, used]
-            apart = metric.score(middle + shift) - metric.score(middle - shift)
-            total[:, places] += apart / len(blocks)
-    return total.round(_DIGITS)
+    blocks = [_block(terms) for terms in zip(*lines, strict=True)]
+
+    def statistic(signs: Array) -> Array:
+        total = np.zeros((len(signs), len(lines)))
+        start = 0
+        for block in blocks:
+            signs_here = signs[:, start : start + len(block.moves)]
+            start += len(block.moves)
+            moved = (signs_here @ block.moves).reshape(len(signs), block.cells, -1)
+            means = block.moves.sum(axis=0).reshape(block.cells, -1)
+            for metric, places, first, second in block.groups:
+                used = slice(len(metric.parts))
+                middle = means[first, used] + means[second, used]
+                shift = moved[:, first, used] - moved[:, second, used]
+                apart = metric.score(middle + shift) - metric.score(middle - shift)
+                total[:, places] += apart / len(blocks)
+        return total
+
+    return statistic

@@ -89,9 +89,10 @@ def properties(run: Run, rule: FlipRule) -> list[Property]:
             by_cell[of.cell].append(_stratum(run, of))
         p_values = _compared(by_cell)
         found = [
-            _property(cell, name, by_cell[cell], p_values[cell, name])
+            one
             for cell in run.cells
-            for name in _varying(by_cell[cell])
+            if cell in by_cell
+            for one in _of_cell(cell, by_cell.pop(cell), p_values)  # with all that was resampled
         ]
         adjusted = holm([one.p for one in found])
         run.memo[name] = [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
@@ -179,8 +180,12 @@ class _Stratum:
 
 
 def _stratum(run: Run, of: Flips) -> _Stratum:
-    records = _of_full(run, of.task)
-    known = [_numbers(records[sample]) for sample in of.well]
+    name = f"numbers of samples of {of.task}"
+    if name not in run.memo:
+        records = _of_full(run, of.task)
+        run.memo[name] = {sample: _numbers(record) for sample, record in records.items()}
+    numbers: Mapping[str, dict[str, float]] = run.memo[name]
+    known = [numbers[sample] for sample in of.well]
     names = tuple(name for name in known[0] if all(name in each for each in known))
     values = np.array([[each[name] for name in names] for each in known])
     return _Stratum(of.task, names, Samples(of.well, values), np.isin(of.well, of.lost))
@@ -204,6 +209,12 @@ def _varying(strata: Sequence[_Stratum]) -> list[str]:
     """Name the properties that have more than one value in some task."""
     names = dict.fromkeys(name for stratum in strata for name in stratum.names)
     return [name for name in names if any(stratum.centred([name]).any() for stratum in strata)]
+
+
+def _of_cell(
+    cell: str, strata: Sequence[_Stratum], p_values: Mapping[tuple[str, str], float]
+) -> list[Property]:
+    return [_property(cell, name, strata, p_values[cell, name]) for name in _varying(strata)]
 
 
 def _property(cell: str, name: str, of_cell: Sequence[_Stratum], p: float) -> Property:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.metric import Metric
+from benchmarks.metric import Metric, plain
 from harness.columnar import Records
-from harness.report.bootstrap import Samples, Scored, average, by_sample, score_task
+from harness.report.bootstrap import Samples, Scored, average, by_sample, score_cells
 from harness.report.contrasts import AVERAGE
 from harness.report.run import Run
 
@@ -23,7 +23,7 @@ _LENGTH = Metric(
     "length",
     lambda prediction, answers, all_classes=None: {},
     parts=("length",),
-    score=lambda means: means[..., 0],
+    score=plain,
     averaged=False,
 )
 
@@ -71,16 +71,7 @@ def lengths(run: Run) -> list[Lengths]:
 def lengths_by_task(run: Run) -> list[Lengths]:
     """Return every task that generates and cell with records, in the run's order."""
     if "lengths" not in run.memo:
-        answers = {
-            (task, cell): _answers(run, task, cell)
-            for task in generating(run)
-            for cell in run.cells
-            if (task, cell) in run.records
-        }
-        run.memo["lengths"] = [
-            _lengths(task, cell, own, answers.get((task, run.full_cell or "")))
-            for (task, cell), own in answers.items()
-        ]
+        run.memo["lengths"] = [one for task in generating(run) for one in _of_task(run, task)]
     found: list[Lengths] = run.memo["lengths"]
     return found
 
@@ -88,6 +79,25 @@ def lengths_by_task(run: Run) -> list[Lengths]:
 def generating(run: Run) -> list[str]:
     """Return the tasks whose answers are generated; of a given continuation nothing is."""
     return [task for task in run.tasks if not run.metrics[task].continuation]
+
+
+def _of_task(run: Run, task: str) -> list[Lengths]:
+    answers = {cell: _answers(run, task, cell) for cell in run.cells if (task, cell) in run.records}
+    full = answers.get(run.full_cell or "")
+    beside = {
+        cell: replace(a, parts=a.parts[:, :1] - b.parts[:, :1])
+        for cell, own in answers.items()
+        if full and own is not full and (common := set(own.ids) & set(full.ids))
+        for a, b in [(own.only(common), full.only(common))]
+    }
+    changes = score_cells(task, beside, _LENGTH)
+    found = []
+    for cell, own in answers.items():
+        mean, low, high, empty = own.parts.mean(axis=0).tolist()
+        pairs = len(beside[cell].ids) if cell in beside else 0
+        cut_off = Bounds(low, high)
+        found.append(Lengths(task, cell, len(own.ids), mean, pairs, changes.get(cell), cut_off, empty))
+    return found
 
 
 def _answers(run: Run, task: str, cell: str) -> Samples:
@@ -112,16 +122,6 @@ def _cut_off(tokens: int, reason: str | None, limit: int | None) -> tuple[bool, 
         known = reason == "length"
         return known, known
     return False, limit is None or tokens >= limit
-
-
-def _lengths(task: str, cell: str, own: Samples, full: Samples | None) -> Lengths:
-    mean, low, high, empty = own.parts.mean(axis=0).tolist()
-    change = None
-    common = set(own.ids) & set(full.ids) if full and full is not own else set()
-    if full and common:
-        a, b = own.only(common), full.only(common)
-        change = score_task(task, replace(a, parts=a.parts[:, :1] - b.parts[:, :1]), _LENGTH)
-    return Lengths(task, cell, len(own.ids), mean, len(common), change, Bounds(low, high), empty)
 
 
 def _on_average(cell: str, tasks: Sequence[Lengths]) -> Lengths:

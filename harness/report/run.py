@@ -94,8 +94,12 @@ class Run:
 
     def values(self, field: str) -> set[Any]:
         """Return what a field holds in any record of the run."""
-        records = map(Records.of, self.records.values())
-        return {value for each in records for (value,) in each.distinct(field)}
+        name = f"values of {field}"
+        if name not in self.memo:
+            records = map(Records.of, self.records.values())
+            self.memo[name] = {value for each in records for (value,) in each.distinct(field)}
+        found: set[Any] = self.memo[name]
+        return found
 
     @cached_property
     def judgement(self) -> Judgement:
@@ -167,19 +171,11 @@ class Run:
     @cached_property
     def scores(self) -> dict[tuple[str, str], Scored]:
         """Score and bootstrap replicates of each task and cell."""
-        alike: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = defaultdict(list)
-        for key, samples in self.samples.items():
-            alike[key[0], samples.ids].append(key)
-        found = {
-            key: scored
-            for (task, _), keys in alike.items()
-            for key, scored in zip(
-                keys,
-                score_cells(task, [self.samples[key] for key in keys], self.metrics[task]),
-                strict=True,
-            )
-        }
-        return {key: found[key] for key in self.samples}
+        by_task: dict[str, dict[str, Samples]] = defaultdict(dict)
+        for (task, cell), samples in self.samples.items():
+            by_task[task][cell] = samples
+        found = {task: score_cells(task, cells, self.metrics[task]) for task, cells in by_task.items()}
+        return {(task, cell): found[task][cell] for task, cell in self.samples}
 
     def score_of(self, task: str, cell: str, ids: Iterable[str]) -> Scored:
         """Score some samples of a task and cell; the same ones are bootstrapped once."""

@@ -158,10 +158,11 @@ def sample_logs(run: Run, cell: str) -> Iterator[Json]:
 
 def _metadata(records: Records) -> Iterator[dict[str, str]]:
     """Yield the details of each record."""
-    columns = zip(*map(records.values, _DETAILS), records.values("groups"), strict=True)
-    for *values, groups in columns:
-        known = dict(zip(_DETAILS, values, strict=True))
-        yield _texts(**known, **{f"group_{name}": value for name, value in (groups or {}).items()})
+    columns = [map(_text, records.values(name)) for name in _DETAILS]
+    for *texts, groups in zip(*columns, records.values("groups"), strict=True):
+        known = zip(_DETAILS, texts, strict=True)
+        details = {name: text for name, text in known if text is not None}
+        yield details | _texts(**{f"group_{name}": value for name, value in (groups or {}).items()})
 
 
 # One result
@@ -353,11 +354,14 @@ def _known(**values: Any) -> Json:
 
 def _texts(**values: Any) -> dict[str, str]:
     """Return what is known as texts, which details are in the schema: numbers and lists as JSON."""
-    return {
-        name: value if isinstance(value, str) else _dump(value)
-        for name, value in values.items()
-        if value not in (None, {}) and not (isinstance(value, float) and math.isnan(value))
-    }
+    texts = {name: _text(value) for name, value in values.items()}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _text(value: Any) -> str | None:
+    if value is None or value == {} or value != value:
+        return None
+    return value if isinstance(value, str) else _dump(value)
 
 
 def _dump(value: Any) -> str:

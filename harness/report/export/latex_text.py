@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from matplotlib import get_data_path
@@ -85,8 +85,12 @@ def numeric(text: str) -> str:
 
 def width(text: str, size: int, *, bold: bool = False) -> float:
     """Return how wide a line is in points, in LaTeX's default font at 7, 8, 9 or 10 points."""
-    ems = sum(_em(character) for character in text) + _MINUS * len(_SIGN.findall(text))
-    return ems * _SCALE[size] * (_BOLD if bold else 1)
+    return _ems(text) * _SCALE[size] * (_BOLD if bold else 1)
+
+
+@lru_cache(1 << 16)
+def _ems(text: str) -> float:
+    return sum(_em(character) for character in text) + _MINUS * len(_SIGN.findall(text))
 
 
 def lines(text: str, size: int, across: float) -> int:
@@ -104,6 +108,7 @@ def lines(text: str, size: int, across: float) -> int:
     return count
 
 
+@cache
 def _character(character: str) -> str:
     if character in _SPECIAL:
         return _SPECIAL[character]

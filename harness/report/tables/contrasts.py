@@ -138,7 +138,7 @@ def _contrast_row(run: Run, contrast: Contrast, margin: float, floor: Floor | No
         f"{contrast.n}\n({contrast.contexts} contexts)"
         if contrast.contexts < contrast.n
         else str(contrast.n),
-        score_text(contrast.scored, "+") if contrast.task != KL else _kl_text(contrast),
+        score_text(contrast, "+") if contrast.task != KL else _kl_text(contrast),
         number(contrast.p, ".4f"),
         number(contrast.p_adjusted, ".4f"),
         f"{contrast.wins}/{contrast.ties}/{contrast.losses}",

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from harness.report.bootstrap import Scored
+from harness.report.contrasts import Contrast
 from harness.report.missed import marked, missed_budgets
 from harness.report.ranks import Mark
 from harness.report.run import Run
@@ -88,7 +89,7 @@ class Table:
         return replace(self, missed=missed_budgets(run))
 
 
-def score_text(scored: Scored | None, sign: str = "") -> str:
+def score_text(scored: Scored | Contrast | None, sign: str = "") -> str:
     """Return a score to two decimals with its interval below it; empty where there is none."""
     if scored is None or np.isnan(scored.value):
         return ""
