@@ -11,23 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kvmerge import merging
 from kvmerge.budget import Budget
-from kvmerge.engine import Request, Stop, run_samples
 from kvmerge.errors import UserError, unknown
 from kvmerge.kvmerger import KVMerger
 from kvmerge.method import Allowance, Entries, Method, PrefillLayer, tail
 from kvmerge.rope import Rope
 from kvmerge.schema import Within
 from kvmerge.scores import column_sums
-from kvmerge.session import Row
 from kvmerge.softmax import Softmax
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KINDS = ("keys", "keys_before_rope", "values")
 """States whose cosines are measured."""
@@ -190,6 +190,10 @@ def observe(
             maps.add(layer)
 
     # As little as there is: all layers but local ones go through the method.
+    # Late: who reads observations runs no model, and transformers takes seconds and 100 MiB.
+    from kvmerge.engine import Request, Stop, run_samples
+    from kvmerge.session import Row
+
     row = Row(_Watched(has_fixed_rotation(model)), Budget.parse(1e-9))
     request = Request(input_ids, [row], observer=watch, context=context, may_overrun=may_overrun)
     run_samples(model, [request], Stop(1, frozenset()))  # its one token comes of the prefill

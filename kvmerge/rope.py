@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from kvmerge.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FIXED_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the text."""

@@ -23,7 +23,7 @@ from harness.records import Record
 
 RESAMPLES = 10_000
 SEED = 42
-_CHUNK = 500  # resamples held at once: bounds memory on large tasks; the draw does not depend on it
+_HELD = 1 << 18  # draws multiplied at once: bounds memory; what is drawn does not depend on it
 
 
 @dataclass(frozen=True)
@@ -139,16 +139,17 @@ def generator_of(names: Iterable[str]) -> np.random.Generator:
 
 @lru_cache(maxsize=1)
 def _drawn(task: str, ids: tuple[str, ...], contexts: int, resamples: int) -> list[csr_array]:
-    """Return how often resamples take each context, `(up to _CHUNK, contexts)`: the same for all cells.
+    """Return how often resamples take each context, `(some resamples, contexts)` each.
 
-    A row has a 1 for every draw, those of one context side by side: a product with it adds what was
-    drawn, one after the other. The last draw is kept, since the cells of a task follow each other.
+    A row has a 1 for every draw, so that a product with it adds what was drawn, one after the other.
+    The last draw is kept: it is the same for all cells of a task, which follow each other.
     """
     generator = generator_of((task, *ids))
-    ones, ends = np.ones(_CHUNK * contexts), np.arange(_CHUNK + 1, dtype=np.int32) * contexts
+    most = min(resamples, max(1, _HELD // contexts))
+    ones, ends = np.ones(most * contexts), np.arange(most + 1, dtype=np.int32) * contexts
     taken = []
-    for start in range(0, resamples, _CHUNK):
-        count = min(_CHUNK, resamples - start)
+    for start in range(0, resamples, most):
+        count = min(most, resamples - start)
         # As 64 bits would: numpy draws numbers below 2^32 from 32 bits either way.
         drawn = generator.integers(0, contexts, size=count * contexts, dtype=np.uint32).view(np.int32)
         taken.append(csr_array((ones[: drawn.size], drawn, ends[: count + 1]), (count, contexts)))
@@ -177,10 +178,16 @@ class Scored:
 
     def interval(self, level: float) -> tuple[float, float]:
         """Return the percentile interval of a level in percent; NaN where there is none."""
+        (found,) = self.intervals(level)
+        return found
+
+    def intervals(self, *levels: float) -> list[tuple[float, float]]:
+        """Return the intervals of some levels, as `interval` does."""
         if not self.replicates.size:
-            return np.nan, np.nan
-        low, high = np.percentile(self.replicates, [50 - level / 2, 50 + level / 2])
-        return float(low), float(high)
+            return [(np.nan, np.nan)] * len(levels)
+        ends = [50 + side * level / 2 for level in levels for side in (-1, 1)]
+        found = np.percentile(self.replicates, ends).tolist()
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def sure_interval(self, level: float, n: int) -> tuple[float, float]:
         """Return the interval of a score of 0 to 100 over `n` contexts that errs with this level.

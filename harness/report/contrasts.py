@@ -91,9 +91,8 @@ class Contrast:
         return float(np.mean([first.value - second.value for first, second in self.scores]))
 
     @cached_property
-    def _intervals(self) -> tuple[tuple[float, float], ...]:
-        scored = self.scored
-        return scored.interval(95), scored.interval(90)
+    def _intervals(self) -> list[tuple[float, float]]:
+        return self.scored.intervals(95, 90)
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -22,7 +22,8 @@ EXCHANGES = 9_999
 MOST_EXCHANGES = 49_999
 """Beyond `EXCHANGES` a family gets 50 a contrast, as Holm's first step divides by their number."""
 
-_BATCH = 500  # exchanges held at once: bounds memory; the draw does not depend on it
+_BATCH, _HELD = 500, 1 << 20
+"""Exchanges, and signs of them, held at once: bounds memory; the draw does not depend on it."""
 _DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
 
 
@@ -100,7 +101,7 @@ def _signs(contexts: int, exchanges: int, generator: np.random.Generator) -> Ite
         numbers = np.arange(2**contexts)[:, None] >> np.arange(contexts)
         yield 1 - 2 * (numbers & 1).astype(np.float64)
         return
-    count = min(_BATCH, exchanges)
+    count = min(_BATCH, max(1, _HELD // contexts), exchanges)
     for start in range(0, exchanges, count):
         # The last bit of 32 is what numpy's `permuted` would put a pair in order by.
         bits = generator.integers(0, 2**32, size=(count, contexts), dtype=np.uint32) & 1
