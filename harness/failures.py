@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from harness.records import append_record, scan_lines
+from harness.records import Scan, append_record, scan_lines
 from harness.typed import Line
 from kvmerge.errors import NotFinite, UserError, is_of_storage, summary
 from kvmerge.files import write_atomically
@@ -56,6 +56,11 @@ class Failure(Line):
             traceback="".join(traceback.format_exception(error)),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+def scan_failures(folder: Path) -> Scan:
+    """Look at the failures of a results folder."""
+    return scan_lines(folder / FILE, Failure)[0]
 
 
 class SamplesFailed(RuntimeError):

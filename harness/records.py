@@ -270,21 +270,10 @@ class Scan:
     unreadable: str = ""
     """Why the file cannot be read; empty where it can."""
 
-    @property
-    def counted(self) -> list[Record]:
-        """The records of a file that is not refused, each sample and seed once."""
-        repeated = set(self.repeated)
-        return [record for number, record in self.records.items() if number not in repeated]
-
     def remarks(self) -> Iterator[str]:
         """Yield what is passed over, a sentence each."""
         if self.torn:
             yield f"{self.path}, line {self.torn[0]} is half-written; it is ignored"
-        if self.repeated:
-            yield (
-                f"{self.path}: lines that repeat an earlier one are ignored: {len(self.repeated)} in "
-                f"all, the first of them line {self.repeated[0]}"
-            )
 
     def faults(self) -> Iterator[str]:
         """Yield what the file is refused for, a sentence's part each."""
@@ -292,6 +281,12 @@ class Scan:
             yield f"cannot read {self.path}: {self.unreadable}; moved elsewhere, its samples run again"
         for number, why in self.malformed.items():
             yield f"{self.path}, line {number} is not a record: {why}"
+        for number in self.repeated:
+            one = self.records[number]
+            yield (
+                f"{self.path}, line {number} repeats an earlier one, of sample {one.id!r} with seed "
+                f"{one.seed}"
+            )
         for numbers in self.differing:
             first = self.records[numbers[0]]
             yield (
@@ -376,12 +371,13 @@ def scan_folder(folder: Path) -> Iterator[Scan]:
 def read_records(path: Path) -> list[Record]:
     """Read all whole lines of a prediction file, in file order; a missing file has none.
 
-    A half-written last line (no newline, or no object with a record's keys) and lines that repeat an
-    earlier one but for its `CIRCUMSTANCES` are reported to the log and left out.
+    A half-written last line (no newline, or no object with a record's keys) is reported to the log and
+    left out.
 
     Raises:
-        UserError: naming file, line and field, where the file is damaged otherwise; it lists what is
-            wrong in all files of the results folder, and says how to repair them.
+        UserError: naming file, line and field, where the file is damaged otherwise, or holds a sample
+            and seed twice; it lists what is wrong in all files of the results folder, and says how to
+            repair them.
     """
     found = scan(path)
     for remark in found.remarks():
@@ -395,7 +391,7 @@ def read_records(path: Path) -> list[Record]:
             "takes lines like these out and keeps each file as it was beside; their samples run again."
         )
         raise UserError(listed(folder, faults, mends))
-    return found.counted
+    return list(found.records.values())
 
 
 def listed(folder: Path, faults: Sequence[str], mends: str) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.columnar import sound_records
+from harness.failures import scan_failures
 from harness.foreign import foreign_records
 from harness.lock import only_writer
 from harness.prompts import scan_prompts
@@ -81,7 +82,7 @@ def repair(output_dir: Path) -> Iterator[str]:
                 found = None if path not in foreign and sound_records(path) else scan(path)
                 if found and (unfit := _unfit(found) | foreign[path]):
                     yield _take_out(found, unfit)
-            for found in scan_prompts(folder):
+            for found in (*scan_prompts(folder), scan_failures(folder)):
                 if unfit := _unfit(found):
                     yield _take_out(found, unfit)
 
@@ -109,7 +110,7 @@ def _problems(folder: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)
     odd = (scan(path) for path in prediction_files(folder) if not sound_records(path))
-    for found in (*odd, *scan_prompts(folder)):
+    for found in (*odd, *scan_prompts(folder), scan_failures(folder)):
         yield from itertools.chain(found.faults(), found.remarks())
     yield from map(str, foreign_records(folder))
 

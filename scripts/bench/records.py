@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +18,10 @@ from benchmarks.longbench.tasks import TASKS
 from benchmarks.task import Task
 from harness.prompts import CHARACTERS, Prompt, prompt_path
 from harness.records import Record, prediction_path
-from harness.report.page import write_report
-from harness.report.run import load_run
-from harness.report.summary import write_summary
-from harness.results import Results
-from harness.runner import pending
-from harness.settings import compose
 from kvmerge.cells import parse_name
 from kvmerge.places import choices
 from scripts.bench.measure import Bench, Report
-from scripts.records import check
+from scripts.bench.record_steps import STEPS
 
 SAMPLES = 500
 CELLS = 30
@@ -44,7 +35,7 @@ def records(bench: Bench) -> Report:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = write_folder(folder)
-        rows = [_measured(step, folder) for step in _STEPS]
+        rows = [_measured(step, folder) for step in STEPS]
     return Report(
         "records",
         f"{len(TASKS) * SAMPLES * CELLS:,} records in a folder",
@@ -58,42 +49,9 @@ def records(bench: Bench) -> Report:
 
 
 def _measured(step: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "scripts.bench.records", step, str(folder)]
+    command = [sys.executable, "-m", "scripts.bench.record_steps", step, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return {"step": step} | json.loads(done.stdout.splitlines()[-1])
-
-
-def _resume(folder: Path) -> None:
-    cells = ",".join(cells_of(CELLS))
-    data = f"benchmark.data_dir={folder / 'data'}"
-    overrides = ["benchmark=longbench", "model=tiny-random", "num_seeds=1", data, f"cells=[{cells}]"]
-    settings = compose([*overrides, f"output_dir={folder / 'run'}"])
-    assert not pending(settings, Results(folder / "run")).jobs
-
-
-def _check(folder: Path) -> None:
-    assert not list(check(folder / "run"))
-
-
-_STEPS: Mapping[str, Callable[[Path], object]] = {
-    "what is left of the run": _resume,
-    "summary": lambda folder: write_summary(load_run(folder / "run")),
-    "report": lambda folder: write_report([load_run(folder / "run")]),
-    "check": _check,
-}
-
-
-def child(step: str, folder: Path) -> dict[str, Any]:
-    """Take one step in this process, whose libraries are loaded."""
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started, used = time.perf_counter(), time.process_time()
-    _STEPS[step](folder)
-    return {
-        "seconds": round(time.perf_counter() - started, 1),
-        "CPU seconds": round(time.process_time() - used, 1),
-        "peak MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
-        "libraries MiB": round(loaded / 2**10),
-    }
 
 
 def cells_of(count: int) -> list[str]:
@@ -215,7 +173,3 @@ def _record(
         threads=8,
         kernel="tiled-onednn+packed/float32",
     )
-
-
-if __name__ == "__main__":
-    print(json.dumps(child(sys.argv[1], Path(sys.argv[2]))))

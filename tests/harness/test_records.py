@@ -184,21 +184,22 @@ def test_a_line_of_an_earlier_version_lacks_what_came_later(tmp_path: Path) -> N
     assert read_records(path) == [record("1", 0.1, kv_bytes_full=None)]
 
 
-def test_lines_that_agree_but_for_how_they_were_run_count_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_line_that_repeats_an_earlier_one_but_for_how_it_was_run_is_refused_by_name(
+    tmp_path: Path,
 ) -> None:
-    path = tmp_path / "x.jsonl"
+    path = prediction_path(tmp_path, "qa", "full@1")
     first = record("1", math.nan, decode_seconds=1.0)
     again = record(
         "1", math.nan, decode_seconds=2.0, batch_samples=4, threads=2, kernel="flash", kept_entries=50
     )
     for line in (first, again, record("1", 0.5, seed=43), again):
         append_record(path, line)
-    with caplog.at_level(logging.WARNING):
-        found = read_records(path)
-    assert [(one.seed, one.decode_seconds) for one in found] == [(42, 1.0), (43, None)]
-    assert len(caplog.records) == 1
-    assert "2 in all, the first of them line 2" in caplog.text
+    with pytest.raises(UserError) as caught:
+        read_records(path)
+    for number in (2, 4):
+        text = f"full@1.jsonl, line {number} repeats an earlier one, of sample '1' with seed 42"
+        assert text in str(caught.value)
+    assert f"python -m scripts.records repair {tmp_path}" in str(caught.value)
 
 
 def test_lines_that_differ_are_refused_together_with_the_command_that_repairs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.failures import FILE, Failure
 from harness.lock import only_writer
 from harness.prompts import Prompt, prompt_path
 from harness.records import append_record, prediction_path, read_records
@@ -58,12 +59,26 @@ def test_check_says_all_that_is_wrong_and_changes_nothing(
         "line 7 is not a record: kv_bytes must be",
         "lines 2, 5 are all of sample 'b' with seed 42, and differ in score",
         "line 8 is half-written",
-        "lines that repeat an earlier one are ignored: 1 in all, the first of them line 4",
+        "line 4 repeats an earlier one, of sample 'a' with seed 42",
     ):
         assert re.search(text, printed), text
     assert printed.count("wrong: ") == 6
     for path, content in before.items():
         assert path.name == "run.json" or path.read_bytes() == content
+
+
+def test_lines_of_failures_are_looked_at_too(tmp_path: Path) -> None:
+    write_run(tmp_path, {"qa": "qa_f1"}, {"full@1": {"qa": [record("a", 0.5)]}})
+    failure = Failure(task="qa", id="z", cells=["full@1"], error="E", traceback="E", time="now")
+    path = tmp_path / FILE
+    path.write_text(f'{{}}\n{failure.to_json()}\n{{"task": "q')
+    assert list(check(tmp_path)) == [
+        f"{path}, line 1 is not a record: missing task, id, cells, error, traceback, time",
+        f"{path}, line 3 is half-written; it is ignored",
+    ]
+    assert len(list(repair(tmp_path))) == 1
+    assert path.read_text() == failure.to_json() + "\n"
+    assert not list(check(tmp_path))
 
 
 def test_check_says_what_only_the_whole_shows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,6 +246,7 @@ def render(figure: Figure, name: str, title: str, caption: str, alt: str) -> Plo
     """Return a finished figure as files' contents."""
     png, pdf = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=_DPI)
+    figure.set_layout_engine("none")  # it is laid out: doing so again takes as long as drawing
     # Without its date a file changes only where the numbers do.
     figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     return Plot(name, title, caption, alt, png.getvalue(), pdf.getvalue())
