@@ -53,6 +53,21 @@ def test_columns_hold_what_records_do_whether_read_or_added(path: Path) -> None:
     assert [one.score for one in records.where("seed", 43)] == [WRITTEN[2].score]
     assert [one.id for one in records.only({"a", "c"})] == ["a", "c"]
     assert records.only({"a", "b", "c", "d"}) is records
+    assert records.extremes("score") == (0.1, 1.0)
+    assert records.extremes("kl_to_full") == (0.25, 1.0)
+    assert np.isnan(records.extremes("nothing")).all()
+
+
+def test_every_record_has_a_place_among_the_samples_whether_read_or_added(path: Path) -> None:
+    records = read_columns(path)
+    for more, names, places in (
+        ((), ["a", "b"], [0, 1, 1]),
+        (["c", "a"], ["a", "b", "c"], [0, 1, 1, 2, 0]),
+    ):
+        for name in more:
+            records.append(record(name, 0.5))
+        found = records.samples()
+        assert (found[0], found[1].tolist()) == (names, places)
 
 
 def test_files_of_other_parts_are_joined_in_order(path: Path) -> None:
