@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.report.joined import join
+from harness.report.joined import join, on_common_samples
 from harness.report.run import Run, load_run
 from kvmerge.command import exits, parser_of
 from kvmerge.errors import UserError
@@ -68,7 +68,7 @@ def make(settings: Sequence[Setting], runs: Path, longbench: str | None, limit: 
         for experiment in EXPERIMENTS:
             words = [
                 *setting.words(experiment),
-                f"limit={setting.limit if limit is None else limit}",
+                f"limit={setting.samples(experiment) if limit is None else limit}",
                 f"output_dir={runs / experiment / setting.name}",
             ]
             if longbench and setting.benchmark == "longbench":
@@ -107,7 +107,8 @@ def _finished(runs: Path) -> Iterator[tuple[tuple[str, str], Run]]:
             folders = [runs / experiment / setting.name for experiment in experiments]
             parts = [load_run(folder) for folder in folders if (folder / "run.json").is_file()]
             if parts:
-                yield (name, setting.name), join(parts) if len(parts) > 1 else parts[0]
+                run = join(parts)
+                yield (name, setting.name), on_common_samples(run, run.cells)
 
 
 if __name__ == "__main__":

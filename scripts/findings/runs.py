@@ -36,6 +36,8 @@ class Setting:
     every_budget: bool = False
     shortened: tuple[str, ...] = ("merging",)
     """Experiments for which `<name>_short` stands here."""
+    field_limit: int | None = None
+    """The same of the field, and of ours beside it, where they are fewer."""
     too_slow: tuple[str, ...] = ()
     """Methods that are left out for the time that they take with its prompts."""
     asks: bool = True
@@ -46,8 +48,12 @@ class Setting:
         """The folder's name, e.g. `needle-after`."""
         return f"{self.benchmark}-{self.question}"
 
+    def samples(self, experiment: str) -> int:
+        """Return how many samples of each task an experiment has here."""
+        return self.limit if experiment == "merging" else self.field_limit or self.limit
+
     def words(self, experiment: str) -> Iterator[str]:
-        """Yield the words of the command line that runs an experiment here, but for its folder."""
+        """Yield the words of the command line that runs an experiment here, but for size and place."""
         chosen = f"{experiment}_short" if experiment in self.shortened else experiment
         yield f"experiment={chosen}"
         yield f"benchmark={self.benchmark}"
@@ -65,12 +71,12 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("mini", "after", 6, (_ASKING,), every_budget=True, shortened=()),
-    Setting("perplexity", "inside", 12, ("benchmark.scored_tokens=128",), shortened=(), asks=False),
+    Setting("mini", "after", 6, (_ASKING,), field_limit=3, every_budget=True, shortened=()),
+    Setting("perplexity", "inside", 8, ("benchmark.scored_tokens=128",), shortened=(), asks=False),
     Setting("needle", "after", 40, _NEEDLES),
-    Setting("mini_long", "after", 3, _LONG, too_slow=_SLOW),
-    Setting("longbench", "after", 2, _ENGLISH, too_slow=_SLOW),
-    Setting("mini", "inside", 3),
+    Setting("mini_long", "after", 2, _LONG, too_slow=_SLOW),
+    Setting("longbench", "after", 1, _ENGLISH, too_slow=_SLOW),
+    Setting("mini", "inside", 2),
     Setting("needle", "inside", 10, _NEEDLES),
     Setting("mini_long", "inside", 1, _LONG, too_slow=_SLOW),
     Setting("longbench", "inside", 1, _ENGLISH, too_slow=_SLOW),

@@ -114,6 +114,20 @@ def test_ours_joins_the_methods_that_were_run_without_it(tmp_path: Path) -> None
     assert effects.loc[(INSTEAD_OF_OURS, "kl"), "difference"] == pytest.approx(0.75)
 
 
+def test_methods_are_shown_on_the_samples_that_all_of_them_answered(tmp_path: Path) -> None:
+    """Ours has six samples, the others four, whose mean KL is another."""
+    for experiment, cell, kl, upto in (
+        ("field", "h2o@0.35", 1.0, 4),
+        ("ours", "replay@0.341", 0.25, 6),
+    ):
+        of_task = {name: {"t": lines(value)[:upto]} for name, value in (("full@1", 0.0), (cell, kl))}
+        write_run(tmp_path / "runs" / experiment / "needle-after", {"t": "qa_f1"}, of_task)
+    assert main(["report", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]) == 0
+    cells = pd.read_csv(tmp_path / "cells.csv").set_index("method")
+    assert set(cells.n) == {4}
+    assert cells.loc["replay", "kl"] == pytest.approx(0.25 + 0.01 * (0 + 1 + 2 + 0) / 4)
+
+
 def test_a_mean_over_selections_pairs_what_they_share(tmp_path: Path) -> None:
     """Each selection's effect goes up and down with the sample; the mean's does not."""
     up = [record(str(n), 0.5, kl_to_full=1 + 0.1 * n, size_bytes=0) for n in range(6)]
