@@ -404,10 +404,11 @@ def test_shards_of_another_run_are_refused(tmp_path: Path, values: dict, message
         load_run(tmp_path)
 
 
-def test_a_sample_twice_in_one_file_counts_once(tmp_path: Path) -> None:
+def test_a_sample_twice_in_one_file_is_refused(tmp_path: Path) -> None:
     lines = [record("a", 0.5, decode_seconds=1.0), record("a", 0.5, decode_seconds=2.0)]
     write_run(tmp_path, {"t": "qa_f1"}, {"full@1": {"t": lines}})
-    assert load_run(tmp_path).records == {("t", "full@1"): lines[:1]}
+    with pytest.raises(UserError, match=r"full@1\.jsonl, line 2 repeats an earlier one"):
+        load_run(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
