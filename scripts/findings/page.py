@@ -151,9 +151,9 @@ def _field(findings: Findings, budget: str, question: str) -> str:
     """Return KL and score of every method, by their mean rank of KL."""
     settings = findings.settings(question)
     cells = _where(findings.cells, experiment="methods", budget=budget)
-    kl = cells.pivot_table(index="method", columns="setting", values="kl").reindex(
-        columns=list(settings)
-    )
+    cells = cells[cells.setting.isin(list(settings))]
+    kl = cells.pivot_table(index="method", columns="setting", values="kl")
+    kl = kl.reindex(columns=list(settings))
     scores = cells.pivot_table(index="method", columns="setting", values="score").reindex(
         index=kl.index, columns=list(settings)
     )
