@@ -33,31 +33,44 @@ def draw(effects: Mapping[Key, Sequence[Effect]], out: Path) -> None:
     if not panels:
         return
     rows = -(-len(panels) // _ACROSS)
+    selections = list(
+        dict.fromkeys(one.place.keep for found in panels.values() for one in _shown(found))
+    )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(PAGE, rows * _PANEL + 0.4), layout="constrained")
         grid = figure.subplots(rows, _ACROSS, squeeze=False, sharey=True)
         for axes, (name, found) in zip(grid.flat, panels.items(), strict=False):
-            _panel(axes, name, found)
+            _panel(axes, name, _shown(found), selections)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        handles, labels = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        marks = {
+            label: handle
+            for axes in grid.flat
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(marks.values(), marks, loc="outside upper center", ncols=len(marks))
         figure.supxlabel("change of KL to the full cache, nats (left is better)")
         figure.savefig(out / "folding.png", dpi=200)
 
 
-def _panel(axes: Axes, name: str, effects: Sequence[Effect]) -> None:
-    """Draw one setting: a row a step, a mark a selection."""
-    chosen = [
+def _shown(effects: Sequence[Effect]) -> list[Effect]:
+    """Return what a panel shows: the change of KL by some steps, selection by selection."""
+    return [
         effect
         for effect in effects
-        if effect.measure == KL and effect.place.budget == _BUDGET and effect.place.keep != ALL
+        if effect.measure == KL
+        and effect.place.step in _STEPS
+        and effect.place.budget == _BUDGET
+        and effect.place.keep != ALL
     ]
-    selections = list(
-        dict.fromkeys(effect.place.keep for effect in chosen if effect.place.step in _STEPS)
-    )
+
+
+def _panel(axes: Axes, name: str, effects: Sequence[Effect], selections: Sequence[str]) -> None:
+    """Draw one setting: a row a step, a mark a selection, which has the same in every panel."""
     for number, keep in enumerate(selections):
-        of_selection = {effect.place.step: effect for effect in chosen if effect.place.keep == keep}
+        of_selection = {effect.place.step: effect for effect in effects if effect.place.keep == keep}
+        if not of_selection:
+            continue
         places = [place for place, step in enumerate(_STEPS) if step in of_selection]
         values = [of_selection[_STEPS[place]].scored.estimate() for place in places]
         axes.errorbar(

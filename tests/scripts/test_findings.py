@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from harness.records import Record
 from harness.report.run import Run, load_run
@@ -24,6 +25,7 @@ from scripts.findings.effects import (
     of_methods,
     pooled,
 )
+from scripts.findings.figures import draw
 from scripts.findings.page import Findings, filled
 from scripts.findings.runs import EXPERIMENTS, SETTINGS
 from tests.synthetic_run import record, write_run
@@ -280,3 +282,22 @@ def test_the_page_on_findings_has_the_tables_of_the_committed_results() -> None:
     text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     assert text.count("<!-- table ") > 5
     assert filled(text, Findings(ROOT / "results" / "findings")) == text
+
+
+def test_a_selection_has_the_same_mark_in_every_panel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    every = {name.replace("@0.2", "@0.35"): kl for name, kl in KL.items() if "@0.35" not in name}
+    keydiff = {name: kl for name, kl in every.items() if "keydiff" in name or name == "full@1"}
+    effects = {
+        ("merging", name): of_folding(loaded(tmp_path / name, kl), 1.0)
+        for name, kl in (("mini-after", every), ("needle-after", keydiff))
+    }
+    draw(effects, tmp_path)
+    (figure,) = drawn
+    first, second = (axes.get_legend_handles_labels() for axes in figure.axes[:2])
+    assert first[1] == ["h2o", "keydiff"]
+    assert second[1] == ["keydiff"]
+    assert second[0][0].lines[0].get_color() == first[0][1].lines[0].get_color()
