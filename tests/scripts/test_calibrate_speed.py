@@ -27,7 +27,8 @@ def test_a_machine_is_measured_with_a_model_and_its_methods(
     assert f"Kept in {cache / 'speed.json'}" in capsys.readouterr().out
     found = kept(compose("model=tiny-random").model)
     assert found is not None
-    assert found.prefill(1000) > found.prefill(10) >= 0
+    assert found.prefill(1000) > 0
+    assert found.prefill(1000) >= found.prefill(10) >= 0, "the pass itself may be all"
     assert found.loading > 0
     assert found.resident > 1e7
     own_prefill = {"full", "h2o_sim_prefill"}
