@@ -135,7 +135,7 @@ class Pool:
             for reply in self._replies():
                 yield from self._take(reply, waiting)
             for member, seconds in self._hung():
-                self._lose(member, f"no answer within {seconds:.0f} s, the time limit", waiting)
+                self._lose(member, f"no answer within {seconds:.1f} s, by executor.timeout", waiting)
 
     def close(self) -> None:
         """End all workers, whatever they are at."""

@@ -45,6 +45,12 @@ class Samples:
             rows[context].append(row)
         return list(rows.values())
 
+    def by_context(self, values: Array) -> Array:
+        """Return sums over the samples of each context, `(contexts, ...)`, of `(samples, ...)`."""
+        if not self.contexts:
+            return values
+        return np.stack([values[rows].sum(axis=0) for rows in self.clusters])
+
     def only(self, ids: Iterable[str]) -> Samples:
         """Keep the samples with these ids."""
         if ids == self.ids:
@@ -116,19 +122,12 @@ def resampled_means(task: str, samples: Samples, resamples: int = RESAMPLES) -> 
     known = ~np.isnan(samples.parts)
     if known.all():
         known = known[:, :1]
-    sums = _by_context(samples, np.where(known, samples.parts, 0.0))
-    counts = _by_context(samples, known).astype(np.float64)
+    sums = samples.by_context(np.where(known, samples.parts, 0.0))
+    counts = samples.by_context(known).astype(np.float64)
     drawn = _drawn(task, samples.ids, len(counts), resamples)
     if (counts == counts[0]).all():
         return np.concatenate([taken @ sums for taken in drawn]) / (len(counts) * counts[0])
     return np.concatenate([(taken @ sums) / (taken @ counts) for taken in drawn])
-
-
-def _by_context(samples: Samples, values: Array) -> Array:
-    """Return sums over the samples of each context, `(contexts, ...)`."""
-    if not samples.contexts:
-        return values
-    return np.stack([values[rows].sum(axis=0) for rows in samples.clusters])
 
 
 def generator_of(names: Iterable[str]) -> np.random.Generator:

@@ -137,16 +137,18 @@ def _linear(lines: Sequence[Sequence[Term]]) -> _Statistic:
     There score(mean m + mean s d) - score(mean m - mean s d) is the difference of what the signs make
     of two cells' own scores, summed over all tasks at once.
     """
-    cells: dict[tuple[bytes, ...], int] = {}
+    cells: dict[tuple[tuple[str, bytes], ...], int] = {}
     columns: list[Array] = []
 
     def cell_of(terms: Sequence[Term], samples: Sequence[Samples]) -> int:
-        place = cells.setdefault(tuple(of.parts.tobytes() for of in samples), len(columns))
+        pairs = zip(terms, samples, strict=True)
+        key = tuple((term.metric.name, of.parts.tobytes()) for term, of in pairs)
+        place = cells.setdefault(key, len(columns))
         if place == len(columns):
             columns.append(
                 np.concatenate(
                     [
-                        term.metric.score(_by_context(term.first, of.parts / len(of.ids)))
+                        term.metric.score(term.first.by_context(of.parts / len(of.ids)))
                         for term, of in zip(terms, samples, strict=True)
                     ]
                 )
@@ -162,11 +164,6 @@ def _linear(lines: Sequence[Sequence[Term]]) -> _Statistic:
         return np.asarray(moved[:, first] - moved[:, second])
 
     return statistic
-
-
-def _by_context(of: Samples, values: Array) -> Array:
-    """Return the sum over the samples of each context, `(contexts, parts)`."""
-    return np.stack([values[rows].sum(axis=0) for rows in of.clusters])
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ def _block(terms: Sequence[Term]) -> _Block:
         _, *lists = groups.setdefault(term.metric.name, (term.metric, [], [], []))
         for of, value in zip(lists, (place, cell_of(term.first), cell_of(term.second)), strict=True):
             of.append(value)
-    moves = _by_context(terms[0].first, np.concatenate(columns, axis=1))
+    moves = terms[0].first.by_context(np.concatenate(columns, axis=1))
     return _Block(moves, len(columns), list(groups.values()))
 
 
