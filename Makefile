@@ -100,7 +100,7 @@ $(PEER_READY):
 bench-gpu: $(READY)  ## on a CUDA card: check the kernels, then measure an 8B-shaped model
 	GOMP_SPINCOUNT=10000 $(BIN)/python -m scripts.bench gpu
 
-calibrate-speed: $(READY)  ## measure this machine with a model, about a minute, for dry_run=true: [ARGS="model=..."]
+calibrate-speed: $(READY)  ## measure this machine with a model, two minutes, for dry_run=true: [ARGS="model=..."]
 	GOMP_SPINCOUNT=10000 $(BIN)/python -m scripts.calibrate_speed $(ARGS)
 
 $(VENV)/.docs: $(READY) requirements-docs.lock

@@ -7,7 +7,7 @@ line: whatever is not plainly right here is read there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
@@ -180,24 +180,30 @@ def joined(parts: Sequence[Records]) -> Records:
     return Records(table=pa.concat_tables(tables, promote_options="default") if tables else None)
 
 
-def read_columns(path: Path, like: Records | None = None) -> Records:
+def read_columns(path: Path, like: Records | None = None, without: Container[str] = ()) -> Records:
     """Read a prediction file; a missing one has no records.
 
     Args:
         path: the file.
         like: records of the same task: columns that are the same there are held once.
+        without: fields to check but not to hold, where the file is read as columns.
 
     Raises:
         UserError: as `read_records` does, which reads the file where anything is odd.
     """
-    found = sound_records(path, like)
+    found = sound_records(path, like, without)
     return Records(read_records(path)) if found is None else found
 
 
-def sound_records(path: Path, like: Records | None = None) -> Records | None:
+def sound_records(
+    path: Path, like: Records | None = None, without: Container[str] = ()
+) -> Records | None:
     """Return the records of a file with which nothing is wrong; None of any other, and of none."""
     table = _sound(path)
-    return None if table is None else Records(table=_sharing(table, like))
+    if table is None:
+        return None
+    held = table.select([name for name in table.column_names if name not in without])
+    return Records(table=_sharing(held, like))
 
 
 def _sharing(table: pa.Table, like: Records | None) -> pa.Table:
@@ -232,6 +238,7 @@ def _sound(path: Path) -> pa.Table | None:
             pa.BufferReader(data),
             arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
             arrow_json.ParseOptions(explicit_schema=_SCHEMA),
+            memory_pool=pa.system_memory_pool(),  # which keeps less of what it got than Arrow's own
         )
     except (ValueError, OverflowError, pa.ArrowException):
         return None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.records import append_record
-from harness.results import Results
+from harness.results import OBSERVATIONS, Results
 from harness.typed import Count, Line, Misfit, Positive, Share
 from kvmerge.errors import UserError
 from kvmerge.files import check_name
@@ -25,7 +25,6 @@ from kvmerge.observations import KINDS, RULES, LayerObservation
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "observations"
 _DECIMALS = 5
 _MAPS = ("maps", "layers", "heads", "tokens", "block", "sample", "asked")
 
@@ -151,11 +150,11 @@ class Observed(Results):
 
     def has_predictions(self) -> bool:
         """Return whether there is any line, here of observations."""
-        return any(self.folder.glob(f"{FOLDER}/*.jsonl"))
+        return any(self.folder.glob(f"{OBSERVATIONS}/*.jsonl"))
 
     def _lines(self, task: str) -> Path:
         check_name("task", task)
-        return self.folder / FOLDER / f"{task}.jsonl"
+        return self.folder / OBSERVATIONS / f"{task}.jsonl"
 
 
 def read_observations(path: Path) -> list[Observation]:

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.source import NeedsDownload
 from harness.answering import Job, encode, place
 from harness.maps import chosen_maps
-from harness.observation import FOLDER
 from harness.provenance import check_resumable, fingerprint, stale_cells
-from harness.results import Results
+from harness.results import OBSERVATIONS, Results
 from harness.settings import Settings
 from harness.variants import check_noise
 from kvmerge.budget import Budget
@@ -115,7 +114,9 @@ def refuse_mixed(settings: Settings) -> None:
     They would overlap, and the report could not merge them.
     """
     folder = settings.output_dir
-    kept, other = ("predictions", FOLDER) if settings.observe is None else (FOLDER, "predictions")
+    kept, other = (
+        ("predictions", OBSERVATIONS) if settings.observe is None else (OBSERVATIONS, "predictions")
+    )
     if (folder / other).exists() or any(folder.glob(f"shards/*/{other}")):
         raise UserError(f"{folder} holds {other}, so no {kept} go there. Choose another output_dir.")
     found = {path.name.partition("-of-")[2] for path in folder.glob("shards/*-of-*")}

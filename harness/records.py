@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, get_type_hints
 
 from harness.typed import Count, Misfit, Positive, Share, parse_object, shape_of
-from kvmerge.cells import file_name
 from kvmerge.errors import UserError
+from kvmerge.names import file_name
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import pairwise
@@ -22,9 +22,19 @@ from harness.ordering import put_in_order
 from harness.prompts import Prompt, Prompts, prompt_path, read_prompts
 from harness.records import Record, append_record, prediction_path
 from harness.typed import Count, parse_object, shape_of
-from kvmerge.cells import file_name
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
+from kvmerge.names import file_name
+
+OBSERVATIONS = "observations"
+"""Folder of what a run of `kind=observations` measured."""
+
+
+def is_observed(output_dir: Path) -> bool:
+    """Return whether a folder, or one of its shards, holds observations."""
+    return any(output_dir.glob(f"{OBSERVATIONS}/*.jsonl")) or any(
+        output_dir.glob(f"shards/*/{OBSERVATIONS}/*.jsonl")
+    )
 
 
 def changed_settings(
@@ -113,8 +123,10 @@ _INFO = shape_of(RunInfo)
 class Results:
     """One results folder: an output_dir that is not sharded, or one of its shards."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, without: Container[str] = ()) -> None:
+        """Look at a folder; records of its files come without some fields, which then take no room."""
         self.folder = folder
+        self._without = without
         self.failures = Failures(folder)
         self._records: dict[tuple[str, str], Records] = {}
         self._alike: dict[str, Records] = {}
@@ -163,7 +175,7 @@ class Results:
         if cell_name in self._left_out:
             return Records()
         if key not in self._records:
-            read = read_columns(self._path(*key), self._alike.get(task))
+            read = read_columns(self._path(*key), self._alike.get(task), self._without)
             self._records[key] = self._alike[task] = read
         return self._records[key]
 
@@ -181,11 +193,19 @@ class Results:
         append_record(self._path(task, cell_name), record)
         records.append(record)
 
-    def prompts(self, task: str) -> Prompts:
-        """Return the prompts of a task that were recorded; earlier versions recorded none."""
-        if task not in self._prompts:
-            self._prompts[task] = read_prompts(prompt_path(self.folder, task))
-        return self._prompts[task]
+    def prompts(self, task: str, hold: bool = True) -> Prompts:
+        """Return the prompts of a task that were recorded; earlier versions recorded none.
+
+        Args:
+            task: the task.
+            hold: whether they stay in memory for whoever asks again.
+        """
+        if task in self._prompts:
+            return self._prompts[task]
+        found = read_prompts(prompt_path(self.folder, task))
+        if hold:
+            self._prompts[task] = found
+        return found
 
     def add_prompt(self, task: str, prompt: Prompt) -> None:
         """Add a prompt that is not there yet. Raises `UserError` as `append_record` does."""

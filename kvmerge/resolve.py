@@ -15,16 +15,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvmerge.errors import UserError, first_line, unknown
-from kvmerge.method import Method
 from kvmerge.places import choices, files, find, target_of, where
 from kvmerge.schema import MISSING, construct, defaults
+
+if TYPE_CHECKING:
+    from kvmerge.method import Method
 
 _TARGET = "_target_"
 
@@ -105,6 +107,8 @@ def load_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     Raises:
         UserError: if there is no such method or setting, or a value is not allowed.
     """
+    from kvmerge.method import Method  # late, as it imports torch: metrics are found without
+
     resolved = method_settings(name)
     for key, value in (settings or {}).items():
         if key not in resolved or key == _TARGET:

@@ -101,6 +101,8 @@ def rouge_l(prediction: str, answer: str) -> float:
     and sentences too long for its recursion, one call a word (so a sentence of 1,000 words scores
     0 against itself).
     """
+    if not prediction:
+        return 0.0  # as the package, which raises, but without a thread: every row is tried so
     return _rouge_l(Rouge(metrics=["rouge-l"]).get_scores, prediction, answer)
 
 

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from harness.plan.speed import Batch
-from kvmerge.cells import Cell, parse_name
+from kvmerge.cells import Cell
 from kvmerge.errors import UserError
 from kvmerge.files import cache_dir, read_object, write_atomically
 from kvmerge.kernels.choice import machine
 from kvmerge.models import ModelSpec
+from kvmerge.names import parse_name
 from kvmerge.schema import construct, fits
 
 FILE = "speed.json"

@@ -33,6 +33,9 @@ _SHARES = {
     "Fold, route=position": 0.021,  # computed of a measured 3.2%, before it was made faster
     "Fold, route=cosine": 0.075,
     "Fold, route=attention": 0.32,
+    "Fold, refit=values": 0.29,
+    "Fold, refit=bias": 0.21,
+    "Fold, refit=both": 0.40,  # computed: the time of either, one after the other
     # not measured: what it does before it merges
     "PivotOnly": 0.046,
     # not measured: no more work than that of key norms
@@ -47,7 +50,8 @@ def share(method: Method) -> float | None:
     """Return the share of a prefill that a method's compression is; None where nothing is known."""
     names = [kind.__name__ for kind in type(method).__mro__]
     if isinstance(method, Fold):
-        names = [] if method.refit != "none" else [f"Fold, route={method.route}"]
+        fitted = method.refit != "none"
+        names = [f"Fold, refit={method.refit}" if fitted else f"Fold, route={method.route}"]
     return next((_SHARES[name] for name in names if name in _SHARES), None)
 
 

@@ -24,8 +24,8 @@ from harness.settings import Settings
 
 _CALIBRATE = (
     "time and memory: not known, as this machine was not measured with this model. "
-    "`make calibrate-speed` does it in about a minute (ARGS='model=...' for another model); or name a "
-    "card, e.g. plan.device=a100-80."
+    "`make calibrate-speed` does it in about two minutes (ARGS='model=...' for another model); or name "
+    "a card, e.g. plan.device=a100-80."
 )
 
 

@@ -31,7 +31,7 @@ from harness.report.noise import find_floor
 from harness.report.published import Reference
 from harness.report.run import Run
 from harness.report.words import count_tasks, gaps
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _FEW = 3
 """Methods that the short answer is given for, where none of them is KVMerger."""

@@ -12,7 +12,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -37,19 +37,17 @@ class Samples:
     contexts: tuple[str, ...] = ()
     """What each stands on; () where each has a context of its own."""
 
-    @cached_property
+    @property
     def clusters(self) -> list[list[int]]:
         """The rows of each context, in the order of their first ones: what is independent."""
-        rows: dict[str, list[int]] = defaultdict(list)
-        for row, context in enumerate(self.contexts or self.ids):
-            rows[context].append(row)
-        return list(rows.values())
+        return _clusters(self.contexts or self.ids)
 
     def by_context(self, values: Array) -> Array:
         """Return sums over the samples of each context, `(contexts, ...)`, of `(samples, ...)`."""
-        if not self.contexts:
+        clusters = self.clusters
+        if len(clusters) == len(self.ids):
             return values
-        return np.stack([values[rows].sum(axis=0) for rows in self.clusters])
+        return np.stack([values[rows].sum(axis=0) for rows in clusters])
 
     def only(self, ids: Iterable[str]) -> Samples:
         """Keep the samples with these ids."""
@@ -63,6 +61,15 @@ class Samples:
             tuple(of[row] for row in rows) if of else () for of in (self.ids, self.contexts)
         )
         return Samples(names, self.parts[rows], contexts)
+
+
+@lru_cache(maxsize=1024)
+def _clusters(contexts: tuple[str, ...]) -> list[list[int]]:
+    """Return the rows of each context: of all cells that hold the same samples they are the same."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, context in enumerate(contexts):
+        rows[context].append(row)
+    return list(rows.values())
 
 
 def gather(

@@ -27,7 +27,7 @@ from harness.report.divergence import KL, divergence
 from harness.report.exchanges import Term, exchanged
 from harness.report.memory import is_unequal, stored
 from harness.report.run import Run
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 LEVEL = 0.05
 """Family-wise error rate of the verdicts."""

@@ -7,8 +7,10 @@ and one product of matrices serve them all; what an exchange gives is counted as
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,7 +26,12 @@ MOST_EXCHANGES = 49_999
 
 _BATCH, _HELD = 500, 1 << 20
 """Exchanges, and signs of them, held at once: bounds memory; the draw does not depend on it."""
-_DIGITS = 10  # decimals of a statistic: equal differences must tie, however they were summed
+_TIE = 0.5e-10
+"""Statistics no further apart tie: equal differences must, however they were summed."""
+
+
+_Key: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
+"""The tasks and samples of a contrast: those that are over the same ones have the same exchanges."""
 
 
 @dataclass(frozen=True)
@@ -60,38 +67,43 @@ def exchanged(lines: Sequence[Sequence[Term]], exchanges: int | None = None) -> 
         exchanges: random exchanges of each; None: `exchanges_of` the family.
     """
     exchanges = exchanges or exchanges_of(len(lines))
-    together: dict[tuple[tuple[str, tuple[str, ...]], ...], list[int]] = defaultdict(list)
+    together: dict[_Key, list[int]] = defaultdict(list)
     for place, terms in enumerate(lines):
         if all(len(term.first.clusters) > 1 for term in terms):
             together[tuple(term.key for term in terms)].append(place)
     p_values = [math.nan] * len(lines)
-    for key, places in together.items():
-        found = _exchange_test(key, [lines[place] for place in places], exchanges)
-        for place, p in zip(places, found.tolist(), strict=True):
-            p_values[place] = p
+
+    def tested(key: _Key, places: Sequence[int]) -> Array:
+        return _exchange_test(key, [lines[place] for place in places], exchanges)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves the interpreter to other threads
+        tests = pool.map(tested, together, together.values())
+        for places, found in zip(together.values(), tests, strict=True):
+            for place, p in zip(places, found.tolist(), strict=True):
+                p_values[place] = p
     return p_values
 
 
-def _exchange_test(
-    key: Sequence[tuple[str, tuple[str, ...]]], lines: Sequence[Sequence[Term]], exchanges: int
-) -> Array:
+def _exchange_test(key: _Key, lines: Sequence[Sequence[Term]], exchanges: int) -> Array:
     """Exchange the marks of two cells within contexts, in contrasts that are over the same samples.
 
-    A statistic as far out as the observed one, up to rounding, counts, and so does the observed one
-    itself, unless it is among all that there are: as in `scipy.stats.permutation_test`, whose p-values
-    these are. That holds every statistic of every exchange at once, which are gigabytes for many cells.
+    A statistic as far out as the observed one, or within `_TIE` of it, counts, and so does the observed
+    one itself, unless it is among all that there are: as in `scipy.stats.permutation_test`, whose
+    p-values these are. That holds every statistic of every exchange at once, which are gigabytes for
+    many cells.
     """
     statistic = _statistic(lines)
     generator = generator_of(name for task, ids in key for name in (task, *ids))
     contexts = sum(len(term.first.clusters) for term in lines[0])
-    observed = statistic(np.ones((1, contexts)))[0]
-    tolerance = np.abs(100 * np.finfo(np.float64).eps * observed)
+    observed = statistic(np.ones((1, contexts)))
+    tolerance = np.maximum(_TIE, np.abs(100 * np.finfo(np.float64).eps * observed))
+    highest, lowest = observed + tolerance, observed - tolerance
     drawn = as_low = as_high = 0 if 2**contexts <= exchanges else 1
     for signs in _signs(contexts, exchanges, generator):
         found = statistic(signs)
-        drawn += len(found)
-        as_low = as_low + (found <= observed + tolerance).sum(axis=0)
-        as_high = as_high + (found >= observed - tolerance).sum(axis=0)
+        drawn += len(signs)
+        as_low = as_low + np.count_nonzero(found <= highest, axis=1)
+        as_high = as_high + np.count_nonzero(found >= lowest, axis=1)
     return np.minimum(2 * np.minimum(as_low / drawn, as_high / drawn), 1.0)
 
 
@@ -112,7 +124,8 @@ def _signs(contexts: int, exchanges: int, generator: np.random.Generator) -> Ite
 
 
 _Statistic: TypeAlias = Callable[[Array], Array]
-"""From signs, `(exchanges, contexts)`, to the differences of scores that they make."""
+"""From signs, `(exchanges, contexts)`, to the differences of scores that they make, `(contrasts,
+exchanges)`: a contrast's lie side by side, as they are counted."""
 
 
 def _statistic(lines: Sequence[Sequence[Term]]) -> _Statistic:
@@ -123,10 +136,12 @@ def _statistic(lines: Sequence[Sequence[Term]]) -> _Statistic:
     parts = [(places, of([lines[place] for place in places])) for of, places in by_kind.items()]
 
     def statistic(signs: Array) -> Array:
-        found = np.empty((len(signs), len(lines)))
+        if len(parts) == 1:
+            return parts[0][1](signs)
+        found = np.empty((len(lines), len(signs)))
         for places, of_some in parts:
-            found[:, places] = of_some(signs)
-        return found.round(_DIGITS)
+            found[places] = of_some(signs)
+        return found
 
     return statistic
 
@@ -157,11 +172,11 @@ def _linear(lines: Sequence[Sequence[Term]]) -> _Statistic:
 
     first = [cell_of(terms, [term.first for term in terms]) for terms in lines]
     second = [cell_of(terms, [term.second for term in terms]) for terms in lines]
-    moves = np.stack(columns, axis=1) / len(lines[0])
+    moves = np.stack(columns) / len(lines[0])
 
     def statistic(signs: Array) -> Array:
-        moved = signs @ moves
-        return np.asarray(moved[:, first] - moved[:, second])
+        moved = moves @ signs.T
+        return np.asarray(moved[first] - moved[second])
 
     return statistic
 
@@ -208,7 +223,7 @@ def _curved(lines: Sequence[Sequence[Term]]) -> _Statistic:
     blocks = [_block(terms) for terms in zip(*lines, strict=True)]
 
     def statistic(signs: Array) -> Array:
-        total = np.zeros((len(signs), len(lines)))
+        total = np.zeros((len(lines), len(signs)))
         start = 0
         for block in blocks:
             signs_here = signs[:, start : start + len(block.moves)]
@@ -220,7 +235,7 @@ def _curved(lines: Sequence[Sequence[Term]]) -> _Statistic:
                 middle = means[first, used] + means[second, used]
                 shift = moved[:, first, used] - moved[:, second, used]
                 apart = metric.score(middle + shift) - metric.score(middle - shift)
-                total[:, places] += apart / len(blocks)
+                total[places] += apart.T / len(blocks)
         return total
 
     return statistic

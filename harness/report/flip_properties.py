@@ -7,10 +7,13 @@ in what is lost. What goes with a flip need not cause it.
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +26,8 @@ from harness.report.contrasts import holm
 from harness.report.flips import Flips, flips
 from harness.report.groups import Value, group_values, groups_of
 from harness.report.run import Run
+
+R = TypeVar("R")
 
 SHUFFLES = 9_999
 _LEAST = 2
@@ -88,12 +93,13 @@ def properties(run: Run, rule: FlipRule) -> list[Property]:
         for of in told:
             by_cell[of.cell].append(_stratum(run, of))
         p_values = _compared(by_cell)
-        found = [
-            one
-            for cell in run.cells
-            if cell in by_cell
-            for one in _of_cell(cell, by_cell.pop(cell), p_values)  # with all that was resampled
-        ]
+
+        def of_cell(cell: str) -> list[Property]:
+            return _of_cell(cell, by_cell.pop(cell), p_values)  # with all that is resampled
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # drawing leaves the interpreter to others
+            cells = [cell for cell in run.cells if cell in by_cell]
+            found = [one for of_one in pool.map(of_cell, cells) for one in of_one]
         adjusted = holm([one.p for one in found])
         run.memo[name] = [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
     properties: list[Property] = run.memo[name]
@@ -108,9 +114,9 @@ def rates(run: Run, rule: FlipRule) -> list[Rate]:
     """
     counts: dict[tuple[str, str, Value], list[bool]] = defaultdict(list)
     for one in flips(run, rule):
-        records, lost = _of_full(run, one.task), set(one.lost)
+        groups, lost = _of_full(run, one.task, groups_of), set(one.lost)
         for sample in one.well:
-            for name, value in groups_of(records[sample]).items():
+            for name, value in groups[sample].items():
                 counts[one.cell, name, value].append(sample in lost)
     return [
         Rate(cell, name, value, sum(of), len(of))
@@ -122,12 +128,13 @@ def rates(run: Run, rule: FlipRule) -> list[Rate]:
     ]
 
 
-def _of_full(run: Run, task: str) -> Mapping[str, Record]:
-    """Return a record of each sample that the full cache answered."""
-    name = f"full cache's records of {task}"
+def _of_full(run: Run, task: str, part: Callable[[Record], R]) -> Mapping[str, R]:
+    """Return a part of the record of each sample that the full cache answered."""
+    name = f"full cache's {part.__name__} of {task}"
     if name not in run.memo:
-        run.memo[name] = {record.id: record for record in run.of(task, run.full_cell or "")}
-    found: Mapping[str, Record] = run.memo[name]
+        records = run.of(task, run.full_cell or "")
+        run.memo[name] = {record.id: part(record) for record in records}
+    found: Mapping[str, R] = run.memo[name]
     return found
 
 
@@ -180,11 +187,7 @@ class _Stratum:
 
 
 def _stratum(run: Run, of: Flips) -> _Stratum:
-    name = f"numbers of samples of {of.task}"
-    if name not in run.memo:
-        records = _of_full(run, of.task)
-        run.memo[name] = {sample: _numbers(record) for sample, record in records.items()}
-    numbers: Mapping[str, dict[str, float]] = run.memo[name]
+    numbers = _of_full(run, of.task, _numbers)
     known = [numbers[sample] for sample in of.well]
     names = tuple(name for name in known[0] if all(name in each for each in known))
     values = np.array([[each[name] for name in names] for each in known])

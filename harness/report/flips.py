@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.metric import Array
 from harness.judgement import FlipRule
 from harness.report.run import Run
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 TOTAL = "total"
 

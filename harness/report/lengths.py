@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.metric import Metric, plain
 from harness.columnar import Records
-from harness.report.bootstrap import Samples, Scored, average, by_sample, score_cells
+from harness.report.bootstrap import Estimate, Samples, Scored, average, by_sample, score_cells
 from harness.report.contrasts import AVERAGE
 from harness.report.run import Run
 
@@ -49,7 +49,7 @@ class Lengths:
     """Tokens of an answer."""
     pairs: int
     """Samples that the full cache answered too; 0 for the full cache itself."""
-    change: Scored | None
+    change: Estimate | None
     """Mean length over these, less the full cache's, in tokens; None without any."""
     cut_off: Bounds
     """Share of answers that the limit ended, 0 to 1."""
@@ -59,20 +59,32 @@ class Lengths:
 
 def lengths(run: Run) -> list[Lengths]:
     """Return every cell on the average over the tasks that generate; only where it has all of them."""
-    tasks = generating(run)
-    by_key = {(one.task, one.cell): one for one in lengths_by_task(run)}
-    return [
-        _on_average(cell, [by_key[task, cell] for task in tasks])
-        for cell in run.cells
-        if tasks and all((task, cell) in by_key for task in tasks)
-    ]
+    return _measured(run)[0]
 
 
 def lengths_by_task(run: Run) -> list[Lengths]:
     """Return every task that generates and cell with records, in the run's order."""
+    return _measured(run)[1]
+
+
+def _measured(run: Run) -> tuple[list[Lengths], list[Lengths]]:
+    """Return the averages and what they are over, at once: replicates of all are much to keep."""
     if "lengths" not in run.memo:
-        run.memo["lengths"] = [one for task in generating(run) for one in _of_task(run, task)]
-    found: list[Lengths] = run.memo["lengths"]
+        tasks = generating(run)
+        by_key: dict[tuple[str, str], Lengths] = {}
+        changes: dict[tuple[str, str], Scored] = {}
+        for task in tasks:
+            of_task, changes_here = _of_task(run, task)
+            by_key |= {(task, one.cell): one for one in of_task}
+            changes |= {(task, cell): change for cell, change in changes_here.items()}
+        keys_of = {cell: [(task, cell) for task in tasks] for cell in run.cells if tasks}
+        averages = [
+            _on_average(cell, [by_key[key] for key in keys], [changes.get(key) for key in keys])
+            for cell, keys in keys_of.items()
+            if all(key in by_key for key in keys)
+        ]
+        run.memo["lengths"] = averages, [*by_key.values()]
+    found: tuple[list[Lengths], list[Lengths]] = run.memo["lengths"]
     return found
 
 
@@ -81,7 +93,8 @@ def generating(run: Run) -> list[str]:
     return [task for task in run.tasks if not run.metrics[task].continuation]
 
 
-def _of_task(run: Run, task: str) -> list[Lengths]:
+def _of_task(run: Run, task: str) -> tuple[list[Lengths], dict[str, Scored]]:
+    """Return every cell with records of a task, and its change with replicates, where it has one."""
     answers = {cell: _answers(run, task, cell) for cell in run.cells if (task, cell) in run.records}
     full = answers.get(run.full_cell or "")
     beside = {
@@ -95,9 +108,9 @@ def _of_task(run: Run, task: str) -> list[Lengths]:
     for cell, own in answers.items():
         mean, low, high, empty = own.parts.mean(axis=0).tolist()
         pairs = len(beside[cell].ids) if cell in beside else 0
-        cut_off = Bounds(low, high)
-        found.append(Lengths(task, cell, len(own.ids), mean, pairs, changes.get(cell), cut_off, empty))
-    return found
+        change = changes[cell].estimate() if cell in changes else None
+        found.append(Lengths(task, cell, len(own.ids), mean, pairs, change, Bounds(low, high), empty))
+    return found, changes
 
 
 def _answers(run: Run, task: str, cell: str) -> Samples:
@@ -124,15 +137,15 @@ def _cut_off(tokens: int, reason: str | None, limit: int | None) -> tuple[bool, 
     return False, limit is None or tokens >= limit
 
 
-def _on_average(cell: str, tasks: Sequence[Lengths]) -> Lengths:
-    changes = [one.change for one in tasks if one.change is not None]
+def _on_average(cell: str, tasks: Sequence[Lengths], changes: Sequence[Scored | None]) -> Lengths:
+    known = [change for change in changes if change is not None]
     return Lengths(
         AVERAGE,
         cell,
         n=sum(one.n for one in tasks),
         mean=float(np.mean([one.mean for one in tasks])),
         pairs=sum(one.pairs for one in tasks),
-        change=average(changes) if len(changes) == len(tasks) else None,
+        change=average(known).estimate() if len(known) == len(tasks) else None,
         cut_off=Bounds(
             float(np.mean([one.cut_off.low for one in tasks])),
             float(np.mean([one.cut_off.high for one in tasks])),

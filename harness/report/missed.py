@@ -9,7 +9,7 @@ import numpy as np
 from harness.columnar import Records
 from harness.report.names import cell_label
 from harness.report.run import Run
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 TOLERANCE = 0.02
 """Share of the entries asked for by which the entries kept may differ, mean over samples."""

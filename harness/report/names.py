@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from kvmerge.budget import Budget
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _PRINTED = {
     "full": ("Full cache", ""),

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +20,13 @@ from harness.records import Record, prediction_path
 from harness.report.bootstrap import Samples, Scored, average, gather, score_cells, score_task
 from harness.report.columns import COLUMNS, figures
 from harness.results import Results, changed_settings
-from kvmerge.cells import file_name, parse_name
 from kvmerge.errors import UserError
+from kvmerge.names import file_name, parse_name
 
 R = TypeVar("R", bound=Results)
+
+_UNSHOWN = ("kept_entries_by_layer",)
+"""Fields of records that no report shows, and that would take a quarter of their room."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Run:
 
     def prompts(self, task: str) -> Prompts:
         """Return the prompts of a task that were recorded, by sample and hash."""
-        return {key: prompt for part in self.parts for key, prompt in part.prompts(task).items()}
+        each = [part.prompts(task, hold=False) for part in self.parts]
+        return {key: prompt for prompts in each for key, prompt in prompts.items()}
 
     def recorded(self, *path: str) -> Any:
         """Return what run.json says at a place; None where an earlier version did not record it."""
@@ -156,11 +160,12 @@ class Run:
         Raises `UserError` naming the sample where a line lacks what its metric needs.
         """
         gathered = {}
-        ids: dict[tuple[str, ...], tuple[str, ...]] = {}
+        names: dict[tuple[str, ...], tuple[str, ...]] = {}  # the same of all cells of a task, held once
         for (task, cell), records in self.records.items():
             try:
                 found = gather(records, self.metrics[task], self.contexts[task])
-                gathered[task, cell] = replace(found, ids=ids.setdefault(found.ids, found.ids))
+                ids, contexts = (names.setdefault(of, of) for of in (found.ids, found.contexts))
+                gathered[task, cell] = Samples(ids, found.parts, contexts)
             except ValueError as error:
                 raise UserError(
                     f"{task} of {cell} in {self.output_dir} cannot be scored as {self.tasks[task]!r}: "
@@ -228,9 +233,9 @@ def load_run(output_dir: Path, results: Results | None = None) -> Run:
             "counted twice. Move one of the two elsewhere."
         )
     parts = (
-        complete_shards(output_dir, [Results(shard) for shard in shards])
+        complete_shards(output_dir, [Results(shard, _UNSHOWN) for shard in shards])
         if shards
-        else [results or Results(output_dir)]
+        else [results or Results(output_dir, _UNSHOWN)]
     )
     first = parts[0].info
     for part in parts:

@@ -20,10 +20,10 @@ import pandas as pd
 
 from benchmarks.zero_scrolls.tasks import TASKS
 from harness.report.run import Run, load_run
-from kvmerge.cells import file_name
 from kvmerge.command import exits
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
+from kvmerge.names import file_name
 
 logger = logging.getLogger(__name__)
 

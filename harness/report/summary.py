@@ -6,8 +6,8 @@ import pandas as pd
 
 from harness.report.columns import COLUMNS
 from harness.report.run import Run
-from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
+from kvmerge.names import parse_name
 
 _KEYS = (
     "model",

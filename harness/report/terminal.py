@@ -23,7 +23,7 @@ from harness.report.run import Run, averages, differences
 from harness.report.tables.contrasts import WITHIN_NOISE, verdict_text
 from harness.report.tables.noise import IN_FILES_ALONE, noise_tables, notes
 from harness.report.words import gaps, setting, task_label
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _LABEL_WIDTH = 22
 _COLUMN_WIDTH = 12

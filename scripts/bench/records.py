@@ -18,7 +18,7 @@ from benchmarks.longbench.tasks import TASKS
 from benchmarks.task import Task
 from harness.prompts import CHARACTERS, Prompt, prompt_path
 from harness.records import Record, prediction_path
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 from kvmerge.places import choices
 from scripts.bench.measure import Bench, Report
 from scripts.bench.record_steps import STEPS

@@ -15,8 +15,8 @@ from harness.report.divergence import KL, kl_averages
 from harness.report.export.markdown import markdown_table
 from harness.report.run import Run, averages
 from harness.report.summary import to_csv
-from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
+from kvmerge.names import parse_name
 from scripts.findings.effects import Effect
 
 Key = tuple[str, str]

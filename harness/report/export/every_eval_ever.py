@@ -26,8 +26,8 @@ from harness.columnar import Records
 from harness.report.bootstrap import RESAMPLES, Samples, Scored
 from harness.report.run import Run, averages
 from harness.report.words import code_digest
-from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
+from kvmerge.names import parse_name
 
 VERSION = "0.3.0"
 """Version of the schema."""

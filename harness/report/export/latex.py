@@ -18,7 +18,7 @@ from harness.report.export.latex_text import breakable, escape, lines, numeric, 
 from harness.report.names import budget_groups, cell_label, method_label
 from harness.report.ranks import MARKS_NOTE, Mark
 from harness.report.tables.table import Table
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _PORTRAIT = (451.0, 620.0)
 """Width and height in points that A4 and letter both have within margins of an inch."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.metric import Array
-from harness.observation import FOLDER, Observation, Observed, read_maps
+from harness.observation import Observation, Observed, read_maps
 from harness.report.bootstrap import Estimate, Samples, Scored, resampled_means
 from harness.report.run import check_info, complete_shards, refuse_other_settings
 from harness.report.words import made_by, span
@@ -170,13 +170,6 @@ def _nothing_is_nan() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
-
-
-def is_observed(output_dir: Path) -> bool:
-    """Return whether a folder, or one of its shards, holds observations."""
-    return any(output_dir.glob(f"{FOLDER}/*.jsonl")) or any(
-        output_dir.glob(f"shards/*/{FOLDER}/*.jsonl")
-    )
 
 
 def load_observed(output_dir: Path, results: Observed | None = None) -> ObservedRun:

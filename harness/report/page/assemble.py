@@ -27,8 +27,6 @@ from harness.report.export.tables import write_table
 from harness.report.joined import join_all
 from harness.report.names import benchmark_label, model_label
 from harness.report.noise import find_floor, load_floor
-from harness.report.observed.page import print_claims, write_observed
-from harness.report.observed.run import is_observed, load_observed
 from harness.report.page.html import Part, Section, render_page
 from harness.report.page.samples import browser_of, task_samples
 from harness.report.plots.draw import draw_all
@@ -54,6 +52,7 @@ from harness.report.tables.scores import difference_table, group_tables, score_t
 from harness.report.tables.table import Table
 from harness.report.terminal import print_floor
 from harness.report.words import all_made_by, count_tasks, ran_with, sample_counts
+from harness.results import is_observed
 from harness.variants import is_noise
 from kvmerge.command import exits
 from kvmerge.errors import UserError
@@ -115,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in floors:
         report_noise(folder, Console(), arguments.out)
     for folder in observed:
-        run = load_observed(folder)
-        print_claims(run, write_observed(run, arguments.out), Console())
+        _report_observed(folder, arguments.out)
     if answered:
         runs = _load_all(answered)
         if not arguments.separate:
@@ -139,6 +137,14 @@ def report_noise(folder: Path, console: Console, out: Path | None = None) -> Non
     for table in noise_tables(floor):
         write_table(table, (out or folder) / "tables")
     print_floor(floor, console)
+
+
+def _report_observed(folder: Path, out: Path | None) -> None:
+    from harness.report.observed.page import print_claims, write_observed  # late: they import torch
+    from harness.report.observed.run import load_observed
+
+    run = load_observed(folder)
+    print_claims(run, write_observed(run, out), Console())
 
 
 def _check_given(arguments: argparse.Namespace, answered: Sequence[Path]) -> None:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -84,10 +83,15 @@ def task_samples(run: Run, rule: FlipRule, slug: str) -> list[TaskSamples]:
         for task in run.tasks
         if (count := len({name for cell in run.cells for name in _ids(run, task, cell)}))
     ]
-    sizes = accumulate(len(one.content.encode()) for one in found)
-    if all(size <= INLINE for size in sizes):
-        return found
-    return [replace(one, file=f"{FOLDER}/{slug}/{one.task}.js") for one in found]
+    made: list[TaskSamples] = []
+    size = 0
+    for one in found:
+        content = one.content
+        size += len(content.encode())
+        if size > INLINE:
+            return [replace(each, file=f"{FOLDER}/{slug}/{each.task}.js") for each in found]
+        made.append(replace(one, make=content.__str__))
+    return made
 
 
 def embedded(value: Any) -> str:

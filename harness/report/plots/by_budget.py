@@ -41,7 +41,7 @@ from harness.report.plots.style import (
 )
 from harness.report.run import Run, averages
 from harness.report.words import count_tasks, gaps, setting
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _MIB = 2.0**-20
 _POINTS_SPAN, _KL_SPAN, _SHARE_SPAN = 20.0, 0.1, 0.1

@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.report.bootstrap import Estimate
 from harness.report.missed import shown_label
 from harness.report.plots.style import (
     BAND,
@@ -27,7 +26,7 @@ from harness.report.plots.style import (
 from harness.report.plots.task_rows import TaskRow, task_rows
 from harness.report.run import Run
 from harness.report.words import count_tasks, gaps, setting
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _TITLE = "Scores by task"
 _MANY = 3
@@ -59,12 +58,12 @@ def scores_by_task(run: Run, by_method: Mapping[str, Look]) -> Plot | Undrawn:
 
 
 def _figure(run: Run, tasks: Sequence[str], by_method: Mapping[str, Look]) -> Figure:
-    def draw(axis: Axes, row: TaskRow) -> None:
-        if run.full_cell not in row.places and (row.task, run.full_cell) in run.scores:
-            _draw_reference(axis, run, row)
-        for cell, place in row.places.items():
-            if (row.task, cell) in run.scores:
-                _draw_score(axis, run.scores[row.task, cell].estimate(), place, by_method[_name(cell)])
+    def draw(axis: Axes, rows: Sequence[TaskRow]) -> None:
+        for row in rows:
+            if run.full_cell not in row.places and (row.task, run.full_cell) in run.scores:
+                _draw_reference(axis, run, row)
+        for cell in dict.fromkeys(cell for row in rows for cell in row.places):
+            _draw_scores(axis, run, cell, rows, by_method[_name(cell)])
 
     shown = [cell for cell in run.cells if not is_full(cell)] or run.cells
     entries: list[tuple[Any, str]] = [
@@ -82,17 +81,21 @@ def _name(cell: str) -> str:
     return parse_name(cell).variant
 
 
-def _draw_score(axis: Axes, shown: Estimate, place: float, look: Look) -> None:
-    axis.errorbar(
-        shown.value,
-        place,
-        xerr=whiskers([shown]),
-        color=look.colour,
-        marker=look.marker,
-        markersize=3.8,
-        elinewidth=0.9,
-        capsize=1.2,
-    )
+def _draw_scores(axis: Axes, run: Run, cell: str, rows: Sequence[TaskRow], look: Look) -> None:
+    places = {row.places[cell]: row.task for row in rows if (row.task, cell) in run.scores}
+    shown = [run.scores[task, cell].estimate() for task in places.values()]
+    if shown:
+        axis.errorbar(
+            [each.value for each in shown],
+            [*places],
+            xerr=whiskers(shown),
+            color=look.colour,
+            marker=look.marker,
+            markersize=3.8,
+            linestyle="none",
+            elinewidth=0.9,
+            capsize=1.2,
+        )
 
 
 def _draw_reference(axis: Axes, run: Run, row: TaskRow) -> None:

@@ -26,7 +26,7 @@ from harness.report.plots.style import (
 from harness.report.plots.task_rows import PITCH, TaskRow, task_rows
 from harness.report.run import Run
 from harness.report.words import gaps, setting
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _TITLE = "Samples lost and gained by task"
 _BAR = 0.66 * PITCH
@@ -40,12 +40,16 @@ def flips_by_task(run: Run, by_method: Mapping[str, Look], rule: FlipRule) -> Pl
         return Undrawn(_TITLE, "No cell shares a task scored 0 to 100 with a full cache.")
     cells = [cell for cell in run.cells if not is_full(cell) and (TOTAL, cell) in found]
 
-    def draw(axis: Axes, row: TaskRow) -> None:
-        here = {cell: found[row.task, cell] for cell in row.places if (row.task, cell) in found}
-        well = max((one.well for one in here.values()), default=0)
-        axis.fill_betweenx((row.top, row.bottom), -well, 0, color=BAND, linewidth=0)
-        for cell, one in here.items():
-            _draw_bars(axis, one, row.places[cell], by_method[parse_name(cell).variant])
+    def draw(axis: Axes, rows: Sequence[TaskRow]) -> None:
+        bars: dict[str, dict[float, Count]] = {}
+        for row in rows:
+            here = {cell: found[row.task, cell] for cell in row.places if (row.task, cell) in found}
+            well = max((one.well for one in here.values()), default=0)
+            axis.fill_betweenx((row.top, row.bottom), -well, 0, color=BAND, linewidth=0)
+            for cell, one in here.items():
+                bars.setdefault(cell, {})[row.places[cell]] = one
+        for cell, of_cell in bars.items():
+            _draw_bars(axis, of_cell, by_method[parse_name(cell).variant])
         axis.axvline(0, color=INK, linewidth=0.6)
 
     entries: list[tuple[Any, str]] = [
@@ -68,15 +72,19 @@ def flips_by_task(run: Run, by_method: Mapping[str, Look], rule: FlipRule) -> Pl
     )
 
 
-def _draw_bars(axis: Axes, one: Count, place: float, look: Look) -> None:
+def _draw_bars(axis: Axes, of_cell: Mapping[float, Count], look: Look) -> None:
     """Draw what is lost, and hollow what is gained, from 0, with the method's mark at the end."""
-    bars = [(-one.lost, look.colour), *([(one.gained, "white")] if one.gained else [])]
-    for length, face in bars:
-        axis.barh(place, length, _BAR, color=face, edgecolor=look.colour, linewidth=0.7)
+    lost = {place: -one.lost for place, one in of_cell.items()}
+    gained = {place: one.gained for place, one in of_cell.items() if one.gained}
+    for lengths, face in ((lost, look.colour), *([(gained, "white")] if gained else [])):
+        axis.barh(
+            [*lengths], [*lengths.values()], _BAR, color=face, edgecolor=look.colour, linewidth=0.7
+        )
         axis.plot(
-            length,
-            place,
+            [*lengths.values()],
+            [*lengths],
             color=look.colour,
+            linestyle="none",
             marker=look.marker,
             markersize=3.4,
             markeredgecolor="white",

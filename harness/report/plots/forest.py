@@ -32,7 +32,7 @@ from harness.report.plots.style import (
 )
 from harness.report.run import Run
 from harness.report.words import count_tasks, gaps, setting
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _MOST = 24
 """Rows of a figure; the table has all of them."""

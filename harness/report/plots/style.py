@@ -26,8 +26,8 @@ from harness.report.bootstrap import Estimate
 from harness.report.names import method_label
 from harness.report.run import Run
 from harness.report.words import INTERVAL
-from kvmerge.cells import parse_name
 from kvmerge.files import write_atomically
+from kvmerge.names import parse_name
 
 COLUMN, PAGE = 88 / 25.4, 180 / 25.4
 """Inches: a column of a two-column paper, and its whole text."""

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from harness.report.names import budget_label
 from harness.report.plots.style import COLUMN, PAGE, columns_of, grid, is_full, legend, wrap
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 PITCH = 5.2
 """Points from method to method."""
@@ -39,7 +39,7 @@ class TaskRow:
 def task_rows(
     cells: Sequence[str],
     tasks: Sequence[str],
-    draw: Callable[[Axes, TaskRow], None],
+    draw: Callable[[Axes, Sequence[TaskRow]], None],
     entries: Sequence[tuple[Any, str]],
     label: str,
 ) -> tuple[Figure, list[Axes]]:
@@ -48,7 +48,8 @@ def task_rows(
     Args:
         cells: those of a budget share a panel.
         tasks: from top to bottom; many of them stand in two blocks.
-        draw: draws a task into a panel.
+        draw: draws the tasks of a panel into it, best all that is of one cell at once: matplotlib takes
+            as long for a mark as for twenty.
         entries: of the legend.
         label: of the horizontal axis.
     """
@@ -72,10 +73,9 @@ def task_rows(
         axis.set_title(title)
         axis.grid(visible=False, axis="y")
         axis.grid(visible=True, axis="x")
-        for number, task in enumerate(own):
-            draw(axis, _row(task, number, of_panel, pitch))
-            if number:
-                axis.axhline(number * pitch, color="#bbbbbb", linewidth=0.5)
+        draw(axis, [_row(task, number, of_panel, pitch) for number, task in enumerate(own)])
+        for number in range(1, len(own)):
+            axis.axhline(number * pitch, color="#bbbbbb", linewidth=0.5)
         names = [wrap(task, _NAME) for task in own]
         axis.set_yticks([(number + 0.5) * pitch for number in range(len(own))], names)
         axis.set_ylim(rows_of_tasks * pitch, 0)

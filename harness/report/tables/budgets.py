@@ -11,7 +11,7 @@ from harness.report.memory import beside_notes
 from harness.report.run import Run
 from harness.report.tables.table import Table, tidy
 from harness.report.words import gaps, setting, subject
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 
 def budget_table(run: Run) -> Table:

@@ -21,7 +21,7 @@ from harness.report.flips import (
 from harness.report.run import Run
 from harness.report.tables.table import Table, number, score_text, tidy
 from harness.report.words import INTERVAL, gaps, setting, span, subject
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _SHARED_HEADER = (
     "task",

@@ -10,9 +10,9 @@ import numpy as np
 from harness.report.bootstrap import Estimate
 from harness.report.lengths import Bounds, Lengths, generating, lengths, lengths_by_task
 from harness.report.run import Run
-from harness.report.tables.table import Table, score_text, tidy
+from harness.report.tables.table import Table, estimate_text, tidy
 from harness.report.words import INTERVAL, count_tasks, gaps, setting, subject, task_label
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 
 def length_table(run: Run) -> Table | None:
@@ -85,7 +85,7 @@ def _texts(one: Lengths) -> tuple[str, ...]:
     return (
         str(one.n),
         f"{one.mean:.1f}",
-        score_text(one.change, "+"),
+        estimate_text(one.change, "+"),
         _share_text(one.cut_off),
         f"{100 * one.empty:.1f}",
     )
@@ -100,7 +100,7 @@ def _share_text(share: Bounds) -> str:
 
 def _data(one: Lengths) -> dict[str, Any]:
     name = parse_name(one.cell)
-    change = one.change.estimate() if one.change else Estimate(np.nan, np.nan, np.nan)
+    change = one.change or Estimate(np.nan, np.nan, np.nan)
     known = one.cut_off.low == one.cut_off.high
     return {
         "task": one.task,

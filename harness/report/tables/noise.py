@@ -12,7 +12,7 @@ from harness.report.divergence import KL
 from harness.report.noise import Change, Floor
 from harness.report.tables.table import Table, number, tidy
 from harness.report.words import setting, subject, task_label
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 IN_FILES_ALONE = ("changes", "as recorded")
 """Columns for which a terminal has no room."""

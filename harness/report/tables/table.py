@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.report.bootstrap import Scored
+from harness.report.bootstrap import Estimate, Scored
 from harness.report.contrasts import Contrast
 from harness.report.missed import marked, missed_budgets
 from harness.report.ranks import Mark
 from harness.report.run import Run
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?( to \d+|\n.*)?$")
 
@@ -91,9 +91,13 @@ class Table:
 
 def score_text(scored: Scored | Contrast | None, sign: str = "") -> str:
     """Return a score to two decimals with its interval below it; empty where there is none."""
-    if scored is None or np.isnan(scored.value):
+    return estimate_text(None if scored is None else scored.estimate(), sign)
+
+
+def estimate_text(shown: Estimate | None, sign: str = "") -> str:
+    """Return an estimate as `score_text` does a score."""
+    if shown is None or np.isnan(shown.value):
         return ""
-    shown = scored.estimate()
     text = f"{shown.value:{sign}.2f}"
     return text if np.isnan(shown.low) else f"{text}\n[{shown.low:.2f}, {shown.high:.2f}]"
 

@@ -90,13 +90,13 @@ def test_every_method_has_a_share(name: str) -> None:
 
 def test_every_share_is_some_methods() -> None:
     folds = {share(Fold(route=route)) for route in ("position", "cosine", "attention")}
+    folds |= {share(Fold(fold="drop", refit=refit)) for refit in ("values", "bias", "both")}
     kinds = {kind.__name__ for name in METHODS for kind in type(load_method(name)).__mro__}
     assert {name for name in _SHARES if not name.startswith("Fold")} <= kinds
     assert folds == {part for name, part in _SHARES.items() if name.startswith("Fold")}
 
 
-def test_of_a_fit_and_of_the_users_own_methods_nothing_is_known() -> None:
-    assert share(parse_cell("fold:fold=drop,refit=values@0.5").method) is None
+def test_of_the_users_own_methods_nothing_is_known() -> None:
     assert share(parse_cell("tests.kvmerge.test_check.Sound@0.5").method) is None
 
 

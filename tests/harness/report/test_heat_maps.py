@@ -15,7 +15,7 @@ from harness.report.names import cell_label
 from harness.report.plots.heat_maps import draw_heat_map, heat_maps
 from harness.report.plots.style import STYLE
 from harness.report.run import Run, load_run
-from kvmerge.cells import parse_name
+from kvmerge.names import parse_name
 from tests.synthetic_run import record, write_run
 
 GRID = {(512, 0): 1.0, (512, 50): 0.25, (1024, 0): 0.5, (1024, 100): 0.0}

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -27,6 +29,7 @@ from harness.report.tables.published import official_aggregates, reference_table
 from harness.report.tables.scores import difference_table, score_table
 from harness.report.tables.table import Table
 from harness.report.terminal import _differences, print_comparison
+from tests.shipped import ROOT
 from tests.synthetic_run import record, write_run
 
 TASKS = {"qa_x": "qa_f1", "code": "code_sim", "text": "perplexity"}
@@ -66,6 +69,13 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def column(table: Table, name: str) -> dict[str, str]:
     place = table.header.index(name)
     return {row[0]: row[place] for row in table.rows}
+
+
+def test_a_report_loads_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from harness.report.page import main; main(); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(small_run(tmp_path))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_one_command_writes_every_file(reported: Path) -> None:
