@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def test_a_sound_file_is_read_as_it_was_written(path: Path) -> None:
     assert records[-1] == WRITTEN[-1]
     assert records[:2] == WRITTEN[:2]
     assert [one.to_json() for one in records] == [one.to_json() for one in WRITTEN]
+
+
+def test_fields_that_are_left_out_are_checked_all_the_same(path: Path) -> None:
+    left_out = ("kept_entries_by_layer",)
+    records = read_columns(path, without=left_out)
+    assert list(records) == [replace(one, kept_entries_by_layer=None) for one in WRITTEN]
+    path.write_bytes(SOUND.replace(b"[1.5, 2.0]", b"[1.5, -2.0]"))
+    assert sound_records(path, without=left_out) is None
 
 
 def test_columns_hold_what_records_do_whether_read_or_added(path: Path) -> None:

@@ -102,6 +102,17 @@ def test_a_task_that_cannot_name_a_file_is_refused(tmp_path: Path) -> None:
         prompt_path(tmp_path, "../elsewhere")
 
 
+def test_prompts_are_held_for_the_run_that_adds_to_them_and_not_for_who_looks_once(
+    tmp_path: Path,
+) -> None:
+    Results(tmp_path).add_prompt("qa", prompt("a"))
+    results = Results(tmp_path)
+    assert results.prompts("qa", hold=False) == {("a", "cafe"): prompt("a")}
+    results.add_prompt("qa", prompt("b"))
+    assert results.prompts("qa", hold=False) is results.prompts("qa")
+    assert [sample for sample, _ in results.prompts("qa")] == ["a", "b"]
+
+
 def test_check_and_repair_know_the_prompts(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tiny("benchmark.tasks=[qasper]", "cells=[full@1]")).folder
     path = prompt_path(folder, "qasper")

@@ -42,6 +42,7 @@ def test_a_variant_is_the_method_with_its_options() -> None:
         ("", "cannot read the cell ''"),
         (None, "cannot read the cell None"),
         (0.5, "cannot read the cell 0.5"),
+        ([0.5], r"cannot read the cell \[0.5\]"),
         ("h2o@", "budget='' is not a number"),
         ("h2o@half", "budget='half' is not a number"),
         ("h2o@0", "budget=0 is out of range"),
