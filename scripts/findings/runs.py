@@ -72,13 +72,12 @@ class Setting:
 
 SETTINGS = (
     Setting("mini", "after", 6, (_ASKING,), field_limit=3, every_budget=True, shortened=()),
-    Setting("perplexity", "inside", 8, ("benchmark.scored_tokens=128",), shortened=(), asks=False),
+    Setting("perplexity", "inside", 16, ("benchmark.scored_tokens=128",), shortened=(), asks=False),
     Setting("needle", "after", 40, _NEEDLES),
-    Setting("mini_long", "after", 1, _LONG, too_slow=_SLOW),
-    Setting("longbench", "after", 1, _ENGLISH, too_slow=_SLOW),
-    Setting("mini", "inside", 2),
-    # not among the committed results
-    Setting("needle", "inside", 10, _NEEDLES),
-    Setting("mini_long", "inside", 1, _LONG, too_slow=_SLOW),
-    Setting("longbench", "inside", 1, _ENGLISH, too_slow=_SLOW),
+    Setting("mini_long", "after", 4, _LONG, too_slow=_SLOW),
+    Setting("longbench", "after", 2, _ENGLISH, too_slow=_SLOW),
+    Setting("mini", "inside", 3),
+    Setting("needle", "inside", 20, _NEEDLES),
+    Setting("mini_long", "inside", 2, _LONG, too_slow=_SLOW),
+    Setting("longbench", "inside", 2, _ENGLISH, field_limit=1, too_slow=_SLOW),
 )

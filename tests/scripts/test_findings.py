@@ -224,7 +224,7 @@ def test_one_setting_may_be_run_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(subprocess, "run", done)
     assert main(["run", "--runs", str(tmp_path), "--setting", "needle-inside"]) == 0
     assert len(seen) == len(EXPERIMENTS)
-    assert all({"benchmark=needle", "question=inside", "limit=10"} <= set(words) for words in seen)
+    assert all({"benchmark=needle", "question=inside", "limit=20"} <= set(words) for words in seen)
 
 
 @pytest.fixture

@@ -47,7 +47,12 @@ def trace(monkeypatch):
                 torch.empty(1, length, heads, head_dim, dtype=dtype, device="cuda").transpose(1, 2)
                 for heads in (8, 2, 2)
             )
-            out, lse = prefill_attention(queries, keys, values, 0.1)
+            try:
+                out, lse = prefill_attention(queries, keys, values, 0.1)
+            except RuntimeError as error:
+                if "driver version" not in str(error):
+                    raise
+                pytest.skip("a CUDA build of torch 2.6 asks the card for this, and there is no driver")
             run.named = prompt_kernel(queries, keys, values, Softmax(0.1), scored=False)
         return out, lse, calls.seen
 
