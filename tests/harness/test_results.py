@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How often each prediction file was read."""
     counts: Counter[Path] = Counter()
 
-    def counted(path: Path, like: Records | None = None) -> Records:
+    def counted(path: Path, *arguments: Any) -> Records:
         counts[path] += 1
-        return read_columns(path, like)
+        return read_columns(path, *arguments)
 
     monkeypatch.setattr(module, "read_columns", counted)
     return counts
