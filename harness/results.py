@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ from harness.failures import Failures
 from harness.ordering import put_in_order
 from harness.prompts import Prompt, Prompts, prompt_path, read_prompts
 from harness.records import Record, append_record, prediction_path
+from harness.threads import in_threads
 from harness.typed import Count, parse_object, shape_of
 from kvmerge.errors import UserError
 from kvmerge.files import write_atomically
@@ -184,8 +183,7 @@ class Results:
 
         Raises `UserError` as `records` does.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # more would only hold more at once
-            list(pool.map(partial(self.records, task), cell_names))
+        in_threads(partial(self.records, task), cell_names)
 
     def add(self, task: str, cell_name: str, record: Record) -> None:
         """Add a record, on the disk first. Raises `UserError` as `append_record` does."""

@@ -160,10 +160,7 @@ def contrasts(run: Run) -> list[Contrast]:
     it on every task where any cell has. Against the full cache it is not: there it is 0 by definition,
     and cannot be less, so that flipping signs says nothing.
     """
-    if "contrasts" not in run.memo:
-        run.memo["contrasts"] = planned(run, pairs(run))
-    found: list[Contrast] = run.memo["contrasts"]
-    return found
+    return run.once("contrasts", lambda: planned(run, pairs(run)))
 
 
 def planned(run: Run, chosen: Sequence[tuple[str, str]]) -> list[Contrast]:
@@ -173,17 +170,7 @@ def planned(run: Run, chosen: Sequence[tuple[str, str]]) -> list[Contrast]:
 
 def contrasts_by_task(run: Run) -> list[Contrast]:
     """Compare cells on each task that both have, adjusted together."""
-    if "contrasts_by_task" not in run.memo:
-        lines = [
-            Line(task, first, second, terms)
-            for task in run.tasks
-            if run.metrics[task].parts
-            for first, second in pairs(run)
-            if (terms := _terms(run, [task], first, second))
-        ]
-        run.memo["contrasts_by_task"] = compared(lines)
-    found: list[Contrast] = run.memo["contrasts_by_task"]
-    return found
+    return run.once("contrasts by task", lambda: compared(_by_task(run)))
 
 
 @dataclass(frozen=True)
@@ -194,6 +181,16 @@ class Line:
     first: str
     second: str
     terms: tuple[Term, ...]
+
+
+def _by_task(run: Run) -> list[Line]:
+    return [
+        Line(task, first, second, terms)
+        for task in run.tasks
+        if run.metrics[task].parts
+        for first, second in pairs(run)
+        if (terms := _terms(run, [task], first, second))
+    ]
 
 
 def _on_average(run: Run, chosen: Sequence[tuple[str, str]]) -> list[Line]:
@@ -223,7 +220,7 @@ def without_kl(run: Run) -> list[str]:
 
 def _terms(run: Run, tasks: Sequence[str], first: str, second: str) -> tuple[Term, ...]:
     """Return two cells on some tasks; () where they have no sample of one in common."""
-    known: dict[tuple[str, str, str], Term | None] = run.memo.setdefault("terms", {})
+    known: dict[tuple[str, str, str], Term | None] = run.once("terms", dict)
     terms = []
     for task in tasks:
         key = task, first, second

@@ -32,17 +32,18 @@ class Divergence(Run):
 
 def divergence(run: Run) -> Divergence:
     """Return a run seen by its KL; without tasks where none is recorded."""
-    if "divergence" not in run.memo:
-        records = {
-            (task, cell): known
-            for (task, cell), lines in run.records.items()
-            if cell != run.full_cell and (known := Records.of(lines).having("kl_to_full"))
-        }
-        # A task on which nothing was compared, such as one of a single token, is left out for all.
-        tasks = {task: KL for task in run.tasks if any(key[0] == task for key in records)}
-        run.memo["divergence"] = Divergence(run.output_dir, run.info, tasks, run.cells, records)
-    found: Divergence = run.memo["divergence"]
-    return found
+    return run.once("divergence", lambda: _divergence(run))
+
+
+def _divergence(run: Run) -> Divergence:
+    records = {
+        (task, cell): known
+        for (task, cell), lines in run.records.items()
+        if cell != run.full_cell and (known := Records.of(lines).having("kl_to_full"))
+    }
+    # A task on which nothing was compared, such as one of a single token, is left out for all.
+    tasks = {task: KL for task in run.tasks if any(key[0] == task for key in records)}
+    return Divergence(run.output_dir, run.info, tasks, run.cells, records)
 
 
 def kl_averages(run: Run) -> dict[str, Scored]:

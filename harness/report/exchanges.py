@@ -7,10 +7,8 @@ and one product of matrices serve them all; what an exchange gives is counted as
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,6 +16,7 @@ import numpy as np
 
 from benchmarks.metric import Array, Metric
 from harness.report.bootstrap import Samples, Scored, generator_of
+from harness.threads import in_threads
 
 EXCHANGES = 9_999
 """Random exchanges of a family of up to 200 contrasts; all 2^n where those are fewer."""
@@ -76,11 +75,10 @@ def exchanged(lines: Sequence[Sequence[Term]], exchanges: int | None = None) -> 
     def tested(key: _Key, places: Sequence[int]) -> Array:
         return _exchange_test(key, [lines[place] for place in places], exchanges)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves the interpreter to other threads
-        tests = pool.map(tested, together, together.values())
-        for places, found in zip(together.values(), tests, strict=True):
-            for place, p in zip(places, found.tolist(), strict=True):
-                p_values[place] = p
+    tests = in_threads(tested, together, together.values())
+    for places, found in zip(together.values(), tests, strict=True):
+        for place, p in zip(places, found.tolist(), strict=True):
+            p_values[place] = p
     return p_values
 
 

@@ -7,10 +7,8 @@ in what is lost. What goes with a flip need not cause it.
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -26,6 +24,7 @@ from harness.report.contrasts import holm
 from harness.report.flips import Flips, flips
 from harness.report.groups import Value, group_values, groups_of
 from harness.report.run import Run
+from harness.threads import in_threads
 
 R = TypeVar("R")
 
@@ -82,28 +81,27 @@ def properties(run: Run, rule: FlipRule) -> list[Property]:
     A property that has one value in every task is left out, as is a cell that loses all or nothing, and
     a task whose samples share contexts: what is lost is drawn as if each were independent.
     """
-    name = f"flip properties {rule}"
-    if name not in run.memo:
-        told = [
-            of
-            for of in flips(run, rule)
-            if _LEAST <= len(of.lost) <= len(of.well) - _LEAST and of.task not in run.sharing
-        ]
-        by_cell: dict[str, list[_Stratum]] = defaultdict(list)
-        for of in told:
-            by_cell[of.cell].append(_stratum(run, of))
-        p_values = _compared(by_cell)
+    return run.once(f"flip properties {rule}", lambda: _properties(run, rule))
 
-        def of_cell(cell: str) -> list[Property]:
-            return _of_cell(cell, by_cell.pop(cell), p_values)  # with all that is resampled
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # drawing leaves the interpreter to others
-            cells = [cell for cell in run.cells if cell in by_cell]
-            found = [one for of_one in pool.map(of_cell, cells) for one in of_one]
-        adjusted = holm([one.p for one in found])
-        run.memo[name] = [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
-    properties: list[Property] = run.memo[name]
-    return properties
+def _properties(run: Run, rule: FlipRule) -> list[Property]:
+    told = [
+        of
+        for of in flips(run, rule)
+        if _LEAST <= len(of.lost) <= len(of.well) - _LEAST and of.task not in run.sharing
+    ]
+    by_cell: dict[str, list[_Stratum]] = defaultdict(list)
+    for of in told:
+        by_cell[of.cell].append(_stratum(run, of))
+    p_values = _compared(by_cell)
+
+    def of_cell(cell: str) -> list[Property]:
+        return _of_cell(cell, by_cell.pop(cell), p_values)  # with all that is resampled
+
+    cells = [cell for cell in run.cells if cell in by_cell]
+    found = [one for of_one in in_threads(of_cell, cells) for one in of_one]
+    adjusted = holm([one.p for one in found])
+    return [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 def rates(run: Run, rule: FlipRule) -> list[Rate]:
@@ -130,12 +128,11 @@ def rates(run: Run, rule: FlipRule) -> list[Rate]:
 
 def _of_full(run: Run, task: str, part: Callable[[Record], R]) -> Mapping[str, R]:
     """Return a part of the record of each sample that the full cache answered."""
-    name = f"full cache's {part.__name__} of {task}"
-    if name not in run.memo:
-        records = run.of(task, run.full_cell or "")
-        run.memo[name] = {record.id: part(record) for record in records}
-    found: Mapping[str, R] = run.memo[name]
-    return found
+
+    def parts() -> Mapping[str, R]:
+        return {record.id: part(record) for record in run.of(task, run.full_cell or "")}
+
+    return run.once(f"full cache's {part.__name__} of {task}", parts)
 
 
 def _numbers(record: Record) -> dict[str, float]:

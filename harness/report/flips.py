@@ -46,16 +46,16 @@ def flips(run: Run, rule: FlipRule) -> Sequence[Flips]:
     In the run's order of tasks, then cells; none without a full cache. Methods that draw count by the
     mean score over their seeds. Tasks whose scores are not of 0 to 100 take no part (`without_flips`).
     """
-    name = f"flips {rule}"
-    if name not in run.memo:
-        run.memo[name] = [
+
+    def found() -> list[Flips]:
+        return [
             one
             for task in run.averaged_tasks
             for cell in run.cells
             if cell != run.full_cell and (one := _flips(run, rule, task, cell))
         ]
-    found: list[Flips] = run.memo[name]
-    return found
+
+    return run.once(f"flips {rule}", found)
 
 
 def without_flips(run: Run) -> list[str]:

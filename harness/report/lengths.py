@@ -59,33 +59,30 @@ class Lengths:
 
 def lengths(run: Run) -> list[Lengths]:
     """Return every cell on the average over the tasks that generate; only where it has all of them."""
-    return _measured(run)[0]
+    return run.once("lengths", lambda: _measured(run))[0]
 
 
 def lengths_by_task(run: Run) -> list[Lengths]:
     """Return every task that generates and cell with records, in the run's order."""
-    return _measured(run)[1]
+    return run.once("lengths", lambda: _measured(run))[1]
 
 
 def _measured(run: Run) -> tuple[list[Lengths], list[Lengths]]:
     """Return the averages and what they are over, at once: replicates of all are much to keep."""
-    if "lengths" not in run.memo:
-        tasks = generating(run)
-        by_key: dict[tuple[str, str], Lengths] = {}
-        changes: dict[tuple[str, str], Scored] = {}
-        for task in tasks:
-            of_task, changes_here = _of_task(run, task)
-            by_key |= {(task, one.cell): one for one in of_task}
-            changes |= {(task, cell): change for cell, change in changes_here.items()}
-        keys_of = {cell: [(task, cell) for task in tasks] for cell in run.cells if tasks}
-        averages = [
-            _on_average(cell, [by_key[key] for key in keys], [changes.get(key) for key in keys])
-            for cell, keys in keys_of.items()
-            if all(key in by_key for key in keys)
-        ]
-        run.memo["lengths"] = averages, [*by_key.values()]
-    found: tuple[list[Lengths], list[Lengths]] = run.memo["lengths"]
-    return found
+    tasks = generating(run)
+    by_key: dict[tuple[str, str], Lengths] = {}
+    changes: dict[tuple[str, str], Scored] = {}
+    for task in tasks:
+        of_task, changes_here = _of_task(run, task)
+        by_key |= {(task, one.cell): one for one in of_task}
+        changes |= {(task, cell): change for cell, change in changes_here.items()}
+    keys_of = {cell: [(task, cell) for task in tasks] for cell in run.cells if tasks}
+    averages = [
+        _on_average(cell, [by_key[key] for key in keys], [changes.get(key) for key in keys])
+        for cell, keys in keys_of.items()
+        if all(key in by_key for key in keys)
+    ]
+    return averages, [*by_key.values()]
 
 
 def generating(run: Run) -> list[str]:

@@ -23,13 +23,13 @@ def stored(run: Run, task: str, cell: str, ids: Iterable[str]) -> float:
 
     NaN where an earlier version did not record what stands beside.
     """
-    name = f"stored {task} {cell}"
-    if name not in run.memo:
+
+    def samples() -> Samples:
         records = Records.of(run.records[task, cell])
         bytes_of = records.numbers("kv_bytes") + records.numbers("size_bytes")
-        run.memo[name] = replace(by_sample(records, [bytes_of]), ids=run.samples[task, cell].ids)
-    samples: Samples = run.memo[name]
-    return float(samples.only(ids).parts.mean())
+        return replace(by_sample(records, [bytes_of]), ids=run.samples[task, cell].ids)
+
+    return float(run.once(f"stored {task} {cell}", samples).only(ids).parts.mean())
 
 
 def is_unequal(ratio: float) -> bool:

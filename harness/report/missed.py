@@ -21,11 +21,11 @@ def missed_budgets(run: Run) -> Mapping[str, str]:
     A method may have a budget of its own, as some authors' code has: its name then tells what was asked
     for, not what was kept.
     """
-    if "missed_budgets" not in run.memo:
-        found = {cell: _kept(run, cell) for cell in run.cells}
-        run.memo["missed_budgets"] = {cell: kept for cell, kept in found.items() if kept}
-    missed: Mapping[str, str] = run.memo["missed_budgets"]
-    return missed
+
+    def missed() -> Mapping[str, str]:
+        return {cell: kept for cell in run.cells if (kept := _kept(run, cell))}
+
+    return run.once("missed budgets", missed)
 
 
 def shown_name(run: Run, cell: str) -> str:

@@ -236,11 +236,7 @@ def find_floor(run: Run, judgement: Judgement) -> Found:
     Raises:
         UserError: if the folder that was named holds none, or one of another model or benchmark.
     """
-    known = f"noise {judgement.noise}"
-    if known not in run.memo:
-        run.memo[known] = _find(run, judgement.noise)
-    found: Found = run.memo[known]
-    return found
+    return run.once(f"noise {judgement.noise}", lambda: _find(run, judgement.noise))
 
 
 def _find(run: Run, given: str | None) -> Found:

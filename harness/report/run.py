@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from kvmerge.errors import UserError
 from kvmerge.names import file_name, parse_name
 
 R = TypeVar("R", bound=Results)
+T = TypeVar("T")
 
 _UNSHOWN = ("kept_entries_by_layer",)
 """Fields of records that no report shows, and that would take a quarter of their room."""
@@ -52,8 +53,8 @@ class Run:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """What was bootstrapped already."""
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What else was worked out of this run already, by name."""
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What else was worked out already, by name."""
 
     @property
     def model(self) -> str:
@@ -98,11 +99,18 @@ class Run:
 
     def values(self, field: str) -> set[Any]:
         """Return what a field holds in any record of the run."""
-        name = f"values of {field}"
-        if name not in self.memo:
+
+        def found() -> set[Any]:
             records = map(Records.of, self.records.values())
-            self.memo[name] = {value for each in records for (value,) in each.distinct(field)}
-        found: set[Any] = self.memo[name]
+            return {value for each in records for (value,) in each.distinct(field)}
+
+        return self.once(f"values of {field}", found)
+
+    def once(self, name: str, work: Callable[[], T]) -> T:
+        """Return what work gives, which is done the first time that this name is asked for."""
+        if name not in self._known:
+            self._known[name] = work()
+        found: T = self._known[name]
         return found
 
     @cached_property

@@ -110,10 +110,7 @@ def ran_otherwise(run: Run) -> list[str]:
     differs within every run. A prefill through a mask, and column sums by a kernel of their own, belong
     to the method.
     """
-    if "ran otherwise" not in run.memo:
-        run.memo["ran otherwise"] = _ran_otherwise(run)
-    found: list[str] = run.memo["ran otherwise"]
-    return found
+    return run.once("ran otherwise", lambda: _ran_otherwise(run))
 
 
 def _ran_otherwise(run: Run) -> list[str]:
