@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import absl.logging
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -14,6 +16,10 @@ from hypothesis import settings
 from harness import cli
 from harness.settings import Settings
 from tests.tiny_run import TASKS, row, save_checkpoint, tiny_settings, write_rows
+
+# rouge_score imports absl, whose handler takes for its own the stream that tests are captured in, and
+# closes it as Hydra sets logging up. Those of the process it leaves open.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # The same examples everywhere, and no test that fails because a machine is busy.
 settings.register_profile("kvmerge", deadline=None, derandomize=True)

@@ -43,6 +43,7 @@ Tiny = Callable[..., Settings]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three nodes on this machine; the first one, which this process joins, has no room for workers."""
+    before = signal.getsignal(signal.SIGTERM)
     ray = import_ray()
     from ray.cluster_utils import Cluster
 
@@ -53,6 +54,7 @@ def cluster() -> Iterator[Any]:
     yield nodes
     ray.shutdown()
     nodes.shutdown()
+    signal.signal(signal.SIGTERM, before)  # Ray's own ends the process, and whatever is tested next
 
 
 @pytest.fixture
